@@ -1,0 +1,55 @@
+"""Dropout whose mask is a pure function of keys, not of a generator's state.
+
+A token's key comes from (seed, step, sample id, position); whether channel c of that token is kept
+is a hash of (key, salt, c). So the mask is the same for every world size, batching and packing, on
+every device, and the backward pass recomputes it instead of storing it.
+
+Shape legend: B sequences, T total tokens, C channels (product of the trailing dimensions).
+"""
+
+import torch
+from torch import Tensor
+
+from models.ops.hashing import GOLDEN_32, GOLDEN_64, as_signed, mix32, mix64, mix64_int, split_words
+from models.ops.jagged import positions_in_sequence, segment_ids
+
+
+def token_keys(seed: int, step: int, sample_ids: Tensor, offsets: Tensor) -> Tensor:
+    """One dropout key per token: int64 [T], a pure function of its four arguments.
+
+    ``sample_ids`` int64 [B] names each sequence independently of the batch that it sits in.
+    """
+    stream = mix64_int(mix64_int(seed + GOLDEN_64) + step * GOLDEN_64)
+    sample_keys = mix64(mix64(sample_ids) ^ as_signed(stream))
+    total = int(offsets[-1])
+    positions = positions_in_sequence(offsets, total)
+    return mix64(sample_keys[segment_ids(offsets, total)] + (positions + 1) * as_signed(GOLDEN_64))
+
+
+def keyed_dropout(x: Tensor, keys: Tensor, p: float, salt: int) -> Tensor:
+    """Zero each entry of ``x`` [T, ...] with probability ``p`` and scale the rest by 1 / (1 - p).
+
+    ``keys`` int64 [T] (see ``token_keys``); ``salt`` tells the dropout sites of one model apart.
+    ``p`` must lie in [0, 1); ``p`` = 0 returns ``x`` itself. Call it in training only.
+    """
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"dropout probability must be in [0, 1), got {p}")
+    return x if p == 0.0 else keyed_dropout_reference(x, keys, p, salt)
+
+
+def keyed_dropout_reference(x: Tensor, keys: Tensor, p: float, salt: int) -> Tensor:
+    """``keyed_dropout`` in plain PyTorch."""
+    mask = keep_mask(keys, x[0].numel() if x.shape[0] else 0, p, salt)
+    return torch.where(mask.view(x.shape), x * (1.0 / (1.0 - p)), torch.zeros_like(x))
+
+
+def keep_mask(keys: Tensor, channels: int, p: float, salt: int) -> Tensor:
+    """The mask itself: bool [T, C]."""
+    low, high = split_words(mix64(keys + as_signed(salt * GOLDEN_64)))
+    channel = torch.arange(channels, device=keys.device) * GOLDEN_32
+    return mix32(low[:, None] + channel, high[:, None]) >= drop_threshold(p)
+
+
+def drop_threshold(p: float) -> int:
+    """A 32-bit hash below this value drops its entry."""
+    return round(p * 2**32)
