@@ -1,0 +1,187 @@
+"""Where events come from, how they are cleaned, split, stored and batched."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from configs.base import Config
+
+PublicName = Literal[
+    "ml-100k",
+    "ml-1m",
+    "ml-latest-small",
+    "amazon-beauty",
+    "amazon-sports",
+    "amazon-toys",
+    "kuairand-pure",
+]
+TimestampUnit = Literal["s", "ms", "us", "iso8601"]
+
+
+class ColumnMap(Config):
+    """Names of the columns of one's own log that carry each part of an event."""
+
+    user: str = "user"
+    item: str = "item"
+    timestamp: str = "timestamp"
+    rating: str | None = None
+    """A numeric column: rating, dwell time, or any graded feedback."""
+    action: str | None = None
+    """A column that names the behaviour (click, like, …); becomes a dense action id."""
+    side_features: tuple[str, ...] = ()
+    """Categorical columns of the event that become `side_<name>` dense ids, one per event."""
+
+
+class ItemText(Config):
+    """A file that names items, for printing recommendations."""
+
+    url: str
+    format: Literal["csv", "jsonl", "parquet"] = "parquet"
+    separator: str = ","
+    item: str = "item"
+    title: str = "title"
+
+
+class UserTable(Config):
+    """A file of user attributes; each named column becomes a dense categorical feature."""
+
+    url: str
+    format: Literal["csv", "jsonl", "parquet"] = "parquet"
+    separator: str = ","
+    user: str = "user"
+    features: tuple[str, ...]
+
+
+class PublicSource(Config):
+    """A named public data set; `url` is where its copy lies or will be put."""
+
+    kind: Literal["public"] = "public"
+    name: PublicName
+    url: str | None = None
+    """Directory (any fsspec URL) of the downloaded copy; default: <output>/raw/<name>."""
+
+
+class CsvSource(Config):
+    """Delimited text on any fsspec URL; a glob or a directory names many files."""
+
+    kind: Literal["csv"] = "csv"
+    url: str
+    separator: str = Field(",", min_length=1, max_length=1)
+    header: tuple[str, ...] | None = None
+    """Column names where the files have no header line."""
+    columns: ColumnMap = ColumnMap()
+    timestamp_unit: TimestampUnit = "s"
+    item_text: ItemText | None = None
+    user_table: UserTable | None = None
+
+
+class JsonlSource(Config):
+    """One JSON object a line on any fsspec URL."""
+
+    kind: Literal["jsonl"] = "jsonl"
+    url: str
+    columns: ColumnMap = ColumnMap()
+    timestamp_unit: TimestampUnit = "s"
+    item_text: ItemText | None = None
+    user_table: UserTable | None = None
+
+
+class ParquetSource(Config):
+    """Parquet files on any fsspec URL."""
+
+    kind: Literal["parquet"] = "parquet"
+    url: str
+    columns: ColumnMap = ColumnMap()
+    timestamp_unit: TimestampUnit = "s"
+    item_text: ItemText | None = None
+    user_table: UserTable | None = None
+
+
+Source = Annotated[
+    PublicSource | CsvSource | JsonlSource | ParquetSource, Field(discriminator="kind")
+]
+
+
+class CleaningConfig(Config):
+    """What counts as a bad event and how many of them a run tolerates."""
+
+    earliest: str = "1990-01-01"
+    """ISO date; an earlier timestamp is impossible and goes to quarantine."""
+    latest: str = "2100-01-01"
+    duplicates: Literal["quarantine", "keep"] = "quarantine"
+    """Two events are duplicates when user, item and timestamp are equal."""
+    max_bad_share: float = Field(0.01, ge=0, le=1)
+    """A larger share of quarantined events fails the stage."""
+    min_rating: float | None = None
+    """Events rated lower are left out of the sequences (counted, not quarantined)."""
+    user_core: PositiveInt = 1
+    item_core: PositiveInt = 1
+    """k-core: users with fewer events and items with fewer are removed, repeatedly."""
+
+
+class LeaveLastOut(Config):
+    """Per user: the last item is the test, the one before it the validation."""
+
+    kind: Literal["leave_last_out"] = "leave_last_out"
+    include_validation_in_training: bool = False
+    """A final fit with the epoch count that validation chose (validation is then not scored)."""
+
+
+class GlobalTime(Config):
+    """Events from `validation_from` on validate, from `test_from` on test (ISO dates or epoch s)."""
+
+    kind: Literal["global_time"] = "global_time"
+    validation_from: str | float
+    test_from: str | float
+
+
+Split = Annotated[LeaveLastOut | GlobalTime, Field(discriminator="kind")]
+
+
+class ShardConfig(Config):
+    """Layout of the Parquet shards of user sequences."""
+
+    num_shards: PositiveInt = 8
+    rows_per_group: PositiveInt = 256
+    compression: Literal["zstd", "snappy", "none"] = "zstd"
+
+
+class LoaderConfig(Config):
+    """Deterministic, elastic batching of user sequences."""
+
+    global_batch: PositiveInt = 128
+    """Sequences per optimizer step over all ranks; the order depends on nothing else but the seed."""
+    tokens_per_micro_batch: PositiveInt | None = None
+    """Token budget of one rank's micro batch; a step is cut into as many as needed."""
+    accumulation: PositiveInt = 1
+    """Least number of micro batches a rank's share of a step is cut into."""
+    max_length: PositiveInt = 200
+    """Most recent events of a user that are used."""
+    shuffle_window: PositiveInt = 64
+    """Row groups whose rows are shuffled together (order is random over windows and in them)."""
+    drop_last: bool = False
+    balance: bool = True
+    """Deal the sequences of a step over ranks so that token counts are alike."""
+    prefetch: int = Field(2, ge=0)
+    """Steps prepared ahead by a background thread; 0 reads in the training thread."""
+    cached_row_groups: PositiveInt = 128
+
+
+class DataConfig(Config):
+    """Everything between raw logs and batches."""
+
+    source: Source
+    cleaning: CleaningConfig = CleaningConfig()
+    split: Split = LeaveLastOut()
+    shards: ShardConfig = ShardConfig()
+    loader: LoaderConfig = LoaderConfig()
+
+    @model_validator(mode="after")
+    def _budget_holds_one_sequence(self) -> "DataConfig":
+        budget = self.loader.tokens_per_micro_batch
+        if budget is not None and budget < self.loader.max_length:
+            raise ValueError(
+                f"loader.tokens_per_micro_batch={budget} cannot hold one sequence of "
+                f"loader.max_length={self.loader.max_length}; raise the budget or shorten sequences"
+            )
+        return self

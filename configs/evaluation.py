@@ -1,0 +1,27 @@
+"""What is measured and how."""
+
+from pydantic import Field, PositiveInt
+
+from configs.base import Config
+
+
+class EvaluationConfig(Config):
+    """Full-catalogue ranking metrics."""
+
+    ks: tuple[PositiveInt, ...] = (1, 5, 10, 50, 200)
+    filter_seen: bool = True
+    """Items of the user's history are not recommended."""
+    head_share: float = Field(0.2, gt=0, lt=1)
+    """The most popular share of items is the head, the rest the tail."""
+    users_per_batch: PositiveInt = 256
+    catalogue_chunk: PositiveInt = 65536
+    """Items scored at once by one rank."""
+
+
+class RecommendConfig(Config):
+    """Recommendations printed at the end of a run."""
+
+    users: tuple[str, ...] = ()
+    """Raw user ids; none means the first `num_users`."""
+    num_users: PositiveInt = 3
+    top_k: PositiveInt = 10

@@ -1,0 +1,45 @@
+"""Training objectives of pretraining."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from configs.base import Config
+
+
+class SampledSoftmaxConfig(Config):
+    """Cross entropy of the next item against sampled negatives."""
+
+    kind: Literal["sampled_softmax"] = "sampled_softmax"
+    temperature: PositiveFloat = 0.05
+    negatives: Literal["uniform", "in_batch", "mixed"] = "uniform"
+    num_negatives: PositiveInt = 128
+    """Uniform negatives per group that shares them (uniform and mixed)."""
+    shared: Literal["batch", "sequence", "position"] = "position"
+    """Who shares one draw: every position of the global batch, of a sequence, or nobody."""
+    in_batch_negatives: PositiveInt = 512
+    """Positives of the global batch taken as negatives (in_batch and mixed)."""
+    logq_correction: bool = False
+    """Subtract log of the expected count of each negative under its sampler."""
+
+    @model_validator(mode="after")
+    def _in_batch_is_shared(self) -> "SampledSoftmaxConfig":
+        if self.negatives != "uniform" and self.shared != "batch":
+            raise ValueError(
+                f"negatives={self.negatives!r} are the positives of the whole batch and need "
+                f"shared='batch', got shared={self.shared!r}"
+            )
+        return self
+
+
+class FullSoftmaxConfig(Config):
+    """Cross entropy over the whole catalogue; for catalogues that fit one rank's memory."""
+
+    kind: Literal["full_softmax"] = "full_softmax"
+    temperature: PositiveFloat = 0.05
+    chunk_tokens: PositiveInt = 1024
+    """Positions scored at once; bounds memory at chunk × catalogue."""
+    max_catalogue: PositiveInt = 200_000
+
+
+Objective = Annotated[SampledSoftmaxConfig | FullSoftmaxConfig, Field(discriminator="kind")]

@@ -1,0 +1,128 @@
+"""A recipe: every setting of a run, and the checks that concern more than one block."""
+
+from typing import Literal
+
+from pydantic import Field, NonNegativeInt, model_validator
+
+from configs.alignment import DPOConfig
+from configs.base import Config
+from configs.cluster import ClusterConfig
+from configs.data import DataConfig, GlobalTime, LeaveLastOut
+from configs.evaluation import EvaluationConfig, RecommendConfig
+from configs.models import InitConfig, Model
+from configs.objectives import Objective, SampledSoftmaxConfig
+from configs.sharding import ShardingConfig
+from configs.training import TrainingConfig
+
+StageName = Literal["prepare", "train", "align", "evaluate", "recommend", "report"]
+STAGES: tuple[StageName, ...] = ("prepare", "train", "align", "evaluate", "recommend", "report")
+
+
+class Recipe(Config):
+    """A run from raw logs to an aligned, evaluated model."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    output: str
+    """Directory (any URL all nodes see) that receives data, checkpoints and results."""
+    seed: NonNegativeInt = 0
+    data: DataConfig
+    model: Model
+    tables: InitConfig = InitConfig()
+    sharding: ShardingConfig = ShardingConfig()
+    objective: Objective = SampledSoftmaxConfig()
+    training: TrainingConfig = TrainingConfig()
+    alignment: DPOConfig | None = None
+    evaluation: EvaluationConfig = EvaluationConfig()
+    recommend: RecommendConfig = RecommendConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="after")
+    def _blocks_agree(self) -> "Recipe":
+        for check in (_validation_exists, _features_are_mapped, _metric_is_measured, _batch_deals):
+            check(self)
+        return self
+
+    def stages(self) -> tuple[StageName, ...]:
+        """The stages of this recipe in order; `align` only where an alignment is configured."""
+        return tuple(s for s in STAGES if s != "align" or self.alignment is not None)
+
+    def table_names(self) -> tuple[str, ...]:
+        """Embedding tables that the model will describe: item, user_<f>, side_<f>."""
+        return (
+            "item",
+            *(f"user_{name}" for name in self.model.user_features),
+            *(f"side_{name}" for name in self.model.side_features),
+        )
+
+
+def _validation_exists(recipe: Recipe) -> None:
+    split = recipe.data.split
+    if isinstance(split, LeaveLastOut) and split.include_validation_in_training:
+        blocks = [("training", recipe.training.validation)]
+        if recipe.alignment is not None:
+            blocks.append(("alignment", recipe.alignment.validation))
+        for name, block in blocks:
+            if block is not None:
+                raise ValueError(
+                    f"{name}.validation must be null when "
+                    "data.split.include_validation_in_training is true: no item is left to select on"
+                )
+    if isinstance(split, GlobalTime) and isinstance(split.validation_from, float | int):
+        if isinstance(split.test_from, float | int) and split.test_from <= split.validation_from:
+            raise ValueError("data.split.test_from must lie after data.split.validation_from")
+
+
+def _features_are_mapped(recipe: Recipe) -> None:
+    source = recipe.data.source
+    if source.kind == "public":
+        return  # known only once the data set is named; `prepare` checks it
+    table = source.user_table
+    known_user = table.features if table is not None else ()
+    for name in recipe.model.user_features:
+        if name not in known_user:
+            raise ValueError(
+                f"model.user_features names {name!r}, which data.source.user_table.features "
+                f"{list(known_user)} does not provide"
+            )
+    for name in recipe.model.side_features:
+        if name not in source.columns.side_features:
+            raise ValueError(
+                f"model.side_features names {name!r}, which data.source.columns.side_features "
+                f"{list(source.columns.side_features)} does not map"
+            )
+    if recipe.alignment is not None and source.columns.rating is None:
+        raise ValueError(
+            "alignment needs liked and disliked items: map data.source.columns.rating, "
+            "or set alignment to null"
+        )
+
+
+def _metric_is_measured(recipe: Recipe) -> None:
+    allowed = [f"{m}@{k}" for m in ("hr", "ndcg") for k in recipe.evaluation.ks] + ["mrr"]
+    blocks = [("training", recipe.training.validation)]
+    if recipe.alignment is not None:
+        blocks.append(("alignment", recipe.alignment.validation))
+    for name, block in blocks:
+        if block is not None and block.metric not in allowed:
+            raise ValueError(
+                f"{name}.validation.metric={block.metric!r} is not measured; allowed: {allowed}"
+            )
+
+
+def _batch_deals(recipe: Recipe) -> None:
+    unknown = sorted(set(recipe.sharding.placement) - set(recipe.table_names()))
+    if unknown:
+        raise ValueError(
+            f"sharding.placement names {unknown}, but the model describes the tables "
+            f"{list(recipe.table_names())}"
+        )
+    batch, workers = recipe.data.loader.global_batch, recipe.cluster.num_workers
+    if batch % workers:
+        raise ValueError(
+            f"data.loader.global_batch={batch} must be a multiple of cluster.num_workers={workers}"
+        )
+    if recipe.alignment is not None and recipe.alignment.pairs_per_step % workers:
+        raise ValueError(
+            f"alignment.pairs_per_step={recipe.alignment.pairs_per_step} must be a multiple of "
+            f"cluster.num_workers={workers}"
+        )

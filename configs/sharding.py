@@ -1,0 +1,33 @@
+"""Where each embedding table lives and how it is updated."""
+
+from typing import Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from configs.base import Config
+
+Placement = Literal["auto", "row_wise", "table_wise", "column_wise", "replicated"]
+
+
+class SparseOptimizerConfig(Config):
+    """The fused optimizer of sharded tables; one update a step, inside the tables' backward."""
+
+    kind: Literal["rowwise_adagrad", "adagrad", "sgd"] = "rowwise_adagrad"
+    lr: PositiveFloat = 0.02
+    eps: PositiveFloat = 1e-8
+    clip_norm: PositiveFloat | None = None
+    """Largest norm of the looked-up embeddings' gradient, over all ranks."""
+
+
+class ShardingConfig(Config):
+    """Plan of all tables; a table that `placement` does not name uses `default`.
+
+    `replicated` puts a table in the dense half, under AdamW, for some million rows at most.
+    """
+
+    default: Placement = "auto"
+    placement: dict[str, Placement] = Field(default_factory=dict)
+    optimizer: SparseOptimizerConfig = SparseOptimizerConfig()
+    max_replicated_rows: PositiveInt = 5_000_000
+    hbm_gb: PositiveFloat | None = None
+    """Device memory a rank may use for tables, for the planner; default: what the machine has."""

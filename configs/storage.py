@@ -1,0 +1,127 @@
+"""Files of a run on any fsspec URL: paths, hashes, and JSON that is either whole or absent."""
+
+import hashlib
+import json
+import os
+import uuid
+from typing import Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+CHUNK = 4 << 20
+
+
+def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system of `url` and the path inside it."""
+    fs, path = fsspec.core.url_to_fs(url)
+    return fs, path
+
+
+def is_local(url: str) -> bool:
+    """Whether `url` lies on this machine's own file systems (which may still be shared mounts)."""
+    return isinstance(filesystem(url)[0], LocalFileSystem)
+
+
+def absolute(url: str) -> str:
+    """`url` with a local path made absolute, so that workers in other directories agree on it."""
+    return os.path.abspath(filesystem(url)[1]) if is_local(url) else url
+
+
+def join(url: str, *parts: str) -> str:
+    """Append path parts; a part that climbs out of `url` is refused."""
+    for part in parts:
+        if part.startswith("/") or ".." in part.split("/") or "://" in part:
+            raise ValueError(f"path {part!r} leaves {url!r}: only names below it are allowed")
+    return "/".join([url.rstrip("/"), *parts])
+
+
+def exists(url: str) -> bool:
+    """Whether a file or directory is there."""
+    fs, path = filesystem(url)
+    return bool(fs.exists(path))
+
+
+def make_directory(url: str) -> None:
+    """Create a directory and its parents."""
+    fs, path = filesystem(url)
+    fs.makedirs(path, exist_ok=True)
+
+
+def remove(url: str) -> None:
+    """Delete a file or a directory tree; absent is fine."""
+    fs, path = filesystem(url)
+    if fs.exists(path):
+        fs.rm(path, recursive=True)
+
+
+def list_names(url: str) -> list[str]:
+    """Sorted names directly below a directory; empty if it does not exist."""
+    fs, path = filesystem(url)
+    if not fs.exists(path):
+        return []
+    fs.invalidate_cache(path)
+    return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False))
+
+
+def sha256_bytes(data: bytes) -> str:
+    """Hex digest of bytes."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(url: str) -> str:
+    """Hex digest of a file, read in chunks."""
+    fs, path = filesystem(url)
+    digest = hashlib.sha256()
+    with fs.open(path, "rb") as stream:
+        while chunk := stream.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def fingerprint(value: Any) -> str:
+    """Hex digest of a JSON-able value, independent of key order."""
+    return sha256_bytes(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())
+
+
+def write_bytes(url: str, data: bytes) -> None:
+    """Write a file that appears whole or not at all.
+
+    Local: temporary file, fsync, rename. Object stores publish an object only when it is complete.
+    """
+    fs, path = filesystem(url)
+    if not isinstance(fs, LocalFileSystem):
+        with fs.open(path, "wb") as stream:
+            stream.write(data)
+        return
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+    try:
+        with open(temporary, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def read_bytes(url: str) -> bytes:
+    """The whole content of a (small) file."""
+    fs, path = filesystem(url)
+    with fs.open(path, "rb") as stream:
+        return bytes(stream.read())
+
+
+def write_json(url: str, value: Any) -> None:
+    """Write a JSON file that appears whole or not at all."""
+    write_bytes(url, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+
+
+def read_json(url: str) -> Any:
+    """Parse a JSON file; a damaged one raises a ValueError that names it."""
+    try:
+        return json.loads(read_bytes(url))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{url} is not valid JSON ({error}); delete it or restore it") from error

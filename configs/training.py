@@ -1,0 +1,60 @@
+"""Optimisation of the dense half, duration, validation and checkpoints."""
+
+from typing import Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+from configs.base import Config
+
+
+class ScheduleConfig(Config):
+    """Linear warm-up, then constant or cosine to `final_ratio` of the peak."""
+
+    kind: Literal["constant", "cosine"] = "constant"
+    warmup_steps: NonNegativeInt = 0
+    final_ratio: float = Field(0.0, ge=0, le=1)
+
+
+class OptimizerConfig(Config):
+    """AdamW of the dense half (and of replicated tables)."""
+
+    lr: PositiveFloat = 1e-3
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: PositiveFloat = 1e-8
+    weight_decay: float = Field(0.0, ge=0)
+    clip_norm: PositiveFloat | None = None
+    schedule: ScheduleConfig = ScheduleConfig()
+    """Applies to both halves: the sparse learning rate follows the same curve."""
+
+
+class ValidationConfig(Config):
+    """Validation during training; the only place where selection happens."""
+
+    every_epochs: PositiveInt = 1
+    metric: str = "ndcg@10"
+    """Larger is better."""
+    patience: PositiveInt | None = None
+    """Validations without a new best before training stops early."""
+    max_users: PositiveInt | None = None
+    """Validate on this many users (the first by id), for speed."""
+
+
+class CheckpointConfig(Config):
+    """When to save and how much to keep."""
+
+    every_steps: PositiveInt | None = None
+    every_epochs: PositiveInt | None = 1
+    keep: int = Field(2, ge=2)
+
+
+class TrainingConfig(Config):
+    """One training stage."""
+
+    epochs: PositiveInt = 20
+    max_steps: PositiveInt | None = None
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    precision: Literal["fp32", "bf16"] = "fp32"
+    optimizer: OptimizerConfig = OptimizerConfig()
+    validation: ValidationConfig | None = ValidationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log_every_steps: PositiveInt = 20

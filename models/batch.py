@@ -1,0 +1,67 @@
+"""The one batch type of training and evaluation: user sequences laid end to end.
+
+Shape legend: B sequences, T total tokens of all sequences, R negatives.
+"""
+
+from dataclasses import dataclass, field, fields, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class JaggedBatch:
+    """Sequences of one rank's micro batch; token t of a sequence predicts `target_ids[t]`.
+
+    Item ids are dense, 1…num_items; 0 means none. Sequences may be empty and B may be 0 (a rank
+    without data).
+    """
+
+    sample_ids: Tensor
+    """[B] int64, position of the user in the data set; keys all per-sample randomness."""
+    user_ids: Tensor
+    """[B] int64, dense user id, 1…num_users."""
+    offsets: Tensor
+    """[B+1] int64; sequence b owns tokens offsets[b]:offsets[b+1]."""
+    item_ids: Tensor
+    """[T] int64, input items."""
+    timestamps: Tensor
+    """[T] int64 seconds, time of each input event."""
+    next_timestamps: Tensor
+    """[T] int64 seconds, time of the event after it (the request time of the prediction)."""
+    target_ids: Tensor
+    """[T] int64, item to predict; 0 = no prediction here."""
+    ratings: Tensor | None = None
+    """[T] float32, rating of the input event where the source maps one."""
+    action_ids: Tensor | None = None
+    """[T] int64, behaviour of the input event where the source maps one."""
+    user_features: dict[str, Tensor] = field(default_factory=dict)
+    """name → [B] int64 dense category of the user; 0 = unknown."""
+    side_features: dict[str, Tensor] = field(default_factory=dict)
+    """name → [T] int64 dense category of the event; 0 = unknown."""
+
+    @property
+    def num_sequences(self) -> int:
+        """B."""
+        return self.sample_ids.numel()
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return self.item_ids.numel()
+
+    @property
+    def lengths(self) -> Tensor:
+        """[B] int64 tokens of each sequence."""
+        return self.offsets[1:] - self.offsets[:-1]
+
+    def to(self, device: torch.device | str) -> "JaggedBatch":
+        """Copy of the batch on `device` (itself if it is there already)."""
+        moved: dict[str, object] = {}
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if isinstance(value, Tensor):
+                moved[entry.name] = value.to(device, non_blocking=True)
+            elif isinstance(value, dict):
+                moved[entry.name] = {k: v.to(device, non_blocking=True) for k, v in value.items()}
+        return replace(self, **moved)  # type: ignore[arg-type]
