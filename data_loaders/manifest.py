@@ -1,0 +1,132 @@
+"""The manifest of a prepared data set: what it holds, and the hash of each of its files.
+
+It is written last. A directory without a valid manifest is not a data set, and a file whose hash
+differs from the manifest's is damaged.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, NonNegativeInt, PositiveInt, ValidationError
+
+from configs import storage
+from configs.base import Config
+from configs.data import Split
+
+MANIFEST = "manifest.json"
+_MEND = "run `tandem prepare RECIPE --force` to write the data set anew"
+
+
+def _confined(path: str) -> str:
+    storage.join("", path)
+    return path
+
+
+RelativePath = Annotated[str, AfterValidator(_confined)]
+
+
+class FileEntry(Config):
+    """A file of the data set; `path` is relative to the manifest's directory and below it."""
+
+    path: RelativePath
+    rows: NonNegativeInt
+    bytes: NonNegativeInt
+    sha256: str
+
+
+class ShardEntry(FileEntry):
+    """A shard of user sequences: rows are the users first_user_id … first_user_id + rows - 1."""
+
+    first_user_id: PositiveInt
+    row_group_rows: tuple[PositiveInt, ...]
+    events: NonNegativeInt
+
+
+class EventCounts(Config):
+    """What became of the events that were read."""
+
+    read: NonNegativeInt
+    kept: NonNegativeInt
+    quarantined: dict[str, PositiveInt]
+    """reason → events."""
+    below_min_rating: NonNegativeInt
+    core_removed: NonNegativeInt
+
+
+class DatasetManifest(Config):
+    """A prepared data set; ids are dense, 1…num_items and 1…num_users, and 0 means none."""
+
+    format: Literal[1] = 1
+    name: str
+    num_users: PositiveInt
+    num_items: PositiveInt
+    num_events: PositiveInt
+    user_features: dict[str, NonNegativeInt]
+    """name → number of categories, without the unknown 0."""
+    side_features: dict[str, NonNegativeInt]
+    actions: NonNegativeInt
+    """Number of behaviours; 0 where the source maps none."""
+    has_ratings: bool
+    split: Split
+    counts: EventCounts
+    length_histogram: dict[int, PositiveInt]
+    """Power of two b → users with b ≤ events < 2b."""
+    shards: tuple[ShardEntry, ...]
+    items: tuple[FileEntry, ...]
+    vocabularies: tuple[FileEntry, ...]
+    quarantine: tuple[FileEntry, ...]
+    fingerprint: str
+    """Hash of all fields above but `name`: two recipes over the same data share it."""
+
+
+def build_manifest(**content: Any) -> DatasetManifest:
+    """A manifest with its fingerprint; takes the fields of DatasetManifest except `fingerprint`."""
+    draft = DatasetManifest(**content, fingerprint="")
+    return draft.model_copy(update={"fingerprint": _fingerprint(draft)})
+
+
+def write_manifest(url: str, manifest: DatasetManifest) -> None:
+    """Commit the data set in directory `url`; every file it names must have been written."""
+    storage.write_json(storage.join(url, MANIFEST), manifest.model_dump(mode="json"))
+
+
+def read_manifest(url: str) -> DatasetManifest:
+    """The manifest of the data set in directory `url`.
+
+    Raises:
+        ValueError: there is none, or it is damaged.
+    """
+    path = storage.join(url, MANIFEST)
+    try:
+        manifest = DatasetManifest.model_validate(storage.read_json(path))
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{path} does not exist, so no data set was prepared there; run `tandem prepare RECIPE`"
+        ) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{path} is damaged at {place!r} ({first['msg']}); {_MEND}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged (not valid JSON); {_MEND}") from error
+    if manifest.fingerprint != _fingerprint(manifest):
+        raise ValueError(f"{path} is damaged (its fingerprint does not match); {_MEND}")
+    return manifest
+
+
+def verify_shard(url: str, entry: FileEntry) -> None:
+    """Check size and hash of one file of the data set in directory `url`.
+
+    Raises:
+        ValueError: the file is missing or differs from the manifest.
+    """
+    path = storage.join(url, entry.path)
+    try:
+        digest = storage.sha256_file(path)
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is missing; {_MEND}") from error
+    if digest != entry.sha256:
+        raise ValueError(f"{path} is damaged (its sha256 differs from the manifest's); {_MEND}")
+
+
+def _fingerprint(manifest: DatasetManifest) -> str:
+    return storage.fingerprint(manifest.model_dump(mode="json", exclude={"name", "fingerprint"}))

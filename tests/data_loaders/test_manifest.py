@@ -1,0 +1,110 @@
+"""A manifest that is missing, edited or names a foreign path is refused in one sentence."""
+
+import json
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from configs import storage
+from configs.data import LeaveLastOut
+from data_loaders.manifest import (
+    DatasetManifest,
+    EventCounts,
+    FileEntry,
+    ShardEntry,
+    build_manifest,
+    read_manifest,
+    verify_shard,
+    write_manifest,
+)
+
+
+def _manifest(name: str = "toy", path: str = "sequences/part-00000.parquet") -> DatasetManifest:
+    return build_manifest(
+        name=name,
+        num_users=3,
+        num_items=5,
+        num_events=9,
+        user_features={"age": 2},
+        side_features={},
+        actions=0,
+        has_ratings=True,
+        split=LeaveLastOut(),
+        counts=EventCounts(
+            read=10, kept=9, quarantined={"duplicate": 1}, below_min_rating=0, core_removed=0
+        ),
+        length_histogram={2: 3},
+        shards=(
+            ShardEntry(
+                path=path,
+                rows=3,
+                bytes=4,
+                sha256=storage.sha256_bytes(b"data"),
+                first_user_id=1,
+                row_group_rows=(2, 1),
+                events=9,
+            ),
+        ),
+        items=(),
+        vocabularies=(),
+        quarantine=(),
+    )
+
+
+def test_round_trip_and_fingerprint_ignores_only_the_name(tmp_path: Path) -> None:
+    manifest = _manifest()
+    write_manifest(str(tmp_path), manifest)
+    assert read_manifest(str(tmp_path)) == manifest
+    assert _manifest(name="other").fingerprint == manifest.fingerprint
+    assert _manifest(path="sequences/part-00001.parquet").fingerprint != manifest.fingerprint
+
+
+def test_missing_manifest_says_what_to_run(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="does not exist.*tandem prepare"):
+        read_manifest(str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("num_users", 4, "fingerprint does not match"),
+        ("num_users", "many", "damaged at 'num_users'"),
+        ("surprise", 1, "damaged at 'surprise'"),
+    ],
+)
+def test_edited_manifest_is_refused(tmp_path: Path, key: str, value: object, message: str) -> None:
+    write_manifest(str(tmp_path), _manifest())
+    path = tmp_path / "manifest.json"
+    content = json.loads(path.read_text())
+    content[key] = value
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"{message}.*--force"):
+        read_manifest(str(tmp_path))
+
+
+def test_truncated_manifest_is_refused(tmp_path: Path) -> None:
+    write_manifest(str(tmp_path), _manifest())
+    path = tmp_path / "manifest.json"
+    path.write_text(path.read_text()[:100])
+    with pytest.raises(ValueError, match="not valid JSON.*--force"):
+        read_manifest(str(tmp_path))
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "../x", "a/../../x", "s3://bucket/x"])
+def test_paths_stay_below_the_manifest(path: str) -> None:
+    with pytest.raises(ValidationError, match="leaves"):
+        FileEntry(path=path, rows=0, bytes=0, sha256="")
+
+
+def test_damaged_and_missing_shards_are_named(tmp_path: Path) -> None:
+    manifest = _manifest()
+    shard = tmp_path / "sequences" / "part-00000.parquet"
+    with pytest.raises(ValueError, match="part-00000.parquet is missing.*--force"):
+        verify_shard(str(tmp_path), manifest.shards[0])
+    shard.parent.mkdir()
+    shard.write_bytes(b"data")
+    verify_shard(str(tmp_path), manifest.shards[0])
+    shard.write_bytes(b"date")
+    with pytest.raises(ValueError, match="part-00000.parquet is damaged.*--force"):
+        verify_shard(str(tmp_path), manifest.shards[0])
