@@ -7,9 +7,13 @@ every device, and the backward pass recomputes it instead of storing it.
 Shape legend: B sequences, T total tokens, C channels (product of the trailing dimensions).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from models.ops import native
 from models.ops.hashing import GOLDEN_32, GOLDEN_64, as_signed, mix32, mix64, mix64_int, split_words
 from models.ops.jagged import positions_in_sequence, segment_ids
 
@@ -34,7 +38,12 @@ def keyed_dropout(x: Tensor, keys: Tensor, p: float, salt: int) -> Tensor:
     """
     if not 0.0 <= p < 1.0:
         raise ValueError(f"dropout probability must be in [0, 1), got {p}")
-    return x if p == 0.0 else keyed_dropout_reference(x, keys, p, salt)
+    if p == 0.0:
+        return x
+    if x.dtype != torch.float32 or not native.runs_native(x):
+        return keyed_dropout_reference(x, keys, p, salt)
+    out: Tensor = _NativeDropout.apply(x, _salted(keys, salt), p)
+    return out
 
 
 def keyed_dropout_reference(x: Tensor, keys: Tensor, p: float, salt: int) -> Tensor:
@@ -45,7 +54,7 @@ def keyed_dropout_reference(x: Tensor, keys: Tensor, p: float, salt: int) -> Ten
 
 def keep_mask(keys: Tensor, channels: int, p: float, salt: int) -> Tensor:
     """The mask itself: bool [T, C]."""
-    low, high = split_words(mix64(keys + as_signed(salt * GOLDEN_64)))
+    low, high = split_words(_salted(keys, salt))
     channel = torch.arange(channels, device=keys.device) * GOLDEN_32
     return mix32(low[:, None] + channel, high[:, None]) >= drop_threshold(p)
 
@@ -53,3 +62,36 @@ def keep_mask(keys: Tensor, channels: int, p: float, salt: int) -> Tensor:
 def drop_threshold(p: float) -> int:
     """A 32-bit hash below this value drops its entry."""
     return round(p * 2**32)
+
+
+def _salted(keys: Tensor, salt: int) -> Tensor:
+    return mix64(keys + as_signed(salt * GOLDEN_64))
+
+
+class _NativeDropout(torch.autograd.Function):
+    """The kernel of csrc/keyed_dropout.cpp, which is its own derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, salted_keys: Tensor, p: float) -> Tensor:
+        ctx.save_for_backward(salted_keys)
+        ctx.p = p
+        return _apply_mask(x, salted_keys, p)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (salted_keys,) = ctx.saved_tensors
+        return _apply_mask(grads[0], salted_keys, ctx.p), None, None
+
+
+def _apply_mask(x: Tensor, salted_keys: Tensor, p: float) -> Tensor:
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    tokens = x.shape[0]
+    channels = x.numel() // max(tokens, 1)
+    native.call(
+        "tandem_keyed_dropout",
+        *(x, salted_keys, tokens, channels, drop_threshold(p), 1.0 / (1.0 - p)),
+        *(torch.get_num_threads(), out),
+    )
+    return out

@@ -9,11 +9,14 @@ Shape legend: B sequences, T total tokens, H heads, N max_len, Dqk and Dv widths
 """
 
 from decimal import ROUND_CEILING, Decimal
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from models.ops import native
 from models.ops.jagged import jagged_to_padded, padded_to_jagged
 
 TIME_BUCKETS = 129
@@ -23,6 +26,7 @@ _BUCKET_BASE = Decimal("0.301")
 TIME_THRESHOLDS = tuple(
     int((_BUCKET_BASE * k).exp().to_integral_value(ROUND_CEILING)) for k in range(1, TIME_BUCKETS)
 )
+_THRESHOLDS = torch.tensor(TIME_THRESHOLDS, dtype=torch.int64)
 
 
 def hstu_attention(
@@ -44,9 +48,23 @@ def hstu_attention(
     [2 N - 1]; ``ts_weight`` [129]. Differentiable in the five float tensors.
     Raises ValueError when a sequence is longer than ``max_len``.
     """
-    return hstu_attention_reference(
-        q, k, v, offsets, timestamps, next_timestamps, pos_weight, ts_weight, max_len
+    if not native.runs_native(q, k, v, pos_weight, ts_weight):
+        return hstu_attention_reference(
+            q, k, v, offsets, timestamps, next_timestamps, pos_weight, ts_weight, max_len
+        )
+    _check_arguments(q, k, v, offsets, pos_weight, ts_weight, max_len)
+    out: Tensor = _NativeAttention.apply(
+        q.float(),
+        k.float(),
+        v.float(),
+        offsets,
+        timestamps,
+        next_timestamps,
+        pos_weight.float(),
+        ts_weight.float(),
+        max_len,
     )
+    return out.to(v.dtype)
 
 
 def hstu_attention_reference(
@@ -89,8 +107,55 @@ def hstu_attention_reference(
 
 def time_buckets(elapsed: Tensor) -> Tensor:
     """clamp(floor(ln(max(|dt|, 1)) / 0.301), 0, 128) of int64 time differences, exactly."""
-    thresholds = torch.tensor(TIME_THRESHOLDS, dtype=torch.int64, device=elapsed.device)
-    return torch.bucketize(elapsed.abs(), thresholds, right=True)
+    return torch.bucketize(elapsed.abs(), _THRESHOLDS.to(elapsed.device), right=True)
+
+
+class _NativeAttention(torch.autograd.Function):
+    """The kernels of csrc/hstu_attention.cpp; the backward pass recomputes the weights."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        offsets: Tensor,
+        timestamps: Tensor,
+        next_timestamps: Tensor,
+        pos_weight: Tensor,
+        ts_weight: Tensor,
+        max_len: int,
+    ) -> Tensor:
+        index = (offsets, timestamps, next_timestamps)
+        tensors = (q, k, v, *(x.contiguous() for x in (*index, pos_weight, ts_weight)))
+        ctx.save_for_backward(*tensors)
+        ctx.max_len = max_len
+        out = torch.empty_like(v, memory_format=torch.contiguous_format)
+        native.call("tandem_hstu_forward", *_kernel_arguments(tensors, max_len), out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = ctx.saved_tensors
+        d_q, d_k, d_v, d_pos, d_ts = (
+            torch.empty_like(tensors[at], memory_format=torch.contiguous_format)
+            for at in (0, 1, 2, 6, 7)
+        )
+        arguments = _kernel_arguments(tensors, ctx.max_len)
+        d_out = grads[0].contiguous()
+        native.call("tandem_hstu_backward", *arguments, d_out, d_q, d_k, d_v, d_pos, d_ts)
+        return d_q, d_k, d_v, None, None, None, d_pos, d_ts, None
+
+
+def _kernel_arguments(tensors: tuple[Tensor, ...], max_len: int) -> list[Tensor | int]:
+    """The arguments that both kernels share, in their order."""
+    q, k, v, offsets, *rest = tensors
+    arguments: list[Tensor | int] = []
+    for x in (q, k, v):
+        arguments += native.token_rows(x)
+    sizes = (offsets.numel() - 1, q.shape[1], q.shape[2], v.shape[2], max_len)
+    return [*arguments, offsets, *rest, _THRESHOLDS, *sizes, torch.get_num_threads()]
 
 
 def _check_arguments(
