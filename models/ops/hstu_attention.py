@@ -80,11 +80,8 @@ def hstu_attention_reference(
 ) -> Tensor:
     """``hstu_attention`` in plain PyTorch: pads to [B, H, L, L], L the longest sequence."""
     _check_arguments(q, k, v, offsets, pos_weight, ts_weight, max_len)
-    total = q.shape[0]
-    if total == 0:
-        return v * 0.0
     dtype = torch.promote_types(q.dtype, torch.float32)
-    longest = int(offsets.diff().max())
+    longest = int(offsets.diff().max()) if offsets.numel() > 1 else 0
     q_p, k_p, v_p = (
         jagged_to_padded(x.to(dtype), offsets, longest).transpose(1, 2) for x in (q, k, v)
     )
@@ -102,7 +99,7 @@ def hstu_attention_reference(
     scores = q_p @ k_p.transpose(2, 3) + (position_bias + time_bias)[:, None]
     weights = functional.silu(scores) / max_len
     weights = weights.masked_fill(relative > 0, 0.0)
-    return padded_to_jagged((weights @ v_p).transpose(1, 2), offsets, total).to(v.dtype)
+    return padded_to_jagged((weights @ v_p).transpose(1, 2), offsets, q.shape[0]).to(v.dtype)
 
 
 def time_buckets(elapsed: Tensor) -> Tensor:

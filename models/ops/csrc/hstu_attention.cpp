@@ -23,15 +23,15 @@ constexpr int kTimeBuckets = 129;
 struct BucketTable {
   static constexpr int kCells = 57 * 16;
   static constexpr std::int64_t kLargest = std::int64_t(1) << 56;  // beyond the last threshold
-  std::int32_t below[kCells];      // thresholds <= the cell's first integer - 1
-  std::int64_t threshold[kCells];  // the next threshold
+  std::int32_t reached[kCells];    // thresholds <= the cell's first integer
+  std::int64_t threshold[kCells];  // the next one
 
   explicit BucketTable(const std::int64_t* thresholds) {
     for (int cell = 0; cell < kCells; ++cell) {
-      const double start = std::ldexp(1.0 + (cell % 16) / 16.0, cell / 16);
+      const double first = std::ceil(std::ldexp(1.0 + (cell % 16) / 16.0, cell / 16));
       int count = 0;
-      while (count < kTimeBuckets - 1 && double(thresholds[count]) < start) ++count;
-      below[cell] = count;
+      while (count < kTimeBuckets - 1 && double(thresholds[count]) <= first) ++count;
+      reached[cell] = count;
       threshold[cell] = count < kTimeBuckets - 1 ? thresholds[count] : INT64_MAX;
     }
   }
@@ -44,7 +44,7 @@ struct BucketTable {
     std::int64_t bits;
     std::memcpy(&bits, &x, sizeof bits);
     const std::int64_t cell = (bits >> 48) - (1023 << 4);
-    return below[cell] + (d >= threshold[cell] ? 1 : 0);
+    return reached[cell] + (d >= threshold[cell] ? 1 : 0);
   }
 };
 
