@@ -1,0 +1,77 @@
+"""The process group of a worker group, and the few collectives the rest of the code needs."""
+
+import os
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Device = Literal["cpu", "cuda"]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class DistributedContext:
+    """This process's place among the ranks; every method is collective."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks, in place; returns `tensor`."""
+        return self._reduce(tensor, dist.ReduceOp.SUM)
+
+    def all_reduce_max(self, tensor: Tensor) -> Tensor:
+        """Maximum over ranks, in place; returns `tensor`."""
+        return self._reduce(tensor, dist.ReduceOp.MAX)
+
+    def _reduce(self, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
+        if self.world_size > 1:
+            dist.all_reduce(tensor, op)
+        return tensor
+
+    def all_gather_object(self, value: T) -> list[T]:
+        """`value` of every rank, by rank (pickled: for small things)."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def broadcast_object(self, value: T, source: int = 0) -> T:
+        """`value` of rank `source` on every rank (pickled: for small things)."""
+        if self.world_size == 1:
+            return value
+        box: list[Any] = [value]
+        dist.broadcast_object_list(box, source)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        if self.world_size > 1:
+            dist.barrier()
+
+
+def current_context(device: Device) -> DistributedContext:
+    """The context of this process; makes the process group if nobody has.
+
+    A worker of a Ray Train group already has one. Otherwise RANK, WORLD_SIZE, MASTER_ADDR and
+    MASTER_PORT describe it, and without them this process is a world of one.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", device)
+    if not dist.is_initialized():
+        backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
+        if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+            dist.init_process_group(backend)
+        else:
+            dist.init_process_group(
+                backend, store=dist.HashStore(), rank=0, world_size=1
+            )
+    place = torch.device(device)
+    if device == "cuda":
+        place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(place)
+    return DistributedContext(dist.get_rank(), dist.get_world_size(), place)
