@@ -33,14 +33,22 @@ class LossModule(Protocol):
 
     model: SequenceModel
 
-    def required_ids(self, inputs: Any) -> dict[str, Tensor]:
-        """Table → ids [n] int64 that `forward` wants rows of, in its order; ids may repeat."""
+    def required_ids(self, inputs: Any) -> dict[str, dict[str, Tensor]]:
+        """Table → feature → int64 ids (any shape) whose rows `forward` wants; ids may repeat."""
 
     def weight(self, inputs: Any) -> Tensor:
         """Scalar count of valid terms, known before the forward."""
 
-    def forward(self, inputs: Any, embeddings: dict[str, Tensor]) -> LossOutput:
-        """Loss from table → rows [n, D] of `required_ids`."""
+    def forward(
+        self, inputs: Any, rows: dict[str, Tensor], index: dict[str, dict[str, Tensor]]
+    ) -> LossOutput:
+        """Loss of one micro batch.
+
+        Args:
+            inputs: what `required_ids` was given.
+            rows: table → [U, D], the distinct rows of the whole step; the row of id 0 is zeros.
+            index: table → feature → positions in `rows`, shaped like the feature's ids.
+        """
 
 
 @dataclass(frozen=True)

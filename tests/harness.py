@@ -107,7 +107,7 @@ def _rank_main(
     try:
         fn, args = cloudpickle.loads(payload)
         answer = (True, fn(*args))
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - whatever it is, the caller reports it
         answer = (False, traceback.format_exc())
     pipe.send_bytes(cloudpickle.dumps(answer))
     pipe.close()
