@@ -7,12 +7,11 @@ the side feature is a function of the item. It is a pure function of its argumen
 Shape legend: U users, T events of all users, V items.
 """
 
-import math
+import itertools
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
 from configs import storage
 from configs.data import LeaveLastOut
@@ -24,7 +23,7 @@ from data_loaders.manifest import (
     build_manifest,
     write_manifest,
 )
-from models.ops.hashing import mix64, mix64_int
+from data_loaders.sampler import hashes
 
 STRIDES = (1, 2, 3, 5)
 """Stride of each user segment's cycle through the items."""
@@ -65,7 +64,7 @@ def write_synthetic(
     bounds += [num_users] * empty_shards
     shards = tuple(
         _write_shard(url, index, table.slice(first, last - first), first + 1, rows_per_group)
-        for index, (first, last) in enumerate(zip(bounds[:-1], bounds[1:]))
+        for index, (first, last) in enumerate(itertools.pairwise(bounds))
     )
     vocabularies = {}
     if features:
@@ -101,9 +100,8 @@ def write_synthetic(
 
 
 def _uniform(seed: int, stream: int, count: int) -> np.ndarray:
-    """float64 [count] in [0, 1); hashes, so that no library's generator can change the data."""
-    start = mix64_int(mix64_int(seed) + stream) >> 1
-    bits = mix64(torch.arange(count) + (start & ((1 << 62) - 1))).numpy().view(np.uint64)
+    """float64 [count] in [0, 1)."""
+    bits = hashes(count, seed, stream).view(np.uint64)
     return (bits >> np.uint64(11)).astype(np.float64) / 2.0**53
 
 
@@ -224,5 +222,5 @@ def _write_vocabulary(url: str, name: str, values: list[str]) -> FileEntry:
 
 
 def _histogram(length: np.ndarray) -> dict[int, int]:
-    buckets, users = np.unique(np.floor(np.log2(length)).astype(int), return_counts=True)
-    return {math.floor(2**bucket): int(n) for bucket, n in zip(buckets.tolist(), users)}
+    exponents = np.bincount(np.floor(np.log2(length)).astype(np.int64))
+    return {2**exponent: int(users) for exponent, users in enumerate(exponents) if users}
