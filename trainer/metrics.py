@@ -1,0 +1,126 @@
+"""Full-catalogue ranking metrics that merge over ranks through two plain tensors.
+
+One relevant item a user (the held-out one), so recall@k is the hit rate and the ideal DCG is 1.
+Protocol: algorithms reference §8; definitions as in the HSTU repository (arXiv 2402.17152, §4.1).
+
+Shape legend: B users of a batch, K recommended items a user, V items of the catalogue.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+GROUPS = ("", "/head", "/tail")
+"""Key suffixes: every user, users whose target is popular, the other users."""
+
+
+def head_mask(train_counts: Tensor, head_share: float) -> Tensor:
+    """Mark the most popular items.
+
+    Args:
+        train_counts: [V] occurrences of items 1…V in training data.
+        head_share: share of items (not of events) that is the head, in (0, 1).
+
+    Returns:
+        [V+1] bool by item id; id 0 is padding and never head. Equal counts: the lower id is first.
+    """
+    order = torch.argsort(train_counts, descending=True, stable=True)
+    head = order[: max(1, round(head_share * train_counts.numel()))]
+    mask = torch.zeros(train_counts.numel() + 1, dtype=torch.bool, device=train_counts.device)
+    mask[head + 1] = True
+    return mask
+
+
+class RankingMetrics:
+    """HR@k, NDCG@k, MRR (also split by popularity of the target) and catalogue coverage@k.
+
+    Each rank updates its own object. Then, over all ranks, `sums()` is all-reduced by SUM and
+    `covered()` by MAX, and `result(sums, covered)` holds the metrics of all users.
+    """
+
+    def __init__(self, ks: Sequence[int], is_head: Tensor) -> None:
+        """Start empty.
+
+        Args:
+            ks: cut-offs, at most 255 distinct positive ones.
+            is_head: [V+1] bool by item id (`head_mask`); its device is where sums are kept.
+        """
+        self.ks = tuple(sorted(set(ks)))
+        assert self.ks and self.ks[0] > 0 and len(self.ks) <= 255, f"bad cut-offs {ks}"
+        self._is_head = is_head
+        self._cutoffs = torch.tensor(self.ks, device=is_head.device)
+        columns = 2 + 2 * len(self.ks)  # users, 1/rank, hits per k, gains per k
+        self._sums = torch.zeros(len(GROUPS), columns, dtype=torch.float64, device=is_head.device)
+        self._covered = torch.zeros(is_head.numel(), dtype=torch.uint8, device=is_head.device)
+
+    @property
+    def num_items(self) -> int:
+        """V."""
+        return self._is_head.numel() - 1
+
+    def update(self, ranks: Tensor, target_ids: Tensor, top_ids: Tensor) -> None:
+        """Add users.
+
+        Args:
+            ranks: [B] int64, place of the target among the user's candidates, 1 = first.
+            target_ids: [B] int64, held-out item, 1…V.
+            top_ids: [B, K] int64, recommended items, best first; 0 = none left. Where K is below
+                the largest cut-off (a small catalogue), coverage counts what is there.
+        """
+        device = self._sums.device
+        ranks, target_ids, top_ids = (x.to(device) for x in (ranks, target_ids, top_ids))
+        place = ranks.to(torch.float64).unsqueeze(1)  # [B, 1]
+        hits = (place <= self._cutoffs).to(torch.float64)  # [B, len(ks)]
+        gains = hits / torch.log2(place + 1)
+        terms = torch.cat([torch.ones_like(place), 1 / place, hits, gains], dim=1)
+        head = self._is_head[target_ids].to(torch.float64)
+        groups = torch.stack([torch.ones_like(head), head, 1 - head])  # [3, B]
+        self._sums += groups @ terms
+        self._cover(top_ids[:, : self.ks[-1]])
+
+    def _cover(self, top_ids: Tensor) -> None:
+        # An item's level is the number of cut-offs that include its best position so far, so that
+        # one byte an item and one MAX over ranks give the coverage of every cut-off.
+        position = torch.arange(1, top_ids.shape[1] + 1, device=top_ids.device)
+        levels = (self._cutoffs >= position.unsqueeze(1)).sum(1).to(torch.uint8)  # [K]
+        self._covered.scatter_reduce_(
+            0, top_ids.reshape(-1), levels.expand(top_ids.shape).reshape(-1), "amax"
+        )
+
+    def sums(self) -> Tensor:
+        """Copy of this rank's sums, [3, 2 + 2·len(ks)] float64; add over ranks."""
+        return self._sums.clone()
+
+    def covered(self) -> Tensor:
+        """Copy of this rank's coverage levels, [V+1] uint8; take the maximum over ranks."""
+        return self._covered.clone()
+
+    def result(self, sums: Tensor | None = None, covered: Tensor | None = None) -> dict[str, float]:
+        """Metrics of the reduced tensors, or of this rank alone where they are not given.
+
+        Returns:
+            `users`, `mrr`, `hr@k`, `ndcg@k`, each also with `/head` and `/tail` where that group
+            has users, and `coverage@k` = distinct recommended items / V.
+
+        Raises:
+            ValueError: no user was measured.
+        """
+        table = (self._sums if sums is None else sums).tolist()
+        if table[0][0] == 0:
+            raise ValueError(
+                "no user was measured: the split leaves no target in this part of the data; "
+                "check data.split, or evaluate another part"
+            )
+        names = ["mrr", *(f"hr@{k}" for k in self.ks), *(f"ndcg@{k}" for k in self.ks)]
+        result: dict[str, float] = {}
+        for suffix, (users, *totals) in zip(GROUPS, table, strict=True):
+            result[f"users{suffix}"] = users
+            if users:
+                means = {f"{n}{suffix}": t / users for n, t in zip(names, totals, strict=True)}
+                result.update(means)
+        levels = (self._covered if covered is None else covered)[1:]
+        for index, k in enumerate(self.ks):
+            distinct = int((levels >= len(self.ks) - index).sum())
+            result[f"coverage@{k}"] = distinct / self.num_items
+        return result

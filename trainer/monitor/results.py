@@ -1,0 +1,311 @@
+"""What an evaluation leaves behind: `results.json` and `recommendations.json`, typed.
+
+Numbers are comparable only under one protocol; `compare` refuses anything else.
+"""
+
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Literal
+
+from pydantic import FiniteFloat, NonNegativeInt, model_validator
+
+from configs.base import Config
+from configs.storage import fingerprint, read_json, write_json
+
+RESULTS_FILE = "results.json"
+RECOMMENDATIONS_FILE = "recommendations.json"
+PACKAGES = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "deepspeed", "ray", "pyarrow")
+MODEL_ORDER = ("popularity", "pretrained", "aligned")
+HALVES = ("head", "tail")
+Part = Literal["validation", "test"]
+Metrics = dict[str, FiniteFloat]
+
+
+class Protocol(Config):
+    """What was asked of the models. Equal fingerprints mean: the same task on the same data."""
+
+    data: str
+    """Fingerprint of the prepared data set's manifest."""
+    split: dict[str, Any]
+    filter_seen: bool
+    candidates: Literal["full catalogue"] = "full catalogue"
+    head_share: float
+    ks: tuple[int, ...]
+    """Cut-offs that were measured; not in the fingerprint, since each stands for itself."""
+    fingerprint: str
+
+    @model_validator(mode="after")
+    def _fingerprint_is_its_own(self) -> "Protocol":
+        if self.fingerprint != fingerprint(_identity(self.model_dump(mode="json"))):
+            raise ValueError(
+                f"protocol.fingerprint {self.fingerprint[:12]} does not belong to the protocol it "
+                "stands beside: the file was edited; run `tandem evaluate` again"
+            )
+        return self
+
+
+def build_protocol(
+    data_fingerprint: str,
+    split: Mapping[str, Any],
+    filter_seen: bool,
+    head_share: float,
+    ks: Sequence[int],
+) -> Protocol:
+    """The protocol with its fingerprint.
+
+    Args:
+        data_fingerprint: `fingerprint` of the data set's manifest.
+        split: `recipe.data.split` as JSON.
+        filter_seen: whether items of a user's history are left out of the candidates.
+        head_share: share of items that counts as head.
+        ks: cut-offs measured.
+    """
+    fields = {
+        "data": data_fingerprint,
+        "split": dict(split),
+        "filter_seen": filter_seen,
+        "candidates": "full catalogue",
+        "head_share": head_share,
+    }
+    return Protocol.model_validate(
+        {**fields, "ks": sorted(set(ks)), "fingerprint": fingerprint(_identity(fields))}
+    )
+
+
+def _identity(protocol: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in protocol.items() if k not in ("ks", "fingerprint")}
+
+
+class ModelResult(Config):
+    """Numbers of one model; a part that was not measured is null."""
+
+    validation: Metrics | None = None
+    test: Metrics | None = None
+    preferences: Metrics = {}
+    """Over the held-out preference pairs: `accuracy`, `margin`, … (empty: not measured)."""
+    checkpoint: str | None = None
+    """Hash of the checkpoint that was measured."""
+
+
+class PreferenceCounts(Config):
+    """Preference pairs of the alignment stage."""
+
+    pairs: NonNegativeInt
+    validation_pairs: NonNegativeInt
+
+
+class Results(Config):
+    """Content of `results.json`."""
+
+    name: str
+    seed: int
+    protocol: Protocol
+    recipe: dict[str, Any]
+    """The resolved recipe."""
+    versions: dict[str, str]
+    models: dict[str, ModelResult]
+    """`popularity`, `pretrained`, `aligned`, or other names."""
+    preferences: PreferenceCounts | None = None
+
+    def ordered_models(self) -> tuple[str, ...]:
+        """Model names: the usual three in their order, then the others by name."""
+        known = [name for name in MODEL_ORDER if name in self.models]
+        return (*known, *sorted(set(self.models) - set(known)))
+
+    def metrics(self, model: str, part: Part) -> Metrics:
+        """Numbers of a model on a part, preference numbers as `preference/<name>` beside them."""
+        result = self.models[model]
+        measured = result.test if part == "test" else result.validation
+        pairs = {f"preference/{name}": value for name, value in result.preferences.items()}
+        return {} if measured is None else {**measured, **pairs}
+
+
+def library_versions() -> dict[str, str]:
+    """Python's and the stack's versions as installed here; what is absent is left out."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def write_results(url: str, results: Results) -> None:
+    """Write `results.json`, whole or not at all."""
+    write_json(url, results.model_dump(mode="json"))
+
+
+def read_results(url: str) -> Results:
+    """Read `results.json`; a damaged or foreign one raises ValueError that names it."""
+    return _parsed(Results, url)
+
+
+class NamedItem(Config):
+    """An item of the catalogue."""
+
+    item: str
+    """Raw id."""
+    title: str = ""
+
+    @property
+    def label(self) -> str:
+        """The title, or the raw id where the catalogue has none."""
+        return self.title or f"item {self.item}"
+
+
+class ScoredItem(NamedItem):
+    """A recommended item."""
+
+    score: FiniteFloat
+
+
+class UserRecommendations(Config):
+    """What one user is offered."""
+
+    user: str
+    history: tuple[NamedItem, ...]
+    """Newest first."""
+    recommended: tuple[ScoredItem, ...]
+    """Best first."""
+
+
+class Recommendations(Config):
+    """Content of `recommendations.json`."""
+
+    model: str
+    """Which model recommends: `aligned`, `pretrained`."""
+    history: Literal["liked", "recent"]
+    """What the shown history is: items rated as liked, or simply the last ones."""
+    users: tuple[UserRecommendations, ...]
+
+
+def write_recommendations(url: str, recommendations: Recommendations) -> None:
+    """Write `recommendations.json`, whole or not at all."""
+    write_json(url, recommendations.model_dump(mode="json"))
+
+
+def read_recommendations(url: str) -> Recommendations:
+    """Read `recommendations.json`; a damaged or foreign one raises ValueError that names it."""
+    return _parsed(Recommendations, url)
+
+
+def _parsed[C: Config](kind: type[C], url: str) -> C:
+    try:
+        return kind.model_validate(read_json(url))
+    except ValueError as error:
+        raise ValueError(f"{url} cannot be read: {error}") from error
+
+
+class Change(Config):
+    """A metric of one model in two results."""
+
+    model: str
+    metric: str
+    before: float
+    after: float
+
+    @property
+    def delta(self) -> float:
+        """after − before."""
+        return self.after - self.before
+
+
+def compare(before: Results, after: Results, part: Part = "test") -> tuple[Change, ...]:
+    """Changes of every metric that both results have for a model of the same name.
+
+    Raises:
+        ValueError: the results were measured under different protocols, or share no number.
+    """
+    if before.protocol.fingerprint != after.protocol.fingerprint:
+        old, new = (_identity(r.protocol.model_dump(mode="json")) for r in (before, after))
+        differing = ", ".join(
+            f"{k} ({_short(old[k])} against {_short(new[k])})" for k in old if old[k] != new[k]
+        )
+        raise ValueError(
+            f"cannot compare {before.name!r} with {after.name!r}: their protocols differ in "
+            f"{differing}, so the numbers answer different questions; evaluate both under one"
+        )
+    changes = tuple(
+        Change(model=model, metric=metric, before=value, after=after.metrics(model, part)[metric])
+        for model in before.ordered_models()
+        if model in after.models
+        for metric, value in before.metrics(model, part).items()
+        if metric in after.metrics(model, part)
+    )
+    if not changes:
+        raise ValueError(
+            f"{before.name!r} and {after.name!r} have no {part} metric of a model in common"
+        )
+    return changes
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:12]}…"
+
+
+class TableRow(Config):
+    """One metric over the models, and what alignment did to it."""
+
+    group: str
+    """Heading it belongs under."""
+    label: str
+    metric: str
+    values: dict[str, float | None]
+    """Model → number; None where it was not measured."""
+    delta: float | None
+    """aligned − pretrained; None where either is missing."""
+
+    @property
+    def relative(self) -> float | None:
+        """The delta as a share of the pretrained number."""
+        base = self.values.get("pretrained")
+        return None if self.delta is None or not base else self.delta / abs(base)
+
+
+def table_rows(results: Results, part: Part) -> tuple[TableRow, ...]:
+    """The results table, in reading order; the head/tail split at the cut-off nearest to 10."""
+    metrics = {name: results.metrics(name, part) for name in results.ordered_models()}
+    measured = {metric for values in metrics.values() for metric in values}
+    ks = results.protocol.ks
+    near = min(ks, key=lambda k: abs(k - 10))
+    split = [(f"{m.upper()}@{near} {g}", f"{m}@{near}/{g}") for m in ("hr", "ndcg") for g in HALVES]
+    preferences = sorted(m for m in measured if m.startswith("preference/"))
+    layout = [
+        ("Hit rate", [(f"HR@{k}", f"hr@{k}") for k in ks]),
+        ("Ranking", [*((f"NDCG@{k}", f"ndcg@{k}") for k in ks), ("MRR", "mrr")]),
+        ("Popular and rare targets", split),
+        ("Catalogue coverage", [(f"Coverage@{k}", f"coverage@{k}") for k in ks]),
+        ("Held-out preferences", [(m.split("/")[1].capitalize(), m) for m in preferences]),
+    ]
+    return tuple(
+        _row(group, label, metric, metrics)
+        for group, entries in layout
+        for label, metric in entries
+        if metric in measured
+    )
+
+
+
+def _row(group: str, label: str, metric: str, metrics: Mapping[str, Metrics]) -> TableRow:
+    values = {model: numbers.get(metric) for model, numbers in metrics.items()}
+    before, after = values.get("pretrained"), values.get("aligned")
+    delta = None if before is None or after is None else after - before
+    return TableRow(group=group, label=label, metric=metric, values=values, delta=delta)
+
+
+def sampling_note(results: Results, part: Part) -> str | None:
+    """How far HR@10 of one model may be off by the choice of users alone, in a sentence."""
+    for model in reversed(results.ordered_models()):
+        metrics = results.metrics(model, part)
+        share, users = metrics.get("hr@10"), metrics.get("users")
+        if share is not None and users:
+            error = math.sqrt(share * (1 - share) / users)
+            return (
+                f"With {users:,.0f} users, one standard error of HR@10 is about {error:.4f}; "
+                "smaller differences between models may be chance."
+            )
+    return None

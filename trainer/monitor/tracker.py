@@ -1,0 +1,170 @@
+"""Numbers of a training stage over its steps: TensorBoard event files and `metrics.jsonl`.
+
+A row is one JSON object a line: `{"step", "epoch", "time", "values": {tag: number or null}}`; null
+stands for a number that was not finite. Tags are `train/<name>` (each log interval: loss, lr, the
+objective's metrics, tokens_per_s, …) and `validation/<name>` (ranking or preference metrics).
+"""
+
+import json
+import math
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+
+from torch.utils.tensorboard import SummaryWriter
+
+from configs.storage import (
+    absolute,
+    exists,
+    filesystem,
+    is_local,
+    join,
+    make_directory,
+    read_bytes,
+    remove,
+    write_bytes,
+)
+
+METRICS_FILE = "metrics.jsonl"
+EVENTS_DIRECTORY = "tensorboard"
+
+
+@dataclass(frozen=True)
+class MetricRow:
+    """Numbers of one step."""
+
+    step: int
+    epoch: int
+    time: float
+    """Seconds since the epoch."""
+    values: dict[str, float]
+    """Tag → number; nan where it was not finite."""
+
+
+class Tracker:
+    """Writes the numbers of one stage; only rank 0 has one.
+
+    On a file system of this machine rows are appended as they come. On other storage, which cannot
+    append, both files are kept in a temporary directory and published whole by `flush`; call it
+    before a checkpoint is committed, so that a resumed stage finds every row up to its step.
+    """
+
+    def __init__(self, directory_url: str, resumed_step: int | None = None) -> None:
+        """Open the stage's directory.
+
+        Args:
+            directory_url: any fsspec URL; created if absent.
+            resumed_step: step of the checkpoint that training goes on from: later rows, which will
+                be made again, are dropped. None begins afresh and drops all.
+        """
+        self._url = absolute(directory_url)
+        make_directory(self._url)
+        self._published = not is_local(self._url)
+        self._local = tempfile.mkdtemp(prefix="tandem-") if self._published else self._url
+        kept = [] if resumed_step is None else _rows_until(self._url, resumed_step)
+        write_bytes(join(self._url, METRICS_FILE), _encode(kept))
+        if self._published:
+            write_bytes(join(self._local, METRICS_FILE), _encode(kept))
+        events = join(self._url, EVENTS_DIRECTORY)
+        if resumed_step is None:
+            remove(events)
+        self._events = SummaryWriter(
+            join(self._local, EVENTS_DIRECTORY),
+            purge_step=None if resumed_step is None else resumed_step + 1,
+        )
+        self._rows = open(join(self._local, METRICS_FILE), "ab")  # noqa: SIM115 - closed by close()
+
+    def log(self, step: int, values: Mapping[str, float], *, epoch: int) -> None:
+        """Append a row and send its numbers to TensorBoard.
+
+        Args:
+            step: optimizer steps done.
+            values: tag → number, see the module's docstring for tags.
+            epoch: epoch of that step, counted from 0.
+        """
+        row = MetricRow(step, epoch, time.time(), dict(values))
+        self._rows.write(_encode([row]))
+        self._rows.flush()
+        for tag, value in row.values.items():
+            self._events.add_scalar(tag, value, step, walltime=row.time)
+
+    def flush(self) -> None:
+        """Make everything logged so far durable where the run lies."""
+        self._events.flush()
+        self._rows.flush()
+        os.fsync(self._rows.fileno())
+        if self._published:
+            self._publish()
+
+    def close(self) -> None:
+        """Flush and let go of the files."""
+        if self._rows.closed:
+            return
+        self.flush()
+        self._rows.close()
+        self._events.close()
+        if self._published:
+            self._publish()
+            shutil.rmtree(self._local)
+
+    def __enter__(self) -> "Tracker":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _publish(self) -> None:
+        write_bytes(join(self._url, METRICS_FILE), read_bytes(join(self._local, METRICS_FILE)))
+        target = join(self._url, EVENTS_DIRECTORY)
+        make_directory(target)
+        fs, path = filesystem(target)
+        for name in sorted(os.listdir(join(self._local, EVENTS_DIRECTORY))):
+            fs.put_file(join(self._local, EVENTS_DIRECTORY, name), f"{path}/{name}")
+
+
+def read_rows(directory_url: str) -> list[MetricRow]:
+    """Rows of a stage in the order written; empty where the stage has not logged yet.
+
+    A last line without its end is what a killed process left and is passed over.
+
+    Raises:
+        ValueError: another line is damaged.
+    """
+    url = join(directory_url, METRICS_FILE)
+    if not exists(url):
+        return []
+    *lines, _unfinished = read_bytes(url).split(b"\n")
+    return [_decode(line, url, number) for number, line in enumerate(lines, 1)]
+
+
+def _rows_until(directory_url: str, step: int) -> list[MetricRow]:
+    return [row for row in read_rows(directory_url) if row.step <= step]
+
+
+def _decode(line: bytes, url: str, number: int) -> MetricRow:
+    try:
+        row = json.loads(line)
+        values = {k: math.nan if v is None else float(v) for k, v in row["values"].items()}
+        return MetricRow(int(row["step"]), int(row["epoch"]), float(row["time"]), values)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"line {number} of {url} is damaged ({error}); delete that line, or the file"
+        ) from error
+
+
+def _encode(rows: Sequence[MetricRow]) -> bytes:
+    return b"".join(json.dumps(_object(row)).encode() + b"\n" for row in rows)
+
+
+def _object(row: MetricRow) -> dict[str, object]:
+    finite = {tag: v if math.isfinite(v) else None for tag, v in row.values.items()}
+    return {"step": row.step, "epoch": row.epoch, "time": row.time, "values": finite}
