@@ -1,0 +1,43 @@
+"""From a recipe's model block to a module: one `match` arm per architecture."""
+
+from typing import assert_never
+
+from configs.models import HSTUConfig, InitConfig, Model, SASRecConfig
+from models.base import CatalogueSizes, SequenceModel, TableSpec
+from models.hstu import HSTU
+from models.sasrec import SASRec
+
+
+def build_model(
+    config: Model, sizes: CatalogueSizes, tables: InitConfig, max_length: int
+) -> SequenceModel:
+    """The dense half that `config` names, for sequences of at most `max_length` kept events.
+
+    Raises ValueError where the model names a feature that the data set does not have.
+    """
+    specs = table_specs(config, sizes, tables)
+    match config:
+        case HSTUConfig():
+            return HSTU(config, specs, max_length)
+        case SASRecConfig():
+            return SASRec(config, specs, max_length)
+        case _:
+            assert_never(config)
+
+
+def table_specs(config: Model, sizes: CatalogueSizes, tables: InitConfig) -> tuple[TableSpec, ...]:
+    """The tables that a model of this config describes: item, then user_<f>, then side_<f>."""
+    rows = {"item": sizes.num_items + 1}
+    rows |= _feature_rows("user", config.user_features, sizes.user_features)
+    rows |= _feature_rows("side", config.side_features, sizes.side_features)
+    return tuple(TableSpec(name, count, config.width, tables.std) for name, count in rows.items())
+
+
+def _feature_rows(kind: str, names: tuple[str, ...], known: dict[str, int]) -> dict[str, int]:
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(
+            f"model.{kind}_features names {unknown}, but the prepared data set has "
+            f"{sorted(known)}; map it in data.source and prepare again, or remove it from the model"
+        )
+    return {f"{kind}_{name}": known[name] + 1 for name in names}

@@ -1,0 +1,54 @@
+"""What an objective is to the training step: ids wanted, rows given, a sum of losses returned.
+
+Apart from parallelize.py so that objectives and their tests load neither TorchRec nor DeepSpeed.
+
+Shape legend: U unique rows of a table in a step, D width.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from models.base import SequenceModel
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """What a loss module returns for a micro batch."""
+
+    loss_sum: Tensor
+    """Scalar float32, sum over the micro batch's valid terms."""
+    metrics: dict[str, Tensor]
+    """Scalar float32 sums without gradient, to be divided by the global weight."""
+
+
+class ModelInputs(Protocol):
+    """One micro batch of an objective."""
+
+    def to(self, device: torch.device | str) -> "ModelInputs":
+        """Copy on `device`."""
+
+
+class LossModule(Protocol):
+    """An nn.Module that turns looked-up embeddings into a loss."""
+
+    model: SequenceModel
+
+    def required_ids(self, inputs: Any) -> dict[str, dict[str, Tensor]]:
+        """Table → feature → int64 ids of any shape whose rows `forward` wants; ids may repeat."""
+
+    def weight(self, inputs: Any) -> Tensor:
+        """Scalar float32 count of valid terms, known before the forward."""
+
+    def forward(
+        self, inputs: Any, rows: dict[str, Tensor], index: dict[str, dict[str, Tensor]]
+    ) -> LossOutput:
+        """Loss of a micro batch.
+
+        Args:
+            inputs: what `required_ids` saw.
+            rows: table → unique rows [U, D] float32 of the whole step; the row of id 0 is zero.
+            index: table → feature → positions into `rows`, shaped as in `required_ids`.
+        """
