@@ -9,13 +9,10 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import TextIO
 
-import torch
-
-from trainer.monitor.throughput import Memory, Speed, Throughput, memory_in_use
+from trainer.monitor.throughput import Memory, Speed
 
 TERMINAL_EVERY_S = 0.1
 LINE_EVERY_S = 5.0
@@ -30,10 +27,8 @@ class Progress:
         self,
         stage: str,
         total_steps: int,
-        throughput: Throughput,
-        device: torch.device,
-        *,
         start_step: int = 0,
+        *,
         say: Callable[[str], None] | None = None,
         stream: TextIO | None = None,
         every_s: float | None = None,
@@ -44,8 +39,6 @@ class Progress:
         Args:
             stage: word that begins each line.
             total_steps: optimizer steps of the whole stage.
-            throughput: counts tokens; its first window should start now.
-            device: whose memory is shown.
             start_step: steps done before this process (a resumed stage).
             say: receives whole lines instead of `stream` (a worker's way to the terminal).
             stream: where to print; standard output unless told.
@@ -53,7 +46,6 @@ class Progress:
             clock: seconds, for tests.
         """
         self._stage, self._total, self._first = stage, total_steps, start_step
-        self._throughput, self._device = throughput, device
         self._stream = sys.stdout if stream is None else stream
         self._say = say
         self._in_place = say is None and self._stream.isatty()
@@ -65,41 +57,29 @@ class Progress:
         self._line = ""
         self._pending = False
 
-    def advance(self, tokens: int) -> None:
-        """Count the tokens of a step, summed over all ranks; prints nothing."""
-        self._throughput.add(tokens)
-
-    def paused(self) -> AbstractContextManager[None]:
-        """Context whose time does not count in tokens/s and MFU: validation, saving."""
-        return self._throughput.paused()
-
-    def report(
-        self, step: int, epoch: int, loss: float, metrics: Mapping[str, float] | None = None
-    ) -> dict[str, float]:
+    def update(
+        self,
+        step: int,
+        epoch: int,
+        loss: float,
+        speed: Speed,
+        memory: Memory,
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
         """Tell of the newest step; printed now if the last line is old enough or this is the end.
 
         Args:
             step: optimizer steps done, of the whole stage.
             epoch: epoch of that step, counted from 0.
             loss: mean loss of the step over all ranks.
+            speed: since the last update.
+            memory: of this process.
             metrics: further numbers worth a glance, by name.
-
-        Returns:
-            What was measured since the last report: `tokens_per_s`, `mfu` (where a peak is known),
-            `rss_bytes` and, on CUDA, `device_bytes`.
         """
-        speed, memory = self._throughput.read(), memory_in_use(self._device)
         self._line = self._render(step, epoch, loss, speed, memory, metrics or {})
         self._pending = True
         if step >= self._total or self._clock() - self._shown_at >= self._every_s:
             self._show()
-        measured = {
-            "tokens_per_s": speed.tokens_per_s,
-            "mfu": speed.mfu,
-            "rss_bytes": memory.rss,
-            "device_bytes": memory.device,
-        }
-        return {name: float(value) for name, value in measured.items() if value is not None}
 
     def note(self, text: str) -> None:
         """Print a line that stays, above the refreshed one: a validation, a checkpoint."""

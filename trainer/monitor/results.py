@@ -5,13 +5,14 @@ Numbers are comparable only under one protocol; `compare` refuses anything else.
 
 import math
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import FiniteFloat, NonNegativeInt, model_validator
 
 from configs.base import Config
+from configs.recipe import Recipe
 from configs.storage import fingerprint, read_json, write_json
 
 RESULTS_FILE = "results.json"
@@ -21,6 +22,7 @@ MODEL_ORDER = ("popularity", "pretrained", "aligned")
 HALVES = ("head", "tail")
 Part = Literal["validation", "test"]
 Metrics = dict[str, FiniteFloat]
+C = TypeVar("C", bound=Config)
 
 
 class Protocol(Config):
@@ -46,32 +48,23 @@ class Protocol(Config):
         return self
 
 
-def build_protocol(
-    data_fingerprint: str,
-    split: Mapping[str, Any],
-    filter_seen: bool,
-    head_share: float,
-    ks: Sequence[int],
-) -> Protocol:
-    """The protocol with its fingerprint.
+def protocol(recipe: Recipe, data_fingerprint: str) -> dict[str, Any]:
+    """The `protocol` block of `results.json`, JSON-able, with its fingerprint.
 
     Args:
-        data_fingerprint: `fingerprint` of the data set's manifest.
-        split: `recipe.data.split` as JSON.
-        filter_seen: whether items of a user's history are left out of the candidates.
-        head_share: share of items that counts as head.
-        ks: cut-offs measured.
+        recipe: says how the data are split and what is measured.
+        data_fingerprint: `fingerprint` of the prepared data set's manifest.
     """
-    fields = {
+    fields: dict[str, Any] = {
         "data": data_fingerprint,
-        "split": dict(split),
-        "filter_seen": filter_seen,
+        "split": recipe.data.split.model_dump(mode="json"),
+        "filter_seen": recipe.evaluation.filter_seen,
         "candidates": "full catalogue",
-        "head_share": head_share,
+        "head_share": recipe.evaluation.head_share,
     }
-    return Protocol.model_validate(
-        {**fields, "ks": sorted(set(ks)), "fingerprint": fingerprint(_identity(fields))}
-    )
+    fields["fingerprint"] = fingerprint(_identity(fields))
+    fields["ks"] = sorted(set(recipe.evaluation.ks))
+    return Protocol.model_validate(fields).model_dump(mode="json")
 
 
 def _identity(protocol: Mapping[str, Any]) -> dict[str, Any]:
@@ -83,8 +76,8 @@ class ModelResult(Config):
 
     validation: Metrics | None = None
     test: Metrics | None = None
-    preferences: Metrics = {}
-    """Over the held-out preference pairs: `accuracy`, `margin`, … (empty: not measured)."""
+    preference_accuracy: FiniteFloat | None = None
+    """Share of held-out preference pairs whose winner scores above its loser."""
     checkpoint: str | None = None
     """Hash of the checkpoint that was measured."""
 
@@ -115,11 +108,12 @@ class Results(Config):
         return (*known, *sorted(set(self.models) - set(known)))
 
     def metrics(self, model: str, part: Part) -> Metrics:
-        """Numbers of a model on a part, preference numbers as `preference/<name>` beside them."""
+        """Numbers of a model on a part, and its preference accuracy; empty if not measured."""
         result = self.models[model]
         measured = result.test if part == "test" else result.validation
-        pairs = {f"preference/{name}": value for name, value in result.preferences.items()}
-        return {} if measured is None else {**measured, **pairs}
+        if measured is None or result.preference_accuracy is None:
+            return measured or {}
+        return {**measured, "preference_accuracy": result.preference_accuracy}
 
 
 def library_versions() -> dict[str, str]:
@@ -192,7 +186,7 @@ def read_recommendations(url: str) -> Recommendations:
     return _parsed(Recommendations, url)
 
 
-def _parsed[C: Config](kind: type[C], url: str) -> C:
+def _parsed(kind: type[C], url: str) -> C:
     try:
         return kind.model_validate(read_json(url))
     except ValueError as error:
@@ -273,13 +267,12 @@ def table_rows(results: Results, part: Part) -> tuple[TableRow, ...]:
     ks = results.protocol.ks
     near = min(ks, key=lambda k: abs(k - 10))
     split = [(f"{m.upper()}@{near} {g}", f"{m}@{near}/{g}") for m in ("hr", "ndcg") for g in HALVES]
-    preferences = sorted(m for m in measured if m.startswith("preference/"))
     layout = [
         ("Hit rate", [(f"HR@{k}", f"hr@{k}") for k in ks]),
         ("Ranking", [*((f"NDCG@{k}", f"ndcg@{k}") for k in ks), ("MRR", "mrr")]),
         ("Popular and rare targets", split),
         ("Catalogue coverage", [(f"Coverage@{k}", f"coverage@{k}") for k in ks]),
-        ("Held-out preferences", [(m.split("/")[1].capitalize(), m) for m in preferences]),
+        ("Held-out preferences", [("Pairs ranked right", "preference_accuracy")]),
     ]
     return tuple(
         _row(group, label, metric, metrics)
@@ -287,7 +280,6 @@ def table_rows(results: Results, part: Part) -> tuple[TableRow, ...]:
         for label, metric in entries
         if metric in measured
     )
-
 
 
 def _row(group: str, label: str, metric: str, metrics: Mapping[str, Metrics]) -> TableRow:

@@ -1,8 +1,8 @@
 """Numbers of a training stage over its steps: TensorBoard event files and `metrics.jsonl`.
 
-A row is one JSON object a line: `{"step", "epoch", "time", "values": {tag: number or null}}`; null
-stands for a number that was not finite. Tags are `train/<name>` (each log interval: loss, lr, the
-objective's metrics, tokens_per_s, …) and `validation/<name>` (ranking or preference metrics).
+A row is one JSON object a line: `{"step", "time", "values": {tag: number or null}}`; null stands
+for a number that was not finite. Tags are `<group>/<name>`: `train/…` at each log interval (loss,
+lr, the objective's metrics), `validation/…`, `speed/…` and `memory/…`.
 """
 
 import json
@@ -38,7 +38,6 @@ class MetricRow:
     """Numbers of one step."""
 
     step: int
-    epoch: int
     time: float
     """Seconds since the epoch."""
     values: dict[str, float]
@@ -78,15 +77,14 @@ class Tracker:
         )
         self._rows = open(join(self._local, METRICS_FILE), "ab")  # noqa: SIM115 - closed by close()
 
-    def log(self, step: int, values: Mapping[str, float], *, epoch: int) -> None:
+    def log(self, step: int, values: Mapping[str, float]) -> None:
         """Append a row and send its numbers to TensorBoard.
 
         Args:
             step: optimizer steps done.
             values: tag → number, see the module's docstring for tags.
-            epoch: epoch of that step, counted from 0.
         """
-        row = MetricRow(step, epoch, time.time(), dict(values))
+        row = MetricRow(step, time.time(), dict(values))
         self._rows.write(_encode([row]))
         self._rows.flush()
         for tag, value in row.values.items():
@@ -154,7 +152,7 @@ def _decode(line: bytes, url: str, number: int) -> MetricRow:
     try:
         row = json.loads(line)
         values = {k: math.nan if v is None else float(v) for k, v in row["values"].items()}
-        return MetricRow(int(row["step"]), int(row["epoch"]), float(row["time"]), values)
+        return MetricRow(int(row["step"]), float(row["time"]), values)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"line {number} of {url} is damaged ({error}); delete that line, or the file"
@@ -167,4 +165,4 @@ def _encode(rows: Sequence[MetricRow]) -> bytes:
 
 def _object(row: MetricRow) -> dict[str, object]:
     finite = {tag: v if math.isfinite(v) else None for tag, v in row.values.items()}
-    return {"step": row.step, "epoch": row.epoch, "time": row.time, "values": finite}
+    return {"step": row.step, "time": row.time, "values": finite}

@@ -24,6 +24,15 @@ def test_mfu_is_the_share_of_all_ranks_peak() -> None:
     assert meter.read().mfu == pytest.approx(100 * 2 * 3 / (300 * 4))
 
 
+def test_pauses_do_not_slow_training_down() -> None:
+    ticks = iter([0.0, 1.0, 91.0, 100.0])
+    meter = Throughput(1.0, None, world_size=1, clock=lambda: next(ticks))
+    with meter.paused():
+        pass  # the clock passes 90 seconds
+    meter.add(100)
+    assert meter.read().tokens_per_s == 10
+
+
 def test_the_probe_measures_something_plausible_and_only_once() -> None:
     cpu = torch.device("cpu")
     peak = measured_peak_flops(cpu, torch.float32)

@@ -36,11 +36,7 @@ def write(url: str, first: int, last: int, resumed: int | None, loss: float) -> 
 def test_rows_and_events_hold_what_was_logged(tmp_path: Path) -> None:
     write(str(tmp_path), 1, 3, None, 10.0)
     rows = read_rows(str(tmp_path))
-    assert [(r.step, r.epoch, r.values["train/loss"]) for r in rows] == [
-        (1, 0, 11.0),
-        (2, 0, 12.0),
-        (3, 0, 13.0),
-    ]
+    assert [(r.step, r.values["train/loss"]) for r in rows] == [(1, 11.0), (2, 12.0), (3, 13.0)]
     assert events(tmp_path) == [(1, 11.0), (2, 12.0), (3, 13.0)]
 
 
@@ -78,7 +74,7 @@ def test_damage_elsewhere_names_the_line(tmp_path: Path) -> None:
 
 def test_numbers_that_are_not_finite_stay_valid_json(tmp_path: Path) -> None:
     with Tracker(str(tmp_path)) as tracker:
-        tracker.log(1, {"train/loss": math.inf, "train/lr": 0.1}, epoch=0)
+        tracker.log(1, {"train/loss": math.inf, "train/lr": 0.1})
     line = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert line["values"] == {"train/loss": None, "train/lr": 0.1}
     assert math.isnan(read_rows(str(tmp_path))[0].values["train/loss"])
@@ -92,11 +88,11 @@ def test_storage_that_cannot_append_gets_whole_files_at_each_flush() -> None:
     url = "memory://tracker-test/train"
     remove(url)
     tracker = Tracker(url)
-    tracker.log(1, {"train/loss": 1.0}, epoch=0)
+    tracker.log(1, {"train/loss": 1.0})
     assert steps(url) == []
     tracker.flush()
     assert steps(url) == [1]
-    tracker.log(2, {"train/loss": 2.0}, epoch=0)
+    tracker.log(2, {"train/loss": 2.0})
     tracker.close()
     tracker.close()
     write(url, 2, 3, 1, 0.0)
@@ -112,7 +108,7 @@ def test_every_logged_row_survives_a_kill(tmp_path: Path) -> None:
         from trainer.monitor.tracker import Tracker
         tracker = Tracker({str(tmp_path)!r})
         for step in range(1, 8):
-            tracker.log(step, {{"train/loss": 1.0}}, epoch=0)
+            tracker.log(step, {{"train/loss": 1.0}})
         os.kill(os.getpid(), signal.SIGKILL)
         """
     )
