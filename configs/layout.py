@@ -1,0 +1,56 @@
+"""Where the files of a run lie below its output directory."""
+
+from dataclasses import dataclass
+
+from configs import storage
+
+
+@dataclass(frozen=True)
+class RunLayout:
+    """URLs of a run. What depends on settings is keyed by a stage's fingerprint, never mixed."""
+
+    root: str
+
+    @property
+    def data(self) -> str:
+        """The prepared data set."""
+        return storage.join(self.root, "data")
+
+    def raw(self, name: str) -> str:
+        """Downloaded copy of a public data set."""
+        return storage.join(self.root, "raw", name)
+
+    def stage_record(self, stage: str) -> str:
+        """What a finished stage did: fingerprint, outputs, time."""
+        return storage.join(self.root, "stages", f"{stage}.json")
+
+    def checkpoints(self, stage: str, fingerprint: str) -> str:
+        """The newest checkpoints of a training stage."""
+        return storage.join(self.root, "checkpoints", f"{stage}-{fingerprint[:12]}", "newest")
+
+    def best(self, stage: str, fingerprint: str) -> str:
+        """The checkpoint that validation chose, kept apart."""
+        return storage.join(self.root, "checkpoints", f"{stage}-{fingerprint[:12]}", "best")
+
+    def metrics(self, stage: str, fingerprint: str) -> str:
+        """Directory of a stage's metrics.jsonl and TensorBoard events."""
+        return storage.join(self.root, "metrics", f"{stage}-{fingerprint[:12]}")
+
+    def pairs(self, fingerprint: str) -> str:
+        """Preference pairs."""
+        return storage.join(self.root, "preferences", f"pairs-{fingerprint[:12]}")
+
+    def reference(self, pairs_fingerprint: str, checkpoint_hash: str) -> str:
+        """Reference log-probabilities of the pairs under one checkpoint."""
+        name = f"reference-{pairs_fingerprint[:12]}-{checkpoint_hash[:12]}"
+        return storage.join(self.root, "preferences", name)
+
+    @property
+    def results(self) -> str:
+        """All metrics with their protocol."""
+        return storage.join(self.root, "results.json")
+
+    @property
+    def recommendations(self) -> str:
+        """Ten recommendations for a few users."""
+        return storage.join(self.root, "recommendations.json")

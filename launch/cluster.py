@@ -1,0 +1,227 @@
+"""The Ray cluster of a run: connect to it, check its storage, run a stage's worker group on it."""
+
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from configs import storage
+from configs.cluster import ClusterConfig
+
+# Read by Ray when it is imported.
+os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+import ray
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from launch.console import Console
+
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
+SHIPPED_EXCLUDES = [
+    ".git", ".venv", "runs", "tests", ".cache", "**/__pycache__", ".mypy_cache", ".ruff_cache",
+]  # fmt: skip
+USER_ERRORS = (ValueError, FileNotFoundError, PermissionError)
+
+
+def worker_environment(cluster: ClusterConfig) -> dict[str, str]:
+    """Environment of every Ray worker of the run. Holds no credentials."""
+    threads = str(cluster.threads_per_worker)
+    environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    if cluster.device == "cpu":
+        environment["DS_ACCELERATOR"] = "cpu"
+    return environment
+
+
+@contextmanager
+def connect(cluster: ClusterConfig) -> Iterator[None]:
+    """Join the recipe's cluster, or start an embedded one that ends with this process."""
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(cluster.start_timeout_s)
+    runtime_env: dict[str, Any] = {"env_vars": worker_environment(cluster)}
+    embedded = cluster.address == "local"
+    in_ray_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    if not embedded and not in_ray_job:  # a submitted job has shipped the code already
+        runtime_env["working_dir"] = str(PROJECT_ROOT)
+        runtime_env["excludes"] = SHIPPED_EXCLUDES
+    _refuse_open_address(cluster.address)
+    options: dict[str, Any] = {}
+    if embedded:
+        options = {"num_cpus": cluster.data_cpus, "include_dashboard": False}
+    try:
+        ray.init(
+            address=cluster.address,
+            runtime_env=runtime_env,
+            log_to_driver=False,
+            logging_level="ERROR",
+            **options,
+        )
+    except ConnectionError as error:
+        raise ValueError(
+            f"cluster.address={cluster.address!r}: no Ray cluster answers there ({error}); "
+            "start one with `ray start --head`, or use cluster.address=local"
+        ) from error
+    _quiet_data_progress()
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _refuse_open_address(address: str) -> None:
+    host = address.removeprefix("ray://").rsplit(":", 1)[0].strip("[]")
+    if host in ("local", "auto", "localhost", "::1") or host.startswith("127."):
+        return
+    if os.environ.get("RAY_AUTH_MODE") != "token":
+        raise ValueError(
+            f"cluster.address={address!r} is not on this machine's loopback and RAY_AUTH_MODE is "
+            "not 'token': anyone who reaches that port can run code; start the cluster with "
+            "RAY_AUTH_MODE=token and set it here, too"
+        )
+
+
+def _quiet_data_progress() -> None:
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+
+
+def alive_nodes() -> list[str]:
+    """Ids of the cluster's living nodes."""
+    return [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+
+
+@ray.remote(num_cpus=0)
+def _sees(path_url: str) -> bool:
+    return storage.exists(path_url)
+
+
+def check_storage(output_url: str, cluster: ClusterConfig) -> None:
+    """Refuse an output directory that some node of the cluster does not see.
+
+    Raises:
+        ValueError: names the directory, the node, and the mend.
+    """
+    storage.make_directory(output_url)
+    nodes = alive_nodes()
+    if len(nodes) < 2 or not storage.is_local(output_url):
+        return
+    probe = storage.join(output_url, f".probe-{uuid.uuid4().hex}")
+    storage.write_bytes(probe, b"tandem")
+    try:
+        answers = {
+            node: _sees.options(
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
+            ).remote(probe)
+            for node in nodes
+        }
+        blind = [node for node, answer in answers.items() if not ray.get(answer)]
+    finally:
+        storage.remove(probe)
+    if blind:
+        addresses = {n["NodeID"]: n["NodeManagerAddress"] for n in ray.nodes()}
+        raise ValueError(
+            f"output={output_url!r} is not seen by node {addresses[blind[0]]} "
+            f"({len(blind)} of {len(nodes)} nodes do not see it); put it on storage that every "
+            "node mounts, or on an object store (s3://…, gs://…)"
+        )
+
+
+def run_workers(
+    entry: str, settings: dict[str, Any], cluster: ClusterConfig, output_url: str
+) -> Any:
+    """Run `module:function(settings, say)` on every rank of a worker group; rank 0's answer.
+
+    A dead worker or node costs a restart of the group, which resumes from the newest checkpoint; at
+    most `cluster.max_failures` times. An error of the user's making is not retried.
+
+    Raises:
+        ValueError: the worker's own sentence, when the mistake is the user's.
+        RuntimeError: the group failed more often than allowed.
+    """
+    with Console() as console:
+        for attempt in range(cluster.max_failures + 1):
+            try:
+                return _run_group(entry, settings, cluster, output_url, console)
+            except TrainingFailedError as error:
+                sentence = _user_error(error)
+                if sentence is not None:
+                    raise ValueError(sentence) from None
+                if attempt == cluster.max_failures:
+                    raise RuntimeError(
+                        f"the worker group failed {attempt + 1} times "
+                        f"(cluster.max_failures={cluster.max_failures}); last error:\n{error}"
+                    ) from error
+                print(
+                    f"worker group failed ({_summary(error)}); restarting from the newest "
+                    f"checkpoint, attempt {attempt + 2} of {cluster.max_failures + 1}",
+                    flush=True,
+                )
+    raise AssertionError("unreachable")
+
+
+def _run_group(
+    entry: str, settings: dict[str, Any], cluster: ClusterConfig, output_url: str, console: Console
+) -> Any:
+    # A fresh name an attempt: a stale snapshot of Ray's own would block the start.
+    name = f"{entry.rsplit('.', 1)[-1].replace(':', '-')}-{uuid.uuid4().hex[:8]}"
+    ray_url = storage.join(output_url, "ray")
+    resources: dict[str, float] = {"CPU": cluster.cpus_per_worker}
+    if cluster.device == "cuda":
+        resources["GPU"] = 1
+    trainer = TorchTrainer(
+        _enter,
+        train_loop_config={"entry": entry, "settings": settings, "say": console.writer()},
+        torch_config=TorchConfig(
+            backend="cpu:gloo,cuda:nccl" if cluster.device == "cuda" else "gloo"
+        ),
+        scaling_config=ScalingConfig(
+            num_workers=cluster.num_workers,
+            use_gpu=cluster.device == "cuda",
+            resources_per_worker=resources,
+            placement_strategy=cluster.placement_strategy,
+        ),
+        run_config=RunConfig(
+            name=name, storage_path=ray_url, failure_config=FailureConfig(max_failures=0)
+        ),
+    )
+    try:
+        return trainer.fit().return_value
+    finally:
+        storage.remove(storage.join(ray_url, name))
+
+
+def _enter(config: dict[str, Any]) -> Any:
+    """First code of a worker: import the stage here, so that the driver stays light."""
+    module, function = config["entry"].split(":")
+    return getattr(import_module(module), function)(config["settings"], config["say"])
+
+
+def _causes(error: TrainingFailedError) -> list[BaseException]:
+    if not isinstance(error, WorkerGroupError):
+        return [error]
+    causes: list[BaseException] = []
+    for failure in error.worker_failures.values():
+        inner: BaseException | None = failure
+        while inner is not None:
+            causes.append(inner)
+            inner = getattr(inner, "_base_exc", None) or inner.__cause__
+    return causes
+
+
+def _user_error(error: TrainingFailedError) -> str | None:
+    for cause in _causes(error):
+        if isinstance(cause, USER_ERRORS):
+            return str(cause)
+    return None
+
+
+def _summary(error: TrainingFailedError) -> str:
+    lines = [line for cause in _causes(error)[-1:] for line in str(cause).splitlines() if line]
+    return lines[-1][:200] if lines else type(error).__name__

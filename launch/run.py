@@ -1,0 +1,151 @@
+"""Execute a recipe's stage graph: skip what is current, resume what was interrupted."""
+
+import time
+from contextlib import ExitStack
+from typing import Any
+
+from configs import storage
+from configs.layout import RunLayout
+from configs.load import LoadedRecipe
+from configs.recipe import Recipe, StageName
+from launch.stages import GRAPH, Outputs, Stage, StageContext
+
+RECORD_FORMAT = 1
+
+
+def run(
+    loaded: LoadedRecipe,
+    until: StageName | None = None,
+    from_: StageName | None = None,
+    only: StageName | None = None,
+    force: bool = False,
+) -> None:
+    """Run the recipe's stages in order.
+
+    Args:
+        until: last stage to run.
+        from_: this stage and those after it run again, even if they are current.
+        only: run this one stage; the stages it needs must be current.
+        force: run the selected stages again from nothing, discarding their checkpoints.
+
+    Raises:
+        ValueError: the user's mistake, in one sentence that names the mend.
+    """
+    recipe = loaded.recipe
+    names = recipe.stages()
+    for wanted in (until, from_, only):
+        if wanted is not None and wanted not in names:
+            raise ValueError(
+                f"recipe {recipe.name!r} has no stage {wanted!r}: its stages are {list(names)}"
+            )
+    _Run(recipe, from_, only, force).execute(names, until or only)
+
+
+class _Run:
+    def __init__(
+        self, recipe: Recipe, from_: StageName | None, only: StageName | None, force: bool
+    ) -> None:
+        self._recipe = recipe
+        self._layout = RunLayout(storage.absolute(recipe.output))
+        self._from, self._only, self._force = from_, only, force
+        self._done: dict[str, Outputs] = {}
+        self._cluster = ExitStack()
+        self._connected = False
+
+    def execute(self, names: tuple[StageName, ...], last: StageName | None) -> None:
+        needed = set(names) if self._only is None else {self._only, *GRAPH[self._only].needs}
+        started = time.monotonic()
+        with self._cluster:
+            again = False
+            for number, name in enumerate(names, 1):
+                again = again or name == self._from or (self._force and self._only is None)
+                if name in needed:
+                    self._stage(GRAPH[name], f"[{number}/{len(names)}] {name}", again)
+                if name == last:
+                    break
+        print(f"done in {_clock(time.monotonic() - started)}: {self._layout.root}", flush=True)
+
+    def _stage(self, stage: Stage, label: str, again: bool) -> None:
+        fingerprint = storage.fingerprint(
+            {"format": RECORD_FORMAT, "stage": stage.name}
+            | stage.inputs(self._recipe, self._done)
+        )
+        record = self._current_record(stage, fingerprint)
+        forced = self._force and stage.name in (self._only or stage.name)
+        selected = self._only in (None, stage.name)
+        if record is not None and not (selected and (again or forced)):
+            print(f"{label}: unchanged, skipped", flush=True)
+            self._done[stage.name] = record["outputs"]
+            return
+        if not selected:
+            raise ValueError(
+                f"stage {self._only!r} needs {stage.name!r}, which has not run with these "
+                f"settings: run `tandem run RECIPE --until {stage.name}` first"
+            )
+        if selected and forced:
+            self._discard(stage.name, fingerprint)
+        self._execute(stage, label, fingerprint)
+
+    def _execute(self, stage: Stage, label: str, fingerprint: str) -> None:
+        print(f"{label}: {_purpose(stage.name)}", flush=True)
+        started = time.monotonic()
+        if stage.needs_ray:
+            self._connect()
+        storage.remove(self._layout.stage_record(stage.name))
+        context = StageContext(self._recipe, self._layout, fingerprint, dict(self._done))
+        outputs = stage.run(context)
+        seconds = time.monotonic() - started
+        record = {
+            "format": RECORD_FORMAT,
+            "stage": stage.name,
+            "fingerprint": fingerprint,
+            "outputs": outputs,
+            "seconds": round(seconds, 3),
+        }
+        storage.write_json(self._layout.stage_record(stage.name), record)
+        self._done[stage.name] = outputs
+        print(f"{label}: done in {_clock(seconds)}", flush=True)
+
+    def _current_record(self, stage: Stage, fingerprint: str) -> dict[str, Any] | None:
+        url = self._layout.stage_record(stage.name)
+        if not storage.exists(url):
+            return None
+        record: dict[str, Any] = storage.read_json(url)
+        if record.get("format") != RECORD_FORMAT or record.get("fingerprint") != fingerprint:
+            return None
+        whole = all(storage.exists(file) for file in stage.files(record["outputs"]))
+        return record if whole else None
+
+    def _discard(self, name: StageName, fingerprint: str) -> None:
+        for url in (
+            self._layout.stage_record(name),
+            self._layout.checkpoints(name, fingerprint),
+            self._layout.best(name, fingerprint),
+            self._layout.metrics(name, fingerprint),
+        ):
+            storage.remove(url)
+
+    def _connect(self) -> None:
+        if self._connected:
+            return
+        from launch.cluster import check_storage, connect
+
+        self._cluster.enter_context(connect(self._recipe.cluster))
+        self._connected = True
+        check_storage(self._layout.root, self._recipe.cluster)
+
+
+def _purpose(name: StageName) -> str:
+    return {
+        "prepare": "logs → typed events → user sequences → Parquet shards",
+        "train": "pretraining on user sequences",
+        "align": "preference optimisation from the pretrained checkpoint",
+        "evaluate": "full-catalogue metrics of every policy and of popularity",
+        "recommend": "recommendations for a few users",
+        "report": "tables, plots and the HTML report",
+    }[name]
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(seconds, 60)
+    return f"{int(minutes)} min {rest:.0f} s" if minutes else f"{rest:.1f} s"

@@ -1,0 +1,277 @@
+"""The stages of a run: what each depends on, what it does, and what it leaves behind."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from configs import storage
+from configs.layout import RunLayout
+from configs.recipe import Recipe, StageName
+
+Outputs = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """A stage about to run."""
+
+    recipe: Recipe
+    layout: RunLayout
+    fingerprint: str
+    done: dict[str, Outputs]
+    """Outputs of the stages before it."""
+
+    def settings(self, **more: Any) -> dict[str, Any]:
+        """What a worker group is told."""
+        return {
+            "recipe": self.recipe.model_dump(mode="json"),
+            "output": self.layout.root,
+            "fingerprint": self.fingerprint,
+            **more,
+        }
+
+    def run_workers(self, entry: str, **more: Any) -> Any:
+        """Run `module:function` on the recipe's worker group."""
+        from launch.cluster import run_workers
+
+        return run_workers(entry, self.settings(**more), self.recipe.cluster, self.layout.root)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One node of the graph."""
+
+    name: StageName
+    needs: tuple[StageName, ...]
+    needs_ray: bool
+    inputs: Callable[[Recipe, dict[str, Outputs]], dict[str, Any]]
+    """Settings and upstream hashes that decide the stage's result; its fingerprint covers them."""
+    run: Callable[[StageContext], Outputs]
+    files: Callable[[Outputs], list[str]]
+    """URLs that must still exist for the stage to be skipped."""
+
+
+def _dump(*blocks: Any) -> list[Any]:
+    return [None if block is None else block.model_dump(mode="json") for block in blocks]
+
+
+# -- prepare ----------------------------------------------------------------------------------
+
+
+def _prepare_inputs(recipe: Recipe, done: dict[str, Outputs]) -> dict[str, Any]:
+    from data_loaders.sources import source_signature
+
+    data = recipe.data
+    split = data.split.model_dump(mode="json")
+    split.pop("include_validation_in_training", None)  # read by the loader, not by `prepare`
+    layout = RunLayout(storage.absolute(recipe.output))
+    return {
+        "settings": [*_dump(data.source, data.cleaning, data.shards), split],
+        "source": source_signature(data.source, _raw_url(recipe, layout)),
+    }
+
+
+def _raw_url(recipe: Recipe, layout: RunLayout) -> str:
+    source = recipe.data.source
+    if source.kind == "public":
+        return source.url or layout.raw(source.name)
+    return source.url
+
+
+def _prepare(context: StageContext) -> Outputs:
+    from data_loaders.sequences import prepare
+
+    recipe, layout = context.recipe, context.layout
+    manifest = prepare(recipe.data, recipe.name, layout.data, _raw_url(recipe, layout))
+    return {
+        "data": manifest.fingerprint,
+        "url": layout.data,
+        "users": manifest.num_users,
+        "items": manifest.num_items,
+        "events": manifest.num_events,
+    }
+
+
+# -- train ------------------------------------------------------------------------------------
+
+
+def _train_inputs(recipe: Recipe, done: dict[str, Outputs]) -> dict[str, Any]:
+    settings = _dump(
+        recipe.data.split,
+        recipe.data.loader,
+        recipe.model,
+        recipe.tables,
+        recipe.sharding,
+        recipe.objective,
+        recipe.training,
+        recipe.evaluation if recipe.training.validation else None,
+    )
+    return {"data": done["prepare"]["data"], "seed": recipe.seed, "settings": settings}
+
+
+def _train(context: StageContext) -> Outputs:
+    outputs: Outputs = context.run_workers("trainer.pretrain:train_worker")
+    return {**outputs, "metrics": context.layout.metrics("train", context.fingerprint)}
+
+
+# -- align ------------------------------------------------------------------------------------
+
+
+def _align_inputs(recipe: Recipe, done: dict[str, Outputs]) -> dict[str, Any]:
+    return {
+        "start": done["train"]["checkpoint"]["hash"],
+        "data": done["prepare"]["data"],
+        "settings": _dump(recipe.alignment),
+        "train": _train_inputs(recipe, done),
+    }
+
+
+def _align(context: StageContext) -> Outputs:
+    from data_loaders.preferences import build_pairs
+
+    recipe, layout, done = context.recipe, context.layout, context.done
+    config = recipe.alignment
+    assert config is not None, "the align stage exists only with an alignment block"
+    pairs_key = storage.fingerprint(
+        [
+            done["prepare"]["data"],
+            *_dump(config.rule),
+            config.validation_share,
+            recipe.seed,
+            recipe.data.loader.max_length,
+        ]
+    )
+    pairs_url = layout.pairs(pairs_key)
+    pairs = build_pairs(
+        layout.data,
+        config.rule,
+        pairs_url,
+        max_length=recipe.data.loader.max_length,
+        seed=recipe.seed,
+        validation_share=config.validation_share,
+    )
+    start = done["train"]["checkpoint"]
+    outputs: Outputs = context.run_workers(
+        "trainer.align:align_worker",
+        start=start,
+        pairs=pairs_url,
+        reference=layout.reference(pairs.fingerprint, start["hash"]),
+    )
+    return {
+        **outputs,
+        "pairs": {
+            "url": pairs_url,
+            "pairs": pairs.num_pairs,
+            "validation_pairs": pairs.num_validation_pairs,
+        },
+        "metrics": layout.metrics("align", context.fingerprint),
+    }
+
+
+# -- evaluate, recommend, report --------------------------------------------------------------
+
+
+def _policies(done: dict[str, Outputs]) -> dict[str, Any]:
+    policies = {"pretrained": done["train"]["checkpoint"]}
+    if "align" in done:
+        policies["aligned"] = done["align"]["checkpoint"]
+    return policies
+
+
+def _evaluate_inputs(recipe: Recipe, done: dict[str, Outputs]) -> dict[str, Any]:
+    return {
+        "data": done["prepare"]["data"],
+        "policies": {name: entry["hash"] for name, entry in _policies(done).items()},
+        "settings": [*_dump(recipe.evaluation), recipe.data.loader.max_length],
+    }
+
+
+def _evaluate(context: StageContext) -> Outputs:
+    from trainer.monitor.results import write_results
+
+    done = context.done
+    pairs = done["align"]["pairs"] if "align" in done else None
+    measured = context.run_workers(
+        "trainer.evaluate:evaluate_worker",
+        policies=_policies(done),
+        pairs=None if pairs is None else pairs["url"],
+    )
+    write_results(context.layout.results, context.recipe, measured, pairs)
+    return {"results": context.layout.results}
+
+
+def _recommend_inputs(recipe: Recipe, done: dict[str, Outputs]) -> dict[str, Any]:
+    return {
+        "data": done["prepare"]["data"],
+        "policy": list(_policies(done).values())[-1]["hash"],
+        "settings": [*_dump(recipe.recommend), recipe.data.loader.max_length],
+    }
+
+
+def _recommend(context: StageContext) -> Outputs:
+    policy = list(_policies(context.done).values())[-1]
+    answer = context.run_workers("trainer.recommend:recommend_worker", policy=policy)
+    storage.write_json(context.layout.recommendations, answer)
+    return {"recommendations": context.layout.recommendations}
+
+
+def _report_inputs(recipe: Recipe, done: dict[str, Outputs]) -> dict[str, Any]:
+    return {
+        "results": storage.sha256_file(done["evaluate"]["results"]),
+        "recommendations": storage.sha256_file(done["recommend"]["recommendations"]),
+        "metrics": [done[s]["metrics"] for s in ("train", "align") if s in done],
+    }
+
+
+def _report(context: StageContext) -> Outputs:
+    from trainer.monitor.report import write_report
+
+    done = context.done
+    return write_report(
+        context.layout,
+        metrics={s: done[s]["metrics"] for s in ("train", "align") if s in done},
+    )
+
+
+def _checkpoint_files(outputs: Outputs) -> list[str]:
+    return [storage.join(outputs["checkpoint"]["url"], "MANIFEST.json")]
+
+
+GRAPH: dict[StageName, Stage] = {
+    "prepare": Stage(
+        "prepare",
+        (),
+        True,
+        _prepare_inputs,
+        _prepare,
+        lambda outputs: [storage.join(outputs["url"], "manifest.json")],
+    ),
+    "train": Stage("train", ("prepare",), True, _train_inputs, _train, _checkpoint_files),
+    "align": Stage(
+        "align", ("prepare", "train"), True, _align_inputs, _align, _checkpoint_files
+    ),
+    "evaluate": Stage(
+        "evaluate",
+        ("prepare", "train", "align"),
+        True,
+        _evaluate_inputs,
+        _evaluate,
+        lambda outputs: [outputs["results"]],
+    ),
+    "recommend": Stage(
+        "recommend",
+        ("prepare", "train", "align"),
+        True,
+        _recommend_inputs,
+        _recommend,
+        lambda outputs: [outputs["recommendations"]],
+    ),
+    "report": Stage(
+        "report",
+        ("train", "align", "evaluate", "recommend"),
+        False,
+        _report_inputs,
+        _report,
+        lambda outputs: [outputs["report"]],
+    ),
+}

@@ -1,0 +1,201 @@
+"""Alignment: preference optimisation from a pretrained checkpoint, on the same worker group."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from configs import storage
+from configs.alignment import DPOConfig
+from configs.objectives import SampledSoftmaxConfig
+from data_loaders.loader import LoaderState
+from data_loaders.preferences import (
+    PreferenceLoader,
+    commit_reference,
+    preference_batches,
+    write_reference,
+)
+from models.batch import PreferenceBatch
+from sharding.parallelize import ParallelModel
+from sharding.retrieval import Catalogue
+from trainer.evaluate import load_policy, preference_accuracy, validation_ranker
+from trainer.in_batch import gather_positives
+from trainer.objectives.dpo import PreferenceInputs, PreferenceLoss
+from trainer.objectives.negatives import draw_negatives
+from trainer.policy import (
+    Say,
+    Worker,
+    build_sequence_model,
+    parallelize_policy,
+    start_worker,
+)
+from trainer.pretrain import outcome, resume, saver, stage_monitor, stage_stores
+from trainer.trainer import Limits, Trainer
+
+
+def align_worker(settings: dict[str, Any], say: Say) -> dict[str, Any]:
+    """Align on this rank; rank 0's answer names the selected checkpoint.
+
+    Args:
+        settings: `recipe`, `output`, `fingerprint` (of the stage), `start` (checkpoint reference of
+            the pretrained policy), `pairs` and `reference` (URLs).
+        say: prints a line at the driver.
+    """
+    worker = start_worker(settings, say)
+    recipe, ctx = worker.recipe, worker.ctx
+    config = recipe.alignment
+    assert config is not None, "the align stage exists only with an alignment block"
+    model = build_sequence_model(worker)
+    newest, best = stage_stores(worker, "align", settings["fingerprint"], config.checkpoint.keep)
+    limits = Limits(config.epochs, None)
+    loader_options = {
+        "pairs_per_step": config.pairs_per_step,
+        "loader": recipe.data.loader,
+        "seed": recipe.seed,
+        "rank": ctx.rank,
+        "world_size": ctx.world_size,
+    }
+    probe = PreferenceLoader(settings["pairs"], reference_url=None, **loader_options)
+    total_steps = limits.total_steps(probe.steps_per_epoch)
+    probe.close()
+    policy = parallelize_policy(
+        worker,
+        model,
+        PreferenceLoss(model, config, recipe.objective, worker.num_items),
+        total_steps=total_steps,
+        optimizer=config.optimizer,
+        sparse_lr=recipe.sharding.optimizer.lr * config.sparse_lr_ratio,
+    )
+    write_reference_once(worker, policy, settings)
+    info = newest.newest()
+    if info is None:
+        load_policy(worker, policy, settings["start"])
+    state = resume(worker, policy, newest, info)
+    loader = PreferenceLoader(
+        settings["pairs"],
+        reference_url=settings["reference"],
+        state=LoaderState(**state.loader) if state.loader else None,
+        **loader_options,
+    )
+    rank = validation_ranker(
+        worker, policy, config.validation.max_users if config.validation else None
+    )
+
+    def validate() -> dict[str, float]:
+        accuracy = preference_accuracy(worker, policy, settings["pairs"])
+        return rank() | {"preference_accuracy": accuracy}
+
+    trainer = Trainer(
+        model=policy,
+        loader=loader,
+        make_inputs=PreferenceInputsMaker(worker, config),
+        limits=limits,
+        state=state,
+        newest=newest,
+        best=best,
+        checkpoint=config.checkpoint,
+        save=saver(
+            worker, policy, stage=settings["fingerprint"], start=settings["start"]["hash"]
+        ),
+        validation=config.validation,
+        validate=validate,
+        log_every=config.log_every_steps,
+        monitor=stage_monitor(worker, policy, "align", settings["fingerprint"], total_steps),
+    )
+    return outcome(trainer.train(), newest, best)
+
+
+class PreferenceInputsMaker:
+    """Turns a step's pairs into loss inputs, with negatives for the supervised term."""
+
+    def __init__(self, worker: Worker, config: DPOConfig) -> None:
+        self._recipe, self._ctx = worker.recipe, worker.ctx
+        self._num_items = worker.num_items
+        self._supervised = config.supervised_weight > 0
+
+    def __call__(self, batches: Any) -> list[PreferenceInputs]:
+        """Inputs of each micro batch of this rank. Collective if positives are shared."""
+        pairs = [batch.to(self._ctx.device) for batch in batches.micro_batches]
+        if not self._supervised:
+            return [PreferenceInputs(batch, None) for batch in pairs]
+        objective, seed = self._recipe.objective, self._recipe.seed
+        positives: Tensor | None = None
+        if isinstance(objective, SampledSoftmaxConfig) and objective.negatives != "uniform":
+            positives = gather_positives(
+                [p.batch for p in pairs],
+                objective.in_batch_negatives,
+                seed,
+                batches.step,
+                self._ctx,
+            )
+        return [
+            PreferenceInputs(
+                batch,
+                draw_negatives(
+                    objective,
+                    batch.batch,
+                    num_items=self._num_items,
+                    seed=seed,
+                    step=batches.step,
+                    global_positives=positives,
+                ),
+            )
+            for batch in pairs
+        ]
+
+
+def write_reference_once(
+    worker: Worker, policy: ParallelModel, settings: dict[str, Any]
+) -> None:
+    """Catalogue log-probabilities of every pair under the starting policy. Collective.
+
+    They are computed once and keyed by the checkpoint's hash; a resumed stage finds them.
+    """
+    url = settings["reference"]
+    done = storage.exists(storage.join(url, "manifest.json")) if worker.ctx.rank == 0 else False
+    if worker.ctx.broadcast_object(done):
+        return
+    load_policy(worker, policy, settings["start"])
+    temperature = worker.recipe.objective.temperature
+    catalogue = Catalogue(policy, worker.num_items, worker.recipe.evaluation.catalogue_chunk)
+    ids, chosen, rejected = [], [], []
+    for pairs in preference_batches(
+        settings["pairs"],
+        "all",
+        pairs_per_batch=worker.recipe.evaluation.users_per_batch,
+        rank=worker.ctx.rank,
+        world_size=worker.ctx.world_size,
+    ):
+        pairs = pairs.to(worker.ctx.device)
+        log_probs = catalogue_log_probs(policy, catalogue, pairs, temperature)
+        ids.append(pairs.pair_ids.cpu())
+        chosen.append(log_probs[0].cpu())
+        rejected.append(log_probs[1].cpu())
+    write_reference(
+        url,
+        worker.ctx.rank,
+        torch.cat(ids).numpy(),
+        torch.cat(chosen).numpy(),
+        torch.cat(rejected).numpy(),
+    )
+    worker.ctx.barrier()
+    if worker.ctx.rank == 0:
+        commit_reference(url, worker.ctx.world_size, settings["start"]["hash"])
+    worker.ctx.barrier()
+
+
+def catalogue_log_probs(
+    policy: ParallelModel, catalogue: Catalogue, pairs: PreferenceBatch, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """log π(chosen | context) and log π(rejected | context), each [b]. Collective.
+
+    π is the softmax of score / temperature over the whole catalogue, whose log-sum-exp is computed
+    over the sharded table.
+    """
+    queries = policy.query(pairs.batch)[pairs.batch.offsets[1:] - 1]
+    log_z = catalogue.log_sum_exp(queries, temperature)
+    both = [
+        (queries * policy.item_keys(ids)).sum(-1) / temperature - log_z
+        for ids in (pairs.chosen_ids, pairs.rejected_ids)
+    ]
+    return both[0], both[1]

@@ -1,0 +1,195 @@
+"""Full-catalogue evaluation: ranking metrics of policies, popularity, and preference accuracy.
+
+Protocol: algorithms reference §8. Shape legend: b users of a batch, D width, V items.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from configs.evaluation import EvaluationConfig
+from configs.recipe import Recipe
+from data_loaders.items import train_counts
+from data_loaders.loader import EvaluationBatch, evaluation_batches
+from data_loaders.preferences import preference_batches
+from sharding.parallelize import ParallelModel
+from sharding.retrieval import Catalogue
+from trainer.metrics import RankingMetrics, head_mask
+from trainer.monitor.results import protocol
+from trainer.objectives.next_item import NextItemLoss
+from trainer.policy import (
+    Say,
+    Worker,
+    build_sequence_model,
+    open_checkpoint,
+    parallelize_policy,
+    start_worker,
+)
+
+Part = Literal["validation", "test"]
+Query = Callable[[EvaluationBatch], Tensor]
+
+
+def evaluate_worker(settings: dict[str, Any], say: Say) -> dict[str, Any]:
+    """Measure every policy of the run on validation and test; rank 0's answer is the models block.
+
+    Args:
+        settings: `recipe`, `output`, `policies` (name → checkpoint reference) and `pairs` (URL of
+            the preference pairs, or null).
+        say: prints a line at the driver.
+    """
+    worker = start_worker(settings, say)
+    recipe = worker.recipe
+    parts: tuple[Part, ...] = ("validation", "test")
+    if recipe.data.split.kind == "leave_last_out" and (
+        recipe.data.split.include_validation_in_training
+    ):
+        parts = ("test",)
+    counts = train_counts(worker.layout.data)
+    models: dict[str, Any] = {"popularity": popularity(worker, counts, parts)}
+    policy = evaluation_policy(worker)
+    for name, reference in settings["policies"].items():
+        load_policy(worker, policy, reference)
+        models[name] = {part: rank_policy(worker, policy, counts, part) for part in parts}
+        if settings["pairs"] is not None:
+            models[name]["preference_accuracy"] = preference_accuracy(
+                worker, policy, settings["pairs"]
+            )
+        models[name]["checkpoint"] = reference["hash"]
+        worker.tell(f"evaluated {name}")
+    return {"models": models, "protocol": protocol(recipe, worker.dataset.manifest.fingerprint)}
+
+
+def evaluation_policy(worker: Worker) -> ParallelModel:
+    """A policy to load checkpoints into; it is never trained."""
+    model = build_sequence_model(worker)
+    recipe = worker.recipe
+    return parallelize_policy(
+        worker,
+        model,
+        NextItemLoss(model, recipe.objective, worker.num_items),
+        total_steps=1,
+        optimizer=recipe.training.optimizer,
+        sparse_lr=recipe.sharding.optimizer.lr,
+    )
+
+
+def load_policy(worker: Worker, policy: ParallelModel, reference: dict[str, Any]) -> None:
+    """Fill a policy with a checkpoint's weights."""
+    from sharding.checkpoint import CheckpointStore
+
+    info = open_checkpoint(worker, reference)
+    CheckpointStore(reference["url"].rsplit("/", 1)[0], keep=2, ctx=worker.ctx).load_weights(
+        policy, info
+    )
+
+
+def rank_policy(
+    worker: Worker,
+    policy: ParallelModel,
+    counts: Tensor,
+    part: Part,
+    max_users: int | None = None,
+) -> dict[str, float]:
+    """Ranking metrics of a policy. Collective; equal on all ranks."""
+    config = worker.recipe.evaluation
+    catalogue = Catalogue(policy, worker.num_items, config.catalogue_chunk)
+
+    def query(users: EvaluationBatch) -> Tensor:
+        return policy.query(users.batch)[last_tokens(users)]
+
+    return _rank(worker, catalogue, query, counts, part, max_users)
+
+
+def last_tokens(users: EvaluationBatch) -> Tensor:
+    """[b] position of each user's last token, where the target is predicted."""
+    return users.batch.offsets[1:] - 1
+
+
+def popularity(worker: Worker, counts: Tensor, parts: tuple[Part, ...]) -> dict[str, Any]:
+    """The baseline that recommends what is bought most: a catalogue of one-dimensional keys."""
+    catalogue = Catalogue.from_keys(
+        worker.ctx, lambda ids: counts[ids - 1].to(torch.float32)[:, None], worker.num_items
+    )
+
+    def query(users: EvaluationBatch) -> Tensor:
+        return torch.ones(users.target_ids.numel(), 1, device=worker.ctx.device)
+
+    return {part: _rank(worker, catalogue, query, counts, part, None) for part in parts}
+
+
+def _rank(
+    worker: Worker,
+    catalogue: Catalogue,
+    query: Query,
+    counts: Tensor,
+    part: Part,
+    max_users: int | None,
+) -> dict[str, float]:
+    config, ctx = worker.recipe.evaluation, worker.ctx
+    metrics = RankingMetrics(config.ks, head_mask(counts, config.head_share))
+    for users in _batches(worker, part, max_users):
+        queries = query(users)
+        seen = _seen(users, config)
+        ranks = catalogue.ranks(queries, users.target_ids, *seen)
+        top_ids, _ = catalogue.top_k(queries, max(config.ks), *seen)
+        metrics.update(ranks, users.target_ids, top_ids)
+    return metrics.result(ctx.all_reduce_sum(metrics.sums()), ctx.all_reduce_max(metrics.covered()))
+
+
+def _batches(worker: Worker, part: Part, max_users: int | None) -> Iterator[EvaluationBatch]:
+    return evaluation_batches(
+        worker.dataset,
+        part,
+        users_per_batch=worker.recipe.evaluation.users_per_batch,
+        max_length=worker.recipe.data.loader.max_length,
+        rank=worker.ctx.rank,
+        world_size=worker.ctx.world_size,
+        max_users=max_users,
+    )
+
+
+def _seen(users: EvaluationBatch, config: EvaluationConfig) -> tuple[Tensor, Tensor]:
+    """Items left out of a user's candidates; the target itself always stays one."""
+    if config.filter_seen:
+        return users.seen_ids, users.seen_offsets
+    return users.seen_ids[:0], torch.zeros_like(users.seen_offsets)
+
+
+def preference_accuracy(worker: Worker, policy: ParallelModel, pairs_url: str) -> float:
+    """Share of held-out pairs whose winner scores above its loser. Collective."""
+    counts = torch.zeros(2, dtype=torch.float64, device=worker.ctx.device)
+    for pairs in preference_batches(
+        pairs_url,
+        "validation",
+        pairs_per_batch=worker.recipe.evaluation.users_per_batch,
+        rank=worker.ctx.rank,
+        world_size=worker.ctx.world_size,
+    ):
+        queries = policy.query(pairs.batch)[pairs.batch.offsets[1:] - 1]
+        chosen = (queries * policy.item_keys(pairs.chosen_ids)).sum(-1)
+        rejected = (queries * policy.item_keys(pairs.rejected_ids)).sum(-1)
+        counts += torch.stack([(chosen > rejected).sum(), torch.tensor(chosen.numel())])
+    right, total = worker.ctx.all_reduce_sum(counts).tolist()
+    if total == 0:
+        raise ValueError(
+            f"{pairs_url} holds no validation pair; raise alignment.validation_share or loosen "
+            "alignment.rule"
+        )
+    return right / total
+
+
+def validation_ranker(
+    worker: Worker, policy: ParallelModel, max_users: int | None
+) -> Callable[[], dict[str, float]]:
+    """Function that measures a policy on validation as it is now."""
+    counts = train_counts(worker.layout.data)
+    return lambda: rank_policy(worker, policy, counts, "validation", max_users)
+
+
+def uses_validation(recipe: Recipe) -> bool:
+    """Whether training of this recipe has validation targets to select on."""
+    split = recipe.data.split
+    return not (split.kind == "leave_last_out" and split.include_validation_in_training)

@@ -1,0 +1,65 @@
+"""Recommendations for a few users, with titles."""
+
+from typing import Any
+
+import numpy as np
+
+from data_loaders.items import find_users, raw_items, titles
+from data_loaders.loader import recommendation_batches
+from sharding.retrieval import Catalogue
+from trainer.evaluate import evaluation_policy, last_tokens, load_policy
+from trainer.policy import Say, Worker, start_worker
+
+
+def recommend_worker(settings: dict[str, Any], say: Say) -> dict[str, Any]:
+    """Top-k of the newest policy for the recipe's users; rank 0's answer holds them all.
+
+    Args:
+        settings: `recipe`, `output` and `policy` (checkpoint reference).
+        say: prints a line at the driver.
+    """
+    worker = start_worker(settings, say)
+    config, recipe = worker.recipe.recommend, worker.recipe
+    sample_ids = _users(worker)
+    policy = evaluation_policy(worker)
+    load_policy(worker, policy, settings["policy"])
+    catalogue = Catalogue(policy, worker.num_items, recipe.evaluation.catalogue_chunk)
+    # A handful of users: rank 0 asks, the others lend their shards.
+    own = sample_ids if worker.ctx.rank == 0 else sample_ids[:0]
+    users = recommendation_batches(
+        worker.dataset, own, max_length=recipe.data.loader.max_length
+    )
+    queries = policy.query(users.batch)[last_tokens(users)]
+    ids, scores = catalogue.top_k(queries, config.top_k, users.seen_ids, users.seen_offsets)
+    if worker.ctx.rank != 0:
+        return {}
+    return {"users": _describe(worker, own, users.batch, ids.numpy(), scores.numpy())}
+
+
+def _users(worker: Worker) -> np.ndarray:
+    config = worker.recipe.recommend
+    if config.users:
+        return find_users(worker.layout.data, config.users) - 1
+    return np.arange(min(config.num_users, worker.dataset.num_samples))
+
+
+def _describe(
+    worker: Worker, sample_ids: np.ndarray, batch: Any, ids: np.ndarray, scores: np.ndarray
+) -> list[dict[str, Any]]:
+    url = worker.layout.data
+    users = worker.dataset.raw_users(sample_ids)
+    described = []
+    for row, user in enumerate(users):  # a few users, each a screen of text
+        begin, end = int(batch.offsets[row]), int(batch.offsets[row + 1])
+        history = batch.item_ids[max(begin, end - 5) : end].numpy()
+        kept = ids[row] > 0
+        described.append(
+            {
+                "user": user,
+                "history": titles(url, history),
+                "items": raw_items(url, ids[row][kept]),
+                "titles": titles(url, ids[row][kept]),
+                "scores": [round(float(s), 4) for s in scores[row][kept]],
+            }
+        )
+    return described

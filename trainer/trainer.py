@@ -1,0 +1,160 @@
+"""The training loop: steps, logs, validation, selection, checkpoints. Blind to the algorithm."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+from configs.training import CheckpointConfig, ValidationConfig
+from sharding.checkpoint import CheckpointInfo, CheckpointStore
+from sharding.parallelize import ParallelModel, StepResult
+from trainer.monitor.stage_monitor import StageMonitor
+
+
+class Step(Protocol):
+    """One global batch as a loader hands it out."""
+
+    @property
+    def step(self) -> int: ...
+    @property
+    def epoch(self) -> int: ...
+    @property
+    def last_of_epoch(self) -> bool: ...
+
+
+class StepLoader(Protocol):
+    """An endless, resumable stream of steps."""
+
+    @property
+    def steps_per_epoch(self) -> int: ...
+    def __iter__(self) -> Iterator[Any]: ...
+    def state(self) -> Any: ...
+    def close(self) -> None: ...
+
+
+@dataclass
+class TrainerState:
+    """Everything besides the model that a resumed run needs; JSON-able."""
+
+    loader: dict[str, int] | None = None
+    best_value: float | None = None
+    best_step: int = 0
+    best_epoch: int = 0
+    stale_validations: int = 0
+    finished: bool = False
+    validations: list[dict[str, float]] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able copy."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When training ends."""
+
+    epochs: int
+    max_steps: int | None
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Optimizer steps of the whole run."""
+        steps = self.epochs * steps_per_epoch
+        return steps if self.max_steps is None else min(steps, self.max_steps)
+
+
+@dataclass
+class Trainer:
+    """Runs a loader through a model until the limits, an early stop, or a failure.
+
+    `make_inputs` turns a step into the loss module's inputs, one per micro batch. `validate`
+    returns metrics that are equal on all ranks. `save` writes the model and the given state.
+    """
+
+    model: ParallelModel
+    loader: StepLoader
+    make_inputs: Callable[[Any], Sequence[Any]]
+    limits: Limits
+    state: TrainerState
+    newest: CheckpointStore
+    best: CheckpointStore
+    checkpoint: CheckpointConfig
+    save: Callable[[CheckpointStore, dict[str, Any]], CheckpointInfo]
+    validation: ValidationConfig | None
+    validate: Callable[[], dict[str, float]] | None
+    log_every: int
+    monitor: StageMonitor | None
+    """Rank 0 only."""
+
+    def train(self) -> TrainerState:
+        """Train to the end; the state says what was selected. Collective."""
+        total = self.limits.total_steps(self.loader.steps_per_epoch)
+        try:
+            if not self.state.finished:
+                for batches in self.loader:
+                    self._one_step(batches, total)
+                    if self.state.finished:
+                        break
+        finally:
+            self.loader.close()
+            if self.monitor is not None:
+                self.monitor.close()
+        return self.state
+
+    def _one_step(self, batches: Any, total: int) -> None:
+        result = self.model.train_step(self.make_inputs(batches), batches.sample_ids)
+        step, epoch = self.model.step, batches.epoch
+        self.state.loader = self.loader.state().to_dict()
+        self._log(result, step, epoch, total)
+        last = step >= total
+        self.state.finished = last
+        with self.monitor.paused() if self.monitor is not None else nullcontext():
+            if last or (batches.last_of_epoch and self._validates_after(epoch)):
+                self._validate(step, epoch)
+            if self.state.finished or self._saves_after(step, epoch, batches.last_of_epoch):
+                self._save(self.newest)
+
+    def _validates_after(self, epoch: int) -> bool:
+        return self.validation is not None and (epoch + 1) % self.validation.every_epochs == 0
+
+    def _saves_after(self, step: int, epoch: int, epoch_ends: bool) -> bool:
+        every_steps, every_epochs = self.checkpoint.every_steps, self.checkpoint.every_epochs
+        by_step = every_steps is not None and step % every_steps == 0
+        by_epoch = epoch_ends and every_epochs is not None and (epoch + 1) % every_epochs == 0
+        return by_step or by_epoch
+
+    def _save(self, store: CheckpointStore) -> None:
+        if self.monitor is not None:
+            self.monitor.flush()
+        self.save(store, self.state.to_dict())
+
+    def _log(self, result: StepResult, step: int, epoch: int, total: int) -> None:
+        if self.monitor is None:
+            return
+        self.monitor.add_tokens(int(result.weight))
+        if step % self.log_every and step != total:
+            return
+        values = {"lr": result.lr, "sparse_lr": result.sparse_lr}
+        values |= {"dense_grad_norm": result.dense_grad_norm} | result.metrics
+        self.monitor.log_step(step, epoch, result.loss, values)
+
+    def _validate(self, step: int, epoch: int) -> None:
+        if self.validation is None or self.validate is None:
+            return
+        metrics = self.validate()
+        value = metrics[self.validation.metric]
+        self.state.validations.append({"step": step, "epoch": epoch, **metrics})
+        improved = self.state.best_value is None or value > self.state.best_value
+        if improved:
+            self.state.best_value, self.state.best_step = value, step
+            self.state.best_epoch, self.state.stale_validations = epoch, 0
+            self._save(self.best)
+        else:
+            self.state.stale_validations += 1
+        patience = self.validation.patience
+        stops = patience is not None and self.state.stale_validations >= patience
+        self.state.finished = self.state.finished or stops
+        if self.monitor is not None:
+            sentence = f"validation after epoch {epoch + 1}: {self.validation.metric} {value:.4f}"
+            sentence += " (best so far)" if improved else f" (best {self.state.best_value:.4f})"
+            sentence += f"; no better for {patience} validations, stopping" if stops else ""
+            self.monitor.log_validation(step, metrics, sentence)
