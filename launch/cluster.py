@@ -199,6 +199,13 @@ def _run_group(
 
 def _enter(config: dict[str, Any]) -> Any:
     """First code of a worker: import the stage here, so that the driver stays light."""
+    import torch.distributed as dist
+
+    nodes: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(nodes, ray.get_runtime_context().get_node_id())
+    if dist.get_rank() == 0:
+        distinct = len(set(nodes))
+        config["say"](f"{len(nodes)} workers on {distinct} node{'s' if distinct > 1 else ''}")
     module, function = config["entry"].split(":")
     return getattr(import_module(module), function)(config["settings"], config["say"])
 

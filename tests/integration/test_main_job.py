@@ -1,0 +1,63 @@
+"""The main job as a user runs it: two workers, every stage, killed and resumed."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.integration.jobs import (
+    finish,
+    kill_everything,
+    losses,
+    results,
+    start,
+    wait_for,
+    write_recipe,
+)
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """An undisturbed run and what it printed."""
+    directory = tmp_path_factory.mktemp("calm")
+    output = finish(start("run", str(write_recipe(directory))))
+    return directory, output
+
+
+def test_all_stages_leave_their_results(calm: tuple[Path, str]) -> None:
+    directory, output = calm
+    run = directory / "run"
+    models = results(run)["models"]
+    assert set(models) == {"popularity", "pretrained", "aligned"}
+    # Users walk in steps of one or two: the model must see it, popularity cannot.
+    assert models["pretrained"]["test"]["hr@5"] > 2 * models["popularity"]["test"]["hr@5"]
+    assert models["aligned"]["preference_accuracy"] >= models["pretrained"]["preference_accuracy"]
+    assert (run / "recommendations.json").exists()
+    assert list(run.glob("report*.html")), output
+    assert "ndcg@10" in output.lower()
+
+
+def test_a_second_run_skips_everything(calm: tuple[Path, str]) -> None:
+    directory, _ = calm
+    output = finish(start("run", str(directory / "tiny.yaml")))
+    assert output.count("unchanged, skipped") == 6
+
+
+def test_a_changed_setting_reruns_only_what_depends_on_it(calm: tuple[Path, str]) -> None:
+    directory, _ = calm
+    output = finish(start("run", str(directory / "tiny.yaml"), "recommend.top_k=3"))
+    assert output.count("unchanged, skipped") == 4  # recommend and report ran again
+
+
+def test_kill_9_of_the_whole_job_then_the_same_command(
+    calm: tuple[Path, str], tmp_path: Path
+) -> None:
+    recipe = str(write_recipe(tmp_path))
+    job = start("run", recipe)
+    # Killed when the second checkpoint of the training stage has been committed.
+    wait_for(lambda: len(list(tmp_path.glob("run/checkpoints/train-*/newest/*/MANIFEST.json"))) > 1)
+    kill_everything(job)
+    output = finish(start("run", recipe))
+    assert "resuming from step" in output
+    for stage in ("train", "align"):
+        assert losses(tmp_path / "run", stage) == losses(calm[0] / "run", stage)
+    assert results(tmp_path / "run")["models"] == results(calm[0] / "run")["models"]
