@@ -1,6 +1,6 @@
 """HSTU attention over jagged sequences (arXiv 2402.17152): pointwise SiLU weights, no softmax.
 
-    O[i] = sum over j <= i of SiLU(q[i] . k[j] + pos_weight[j - i + N - 1] + ts_weight[b(i, j)]) v[j] / N
+    O[i] = 1/N sum over j <= i of SiLU(q[i] . k[j] + pos_weight[j - i + N - 1] + ts_weight[b]) v[j]
 
 b(i, j) is the logarithmic bucket of the time between event j and the *next* event of query i, which
 is known when the request is made. N = max_len is the divisor whatever the length of the sequence.
@@ -21,7 +21,7 @@ from models.ops.jagged import jagged_to_padded, padded_to_jagged
 
 TIME_BUCKETS = 129
 _BUCKET_BASE = Decimal("0.301")
-# Smallest integer |dt| that belongs to bucket 1, 2, .., 128. Integers make the bucket exact: a float
+# Smallest integer |dt| of bucket 1, 2, .., 128. Integers make the bucket exact: a float
 # logarithm would differ between devices and vector widths.
 TIME_THRESHOLDS = tuple(
     int((_BUCKET_BASE * k).exp().to_integral_value(ROUND_CEILING)) for k in range(1, TIME_BUCKETS)

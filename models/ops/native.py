@@ -77,8 +77,8 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
-def call(function: str, *arguments: Tensor | float) -> None:
-    """Call a kernel: tensors are passed as pointers, ints as 64 bit, floats as 32 bit numbers.
+def call(function: str, *arguments: Tensor | float | None) -> None:
+    """Call a kernel: tensors are passed as pointers (None as null), ints as 64, floats as 32 bit.
 
     Tensors must live on the CPU with the dtype and layout that the kernel states; the number of
     threads is the kernel's own argument (``torch.get_num_threads()``).
@@ -106,7 +106,9 @@ def token_rows(x: Tensor) -> tuple[Tensor, int]:
     return x, x.stride(0)
 
 
-def _as_c(argument: Tensor | float) -> object:
+def _as_c(argument: Tensor | float | None) -> object:
+    if argument is None:
+        return ctypes.c_void_p()
     if isinstance(argument, Tensor):
         return ctypes.c_void_p(argument.data_ptr())
     return ctypes.c_int64(argument) if isinstance(argument, int) else ctypes.c_float(argument)

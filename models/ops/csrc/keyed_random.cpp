@@ -1,0 +1,49 @@
+// Counter-based dropout and sampling: the bits of models/ops/hashing.py, a hash per lane.
+// Keys are salted and mixed by the caller.
+#include "simd.h"
+
+namespace {
+
+struct Key {
+  std::uint32_t low, high;
+  explicit Key(std::int64_t key)
+      : low(std::uint32_t(key)), high(std::uint32_t(std::uint64_t(key) >> 32)) {}
+
+  std::uint32_t hash(long counter) const {
+    std::uint32_t z = low + std::uint32_t(counter) * 0x9E3779B9u;
+    z = (z ^ (z >> 16)) * 0x21F0AAADu;
+    z = (z ^ (z >> 15) ^ high) * 0x735A2D97u;
+    return z ^ (z >> 15);
+  }
+};
+
+}  // namespace
+
+extern "C" {
+
+// out[t, c] = x[t, c] * scale where the hash of (keys[t], c) reaches the threshold, else 0.
+void tandem_keyed_dropout(const float* x, const std::int64_t* keys, long tokens, long channels,
+                          long threshold_bits, float scale, long threads, float* out) {
+  const std::uint32_t threshold = std::uint32_t(threshold_bits);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  for (long t = 0; t < tokens; ++t) {
+    const Key key(keys[t]);
+    const float* in = x + t * channels;
+    float* to = out + t * channels;
+    for (long c = 0; c < channels; ++c) to[c] = key.hash(c) >= threshold ? in[c] * scale : 0.f;
+  }
+}
+
+// out[t, r] = floor(hash of (keys[t], r) * high / 2^32).
+void tandem_keyed_integers(const std::int64_t* keys, long tokens, long count, long high,
+                           long threads, std::int64_t* out) {
+  const std::uint64_t range = std::uint64_t(high);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  for (long t = 0; t < tokens; ++t) {
+    const Key key(keys[t]);
+    std::int64_t* to = out + t * count;
+    for (long r = 0; r < count; ++r) to[r] = std::int64_t((key.hash(r) * range) >> 32);
+  }
+}
+
+}  // extern "C"
