@@ -13,7 +13,7 @@ from configs.base import Config
 from configs.data import Split
 
 MANIFEST = "manifest.json"
-_MEND = "run `tandem prepare RECIPE --force` to write the data set anew"
+MEND = "run `tandem prepare RECIPE --force` to write the data set anew"
 
 
 def _confined(path: str) -> str:
@@ -105,16 +105,18 @@ def read_manifest(url: str) -> DatasetManifest:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{path} is damaged at {place!r} ({first['msg']}); {_MEND}") from error
+        raise ValueError(f"{path} is damaged at {place!r} ({first['msg']}); {MEND}") from error
     except ValueError as error:
-        raise ValueError(f"{path} is damaged (not valid JSON); {_MEND}") from error
+        raise ValueError(f"{path} is damaged (not valid JSON); {MEND}") from error
     if manifest.fingerprint != _fingerprint(manifest):
-        raise ValueError(f"{path} is damaged (its fingerprint does not match); {_MEND}")
+        raise ValueError(f"{path} is damaged (its fingerprint does not match); {MEND}")
     return manifest
 
 
-def verify_shard(url: str, entry: FileEntry) -> None:
+def verify_shard(url: str, entry: FileEntry, mend: str = MEND) -> None:
     """Check size and hash of one file of the data set in directory `url`.
+
+    `mend` says how a damaged file is written anew.
 
     Raises:
         ValueError: the file is missing or differs from the manifest.
@@ -123,9 +125,9 @@ def verify_shard(url: str, entry: FileEntry) -> None:
     try:
         digest = storage.sha256_file(path)
     except FileNotFoundError as error:
-        raise ValueError(f"{path} is missing; {_MEND}") from error
+        raise ValueError(f"{path} is missing; {mend}") from error
     if digest != entry.sha256:
-        raise ValueError(f"{path} is damaged (its sha256 differs from the manifest's); {_MEND}")
+        raise ValueError(f"{path} is damaged (its sha256 differs from the manifest's); {mend}")
 
 
 def _fingerprint(manifest: DatasetManifest) -> str:

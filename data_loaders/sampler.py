@@ -118,7 +118,6 @@ def expand_ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 def deal_step(
     lengths: np.ndarray,
-    sample_ids: np.ndarray,
     *,
     world_size: int,
     accumulation: int,
@@ -133,8 +132,7 @@ def deal_step(
     span and not those of the whole window.
 
     Args:
-        lengths: int64 [B], tokens of each sample.
-        sample_ids: int64 [B].
+        lengths: int64 [B], tokens of each sample, in ascending order of sample id.
         accumulation: least K.
         token_budget: most tokens of a micro batch; K grows until all fit.
 
@@ -152,7 +150,7 @@ def deal_step(
         )
     spans = [(np.arange(len(lengths)), 0, world_size)]
     if balance and world_size > RANKS_PER_SPAN:
-        spans = _spans(lengths, sample_ids, world_size)
+        spans = _spans(lengths, world_size)
     budget = token_budget if token_budget is not None else int(lengths.sum())
     needed = [
         -(-int(lengths[members].sum()) // (ranks * max(budget, 1))) for members, _, ranks in spans
@@ -170,23 +168,15 @@ def deal_step(
         micro_batches += 1
 
 
-def _spans(
-    lengths: np.ndarray, sample_ids: np.ndarray, world_size: int
-) -> list[tuple[np.ndarray, int, int]]:
-    """Cut the samples, sorted by id, into stretches of equal tokens per rank.
-
-    Returns (members, first rank, ranks) of each span.
-    """
+def _spans(lengths: np.ndarray, world_size: int) -> list[tuple[np.ndarray, int, int]]:
+    """Cut the samples into stretches of equal tokens per rank: (members, first rank, ranks)."""
     count = -(-world_size // RANKS_PER_SPAN)
     bounds = np.arange(count + 1) * world_size // count
-    by_id = np.argsort(sample_ids, kind="stable")
-    cost = np.cumsum(lengths[by_id] + 1)  # + 1: samples without tokens are spread, too
-    middle = cost - (lengths[by_id] + 1) / 2
-    span = np.searchsorted(
-        bounds[1:-1], middle * world_size / max(cost[-1:].sum(), 1), side="right"
-    )
+    cost = lengths + 1  # + 1: samples without tokens are spread, too
+    middle = (np.cumsum(cost) - cost / 2) * world_size / max(cost.sum(), 1)
+    span = np.searchsorted(bounds[1:-1], middle, side="right")
     return [
-        (np.sort(by_id[span == s]), int(bounds[s]), int(bounds[s + 1] - bounds[s]))
+        (np.flatnonzero(span == s), int(bounds[s]), int(bounds[s + 1] - bounds[s]))
         for s in range(count)
     ]
 

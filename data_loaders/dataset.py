@@ -1,0 +1,270 @@
+"""Random access to the rows of hashed Parquet shards, by row group and in columns.
+
+Nothing here loops over users or events: the loops run over the row groups that a call touches.
+
+Shape legend: N rows of all shards, n rows of a call, T events of a call.
+"""
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from configs import storage
+from data_loaders.manifest import (
+    MEND,
+    DatasetManifest,
+    FileEntry,
+    read_manifest,
+    verify_shard,
+)
+from data_loaders.sampler import expand_ranges
+
+OPEN_FILES = 32
+"""Shards whose footers are kept parsed."""
+
+Columns = Mapping[str, type[np.generic]]
+
+
+@dataclass(frozen=True)
+class Slices:
+    """A stretch of events of each of n rows, laid end to end."""
+
+    sample_ids: np.ndarray
+    """int64 [n], ascending."""
+    offsets: np.ndarray
+    """int64 [n+1]; row i owns events offsets[i]:offsets[i+1]."""
+    rows: dict[str, np.ndarray]
+    """Columns of one value a row, [n]."""
+    events: dict[str, np.ndarray]
+    """Columns of one value an event, [T]."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [n]."""
+        return np.diff(self.offsets)
+
+
+@dataclass(frozen=True)
+class SequenceLengths:
+    """Where the sequences of n users end, each int64 [n] (see the manifest's split)."""
+
+    total: np.ndarray
+    train_end: np.ndarray
+    validation_end: np.ndarray
+
+
+@dataclass(frozen=True)
+class _RowGroup:
+    offsets: np.ndarray
+    scalars: dict[str, np.ndarray]
+    events: dict[str, np.ndarray]
+
+
+class ShardReader:
+    """Rows of shards by their position 0 … N-1 in the shards' order.
+
+    Args:
+        url: directory that the shards' paths are relative to.
+        shards: the files, with their hashes.
+        row_groups: rows of each row group of each shard.
+        scalars: columns of one value a row, and their types; `length` counts the row's events.
+        events: columns of one list a row, and the types of the elements.
+        cached_row_groups: row groups kept decoded; the least recently used goes first.
+        verify: hash a shard when this process first reads events from it. Scalars alone are read
+            without (pages carry checksums): a rank looks up lengths in shards whose events only
+            other ranks read, and those ranks verify them.
+        mend: what writes damaged shards anew, for messages.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        shards: Sequence[FileEntry],
+        row_groups: Sequence[Sequence[int]],
+        *,
+        scalars: Columns,
+        events: Columns,
+        cached_row_groups: int,
+        verify: bool = True,
+        mend: str = MEND,
+    ) -> None:
+        self._url, self._shards, self._mend = url, shards, mend
+        self._scalar_types, self._event_types = scalars, events
+        self.cached_row_groups = cached_row_groups
+        self.row_group_sizes = np.array([n for rows in row_groups for n in rows], dtype=np.int64)
+        """int64 [G], rows of every row group in order."""
+        self.num_rows = int(self.row_group_sizes.sum())
+        self._ends = np.cumsum(self.row_group_sizes)
+        self._places = [(s, i) for s, rows in enumerate(row_groups) for i in range(len(rows))]
+        self._unverified = set(range(len(shards))) if verify else set()
+        # Training's prefetch thread and its main thread may both read; open files are not shared.
+        self._lock = threading.Lock()
+        self._file = lru_cache(maxsize=OPEN_FILES)(self._open)
+        self._group = lru_cache(maxsize=cached_row_groups)(self._read_group)
+        # A few numbers a row instead of hundreds: worth keeping for more groups.
+        self._scalars = lru_cache(maxsize=16 * cached_row_groups)(self._read_scalars)
+
+    def values(self, sample_ids: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
+        """Scalar columns of rows (ids ascending), each [n], without reading their events."""
+        parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
+        for number, local, _ in self._split(sample_ids):
+            group = self._scalars(number, tuple(names))
+            for name in names:
+                parts[name].append(group[name][local])
+        return _joined(parts, self._scalar_types)
+
+    def slices(
+        self,
+        sample_ids: np.ndarray,
+        begin: np.ndarray,
+        end: np.ndarray,
+        event_names: Sequence[str] | None = None,
+    ) -> Slices:
+        """Events begin[i] … end[i]-1 of each row (ids ascending); of all or the named columns.
+
+        Raises:
+            ValueError: a shard is missing or damaged.
+        """
+        names = tuple(self._event_types) if event_names is None else tuple(event_names)
+        rows: dict[str, list[np.ndarray]] = {name: [] for name in self._scalar_types}
+        events: dict[str, list[np.ndarray]] = {name: [] for name in names}
+        lengths = end - begin
+        for number, local, members in self._split(sample_ids):
+            group = self._group(number)
+            picked = expand_ranges(group.offsets[local] + begin[members], lengths[members])
+            for name, parts in rows.items():
+                parts.append(group.scalars[name][local])
+            for name, parts in events.items():
+                parts.append(group.events[name][picked])
+        return Slices(
+            sample_ids=sample_ids,
+            offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+            rows=_joined(rows, self._scalar_types),
+            events=_joined(events, self._event_types),
+        )
+
+    def _split(self, sample_ids: np.ndarray) -> list[tuple[int, np.ndarray, slice]]:
+        """Number, rows and place in the call of each row group that the call touches."""
+        groups = np.searchsorted(self._ends, sample_ids, side="right")
+        first = np.flatnonzero(np.diff(groups, prepend=-1))
+        last = np.append(first[1:], len(sample_ids))[: len(first)]
+        local = sample_ids - (self._ends - self.row_group_sizes)[groups]
+        places = [slice(a, b) for a, b in zip(first.tolist(), last.tolist(), strict=True)]
+        return [(g, local[p], p) for g, p in zip(groups[first].tolist(), places, strict=True)]
+
+    def _open(self, shard: int) -> pq.ParquetFile:
+        path = storage.join(self._url, self._shards[shard].path)
+        fs, inner = storage.filesystem(path)
+        if storage.is_local(path):
+            return pq.ParquetFile(inner, memory_map=True, page_checksum_verification=True)
+        return pq.ParquetFile(fs.open(inner, "rb"), page_checksum_verification=True)
+
+    def _read(self, number: int, names: Sequence[str], verify: bool) -> dict[str, pa.Array]:
+        """Columns of a row group."""
+        shard, index = self._places[number]
+        path = storage.join(self._url, self._shards[shard].path)
+        with self._lock:
+            if verify and shard in self._unverified:
+                verify_shard(self._url, self._shards[shard], self._mend)
+                self._unverified.discard(shard)
+            try:
+                table = self._file(shard).read_row_group(index, columns=list(names))
+                columns = {name: table[name].combine_chunks() for name in names}
+            except (pa.ArrowException, OSError, KeyError) as error:
+                reason = str(error).splitlines()[0]
+                raise ValueError(
+                    f"{path} is missing or damaged ({reason}); {self._mend}"
+                ) from error
+        if any(len(column) != self.row_group_sizes[number] for column in columns.values()):
+            raise ValueError(
+                f"{path} does not have the row groups that its manifest states; {self._mend}"
+            )
+        return columns
+
+    def _read_scalars(self, number: int, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+        columns = self._read(number, names, verify=False)
+        return {name: _numpy(columns[name], self._scalar_types[name]) for name in names}
+
+    def _read_group(self, number: int) -> _RowGroup:
+        columns = self._read(number, [*self._scalar_types, *self._event_types], verify=True)
+        scalars = {n: _numpy(columns[n], t) for n, t in self._scalar_types.items()}
+        lengths = scalars["length"]
+        for name in self._event_types:
+            if not np.array_equal(pc.list_value_length(columns[name]).to_numpy(), lengths):
+                path = storage.join(self._url, self._shards[self._places[number][0]].path)
+                raise ValueError(
+                    f"{path} has lists in column {name!r} whose lengths differ from its column "
+                    f"'length'; {self._mend}"
+                )
+        return _RowGroup(
+            offsets=np.cumsum(lengths) - lengths,
+            scalars=scalars,
+            events={n: _numpy(columns[n].flatten(), t) for n, t in self._event_types.items()},
+        )
+
+
+def _numpy(column: pa.Array, kind: type[np.generic]) -> np.ndarray:
+    assert column.null_count == 0, "prepared columns hold no nulls"
+    return column.to_numpy(zero_copy_only=False).astype(kind, copy=False)
+
+
+def _joined(parts: dict[str, list[np.ndarray]], types: Columns) -> dict[str, np.ndarray]:
+    """Concatenation of each column's parts, of the column's type even if there are none."""
+    return {
+        name: np.concatenate([np.empty(0, types[name]), *list_]) for name, list_ in parts.items()
+    }
+
+
+class SequenceDataset:
+    """The user sequences of a prepared data set; sample id = user_id - 1.
+
+    Args:
+        url: directory of the manifest.
+        cached_row_groups: row groups kept decoded in memory.
+        verify: hash each shard when this process first reads events from it.
+
+    Raises:
+        ValueError: there is no valid manifest; later, on reading, a shard is missing or damaged.
+    """
+
+    def __init__(self, url: str, cached_row_groups: int, verify: bool = True) -> None:
+        self.manifest = read_manifest(url)
+        scalars: dict[str, type[np.generic]] = dict.fromkeys(
+            ["user_id", "length", "train_end", "validation_end"], np.int64
+        )
+        scalars |= {f"user_{name}": np.int64 for name in self.manifest.user_features}
+        self.reader = ShardReader(
+            url,
+            self.manifest.shards,
+            [shard.row_group_rows for shard in self.manifest.shards],
+            scalars=scalars,
+            events=event_columns(self.manifest),
+            cached_row_groups=cached_row_groups,
+            verify=verify,
+        )
+
+    @property
+    def num_samples(self) -> int:
+        """Number of users."""
+        return self.reader.num_rows
+
+    def lengths(self, sample_ids: np.ndarray) -> SequenceLengths:
+        """Lengths and split points of users (ids ascending), without reading their events."""
+        found = self.reader.values(sample_ids, ("length", "train_end", "validation_end"))
+        return SequenceLengths(found["length"], found["train_end"], found["validation_end"])
+
+
+def event_columns(manifest: DatasetManifest) -> dict[str, type[np.generic]]:
+    """The list columns that a prepared data set has, with the types of their elements."""
+    columns: dict[str, type[np.generic]] = {"item_ids": np.int64, "timestamps": np.int64}
+    if manifest.has_ratings:
+        columns["ratings"] = np.float32
+    if manifest.actions:
+        columns["action_ids"] = np.int64
+    return columns | {f"side_{name}": np.int64 for name in manifest.side_features}

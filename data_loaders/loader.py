@@ -1,0 +1,369 @@
+"""Steps of jagged batches for training, and users with their targets for evaluation.
+
+The sequence of global batches is fixed by (seed, epoch, step, global batch); ranks only share it
+out. A position in it is two integers, so a run may stop in the middle of an epoch on one number of
+ranks and go on with another.
+
+Shape legend: B sequences, T tokens, S seen items of all sequences.
+"""
+
+import json
+import queue
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Generic, Literal, Self, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from configs.data import LoaderConfig
+from data_loaders.collate import Following, jagged_batch, split_last
+from data_loaders.dataset import SequenceDataset
+from data_loaders.sampler import ElasticOrder, deal_step
+from models.batch import JaggedBatch
+
+BatchT = TypeVar("BatchT")
+
+
+@dataclass(frozen=True)
+class LoaderState:
+    """A position in the endless sequence of steps: the next step to hand out."""
+
+    epoch: int = 0
+    epoch_step: int = 0
+
+    def to_json(self) -> str:
+        """One line."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Inverse of `to_json`.
+
+        Raises:
+            ValueError: `text` is not a loader state.
+        """
+        try:
+            state = cls(**json.loads(text))
+        except (json.JSONDecodeError, TypeError):
+            state = cls(-1, -1)
+        if not all(type(v) is int and v >= 0 for v in (state.epoch, state.epoch_step)):
+            raise ValueError(f"{text!r} is not a loader state; resume from another checkpoint")
+        return state
+
+
+@dataclass(frozen=True)
+class StepBatches(Generic[BatchT]):
+    """One rank's share of one optimizer step."""
+
+    epoch: int
+    epoch_step: int
+    step: int
+    """epoch · steps_per_epoch + epoch_step."""
+    micro_batches: tuple[BatchT, ...]
+    """As many on every rank; some may be empty."""
+    sample_ids: np.ndarray
+    """int64, all samples of this rank in this step, micro batch after micro batch."""
+    global_tokens: int
+    """Tokens of the step over all ranks."""
+    last_of_epoch: bool
+
+
+class StepLoader(ABC, Generic[BatchT]):
+    """Endless iterator of this rank's steps, prepared ahead by a thread.
+
+    A subclass says how many tokens samples have and what a batch of them is. Errors of the thread
+    are raised by the iterator. After an error or `close`, iteration starts at `state()` again.
+    """
+
+    def __init__(
+        self,
+        order: ElasticOrder,
+        config: LoaderConfig,
+        *,
+        rank: int,
+        world_size: int,
+        state: LoaderState | None,
+    ) -> None:
+        assert 0 <= rank < world_size, f"rank {rank} of world size {world_size}"
+        self._order, self._config = order, config
+        self._rank, self._world_size = rank, world_size
+        self._state = state if state is not None else LoaderState()
+        if self._state.epoch_step >= order.steps_per_epoch:
+            raise ValueError(
+                f"loader state {self._state.to_json()} lies outside an epoch of "
+                f"{order.steps_per_epoch} steps: the data or the global batch changed since it was "
+                "saved; restore them or start a new run"
+            )
+        self._steps: _Prefetcher[StepBatches[BatchT]] | None = None
+
+    @abstractmethod
+    def _tokens(self, sample_ids: np.ndarray) -> np.ndarray:
+        """int64 [B] tokens of samples (ids ascending)."""
+
+    @abstractmethod
+    def _batch(self, sample_ids: np.ndarray) -> BatchT:
+        """The batch of samples (ids ascending, maybe none)."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of an epoch, the same for every world size."""
+        return self._order.steps_per_epoch
+
+    def state(self) -> LoaderState:
+        """Position after the step handed out last; steps prepared ahead do not count."""
+        return self._state
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> StepBatches[BatchT]:
+        if self._steps is None:
+            self._steps = _Prefetcher(self._steps_from(self._state), self._config.prefetch)
+        try:
+            step = next(self._steps)
+        except BaseException:
+            self.close()  # the iterator has ended; a further call starts a new one at state()
+            raise
+        self._state = self._following(LoaderState(step.epoch, step.epoch_step))
+        return step
+
+    def close(self) -> None:
+        """Stop the thread and drop what it prepared."""
+        if self._steps is not None:
+            self._steps.close()
+            self._steps = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _following(self, state: LoaderState) -> LoaderState:
+        if state.epoch_step + 1 < self.steps_per_epoch:
+            return replace(state, epoch_step=state.epoch_step + 1)
+        return LoaderState(state.epoch + 1, 0)
+
+    def _steps_from(self, state: LoaderState) -> Iterator[StepBatches[BatchT]]:
+        while True:
+            yield self._step(state)
+            state = self._following(state)
+
+    def _step(self, state: LoaderState) -> StepBatches[BatchT]:
+        # Ascending ids read each row group once; within a step the order has no meaning.
+        samples = np.sort(self._order.samples_of_step(state.epoch, state.epoch_step))
+        tokens = self._tokens(samples)
+        ranks, micro, count = deal_step(
+            tokens,
+            world_size=self._world_size,
+            accumulation=self._config.accumulation,
+            token_budget=self._config.tokens_per_micro_batch,
+            balance=self._config.balance,
+        )
+        mine = [samples[(ranks == self._rank) & (micro == k)] for k in range(count)]
+        return StepBatches(
+            epoch=state.epoch,
+            epoch_step=state.epoch_step,
+            step=state.epoch * self.steps_per_epoch + state.epoch_step,
+            micro_batches=tuple(self._batch(ids) for ids in mine),
+            sample_ids=np.concatenate(mine),
+            global_tokens=int(tokens.sum()),
+            last_of_epoch=state.epoch_step + 1 == self.steps_per_epoch,
+        )
+
+
+class TrainingLoader(StepLoader[JaggedBatch]):
+    """Steps over the training prefixes of all users.
+
+    A user's prefix e_1 … e_n (up to train_end; up to validation_end with `include_validation`)
+    gives the inputs e_1 … e_{n-1} with targets e_2 … e_n, of which the last `max_length` are kept.
+    A user with less than two training events is an empty sequence.
+
+    Raises:
+        ValueError: the configuration, the state and the data set do not fit together.
+    """
+
+    def __init__(
+        self,
+        dataset: SequenceDataset,
+        config: LoaderConfig,
+        *,
+        seed: int,
+        rank: int,
+        world_size: int,
+        include_validation: bool,
+        state: LoaderState | None = None,
+    ) -> None:
+        sizes = dataset.reader.row_group_sizes
+        window = min(config.shuffle_window, len(sizes))
+        if dataset.reader.cached_row_groups < window:
+            raise ValueError(
+                f"data.loader.cached_row_groups={dataset.reader.cached_row_groups} is less than "
+                f"the {window} row groups of a shuffle window, so that each would be read anew at "
+                "every step; raise it or lower data.loader.shuffle_window"
+            )
+        order = ElasticOrder(
+            sizes,
+            global_batch=config.global_batch,
+            window=config.shuffle_window,
+            seed=seed,
+            drop_last=config.drop_last,
+        )
+        super().__init__(order, config, rank=rank, world_size=world_size, state=state)
+        self._dataset, self._include_validation = dataset, include_validation
+
+    def _ends(self, sample_ids: np.ndarray) -> np.ndarray:
+        lengths = self._dataset.lengths(sample_ids)
+        return lengths.validation_end if self._include_validation else lengths.train_end
+
+    def _tokens(self, sample_ids: np.ndarray) -> np.ndarray:
+        return np.clip(self._ends(sample_ids) - 1, 0, self._config.max_length)
+
+    def _batch(self, sample_ids: np.ndarray) -> JaggedBatch:
+        ends = self._ends(sample_ids)
+        begin = np.maximum(ends - 1 - self._config.max_length, 0)
+        begin = np.where(ends < 2, ends, begin)  # nothing to predict, so no event is read
+        return jagged_batch(*split_last(self._dataset.reader.slices(sample_ids, begin, ends)))
+
+
+@dataclass(frozen=True)
+class EvaluationBatch:
+    """Users, the item that each of them took next, and what they had seen before it."""
+
+    batch: JaggedBatch
+    """History before the target; the query is each sequence's last position."""
+    target_ids: Tensor
+    """[B] int64; 0 where there is none (recommendation)."""
+    seen_ids: Tensor
+    """[S] int64, all earlier items of each user, not truncated."""
+    seen_offsets: Tensor
+    """[B+1] int64; user b has seen seen_ids[seen_offsets[b]:seen_offsets[b+1]]."""
+
+    def to(self, device: torch.device | str) -> "EvaluationBatch":
+        """Copy on `device` (itself if it is there already)."""
+        return EvaluationBatch(
+            batch=self.batch.to(device),
+            target_ids=self.target_ids.to(device, non_blocking=True),
+            seen_ids=self.seen_ids.to(device, non_blocking=True),
+            seen_offsets=self.seen_offsets.to(device, non_blocking=True),
+        )
+
+
+def evaluation_batches(
+    dataset: SequenceDataset,
+    part: Literal["validation", "test"],
+    *,
+    users_per_batch: int,
+    max_length: int,
+    rank: int,
+    world_size: int,
+    max_users: int | None = None,
+) -> Iterator[EvaluationBatch]:
+    """Users that have a target in `part`, this rank's share; as many batches on every rank.
+
+    The history is all events before the target (so the test sees the validation item), cut to the
+    last `max_length`. Users without a target, or without any event before it, are left out; with
+    `max_users`, so are all but the first users by id.
+    """
+    total = dataset.num_samples if max_users is None else min(max_users, dataset.num_samples)
+    for ids in _share(np.arange(total), users_per_batch, rank, world_size):
+        lengths = dataset.lengths(ids)
+        target, limit = {
+            "validation": (lengths.train_end, lengths.validation_end),
+            "test": (lengths.validation_end, lengths.total),
+        }[part]
+        kept = (target < limit) & (target > 0)
+        yield _with_seen(dataset, ids[kept], target[kept], max_length, predict=True)
+
+
+def recommendation_batches(
+    dataset: SequenceDataset,
+    sample_ids: np.ndarray,
+    *,
+    users_per_batch: int,
+    max_length: int,
+    rank: int,
+    world_size: int,
+) -> Iterator[EvaluationBatch]:
+    """Whole histories of the given users in order of id, with nothing to predict (targets are 0).
+
+    The request time of the last position is that of the last event, since no later one is known.
+    """
+    for ids in _share(np.unique(sample_ids), users_per_batch, rank, world_size):
+        ends = dataset.lengths(ids).total
+        yield _with_seen(dataset, ids, ends, max_length, predict=False)
+
+
+def _share(
+    sample_ids: np.ndarray, per_batch: int, rank: int, world_size: int
+) -> Iterator[np.ndarray]:
+    """This rank's contiguous part of the samples in batches, as many on every rank."""
+    total = len(sample_ids)
+    mine = sample_ids[total * rank // world_size : total * (rank + 1) // world_size]
+    largest = -(-total // world_size)
+    for start in range(0, largest, per_batch):
+        yield mine[start : start + per_batch]
+
+
+def _with_seen(
+    dataset: SequenceDataset, ids: np.ndarray, ends: np.ndarray, max_length: int, *, predict: bool
+) -> EvaluationBatch:
+    """Events before `ends` as history and as seen items; the event at `ends` is the target."""
+    seen = dataset.reader.slices(ids, np.zeros_like(ends), ends, ["item_ids"])
+    begin = np.maximum(ends - max_length, 0)
+    if predict:
+        inputs, following = split_last(dataset.reader.slices(ids, begin, ends + 1))
+    else:
+        inputs = dataset.reader.slices(ids, begin, ends)
+        now = inputs.events["timestamps"][inputs.offsets[1:] - 1]
+        following = Following(np.zeros_like(ends), now)
+    return EvaluationBatch(
+        batch=jagged_batch(inputs, following),
+        target_ids=torch.from_numpy(following.item_ids),
+        seen_ids=torch.from_numpy(seen.events["item_ids"]),
+        seen_offsets=torch.from_numpy(seen.offsets),
+    )
+
+
+class _Prefetcher(Generic[BatchT]):
+    """Runs an iterator `depth` items ahead in a thread (depth 0: in the caller's)."""
+
+    def __init__(self, source: Iterator[BatchT], depth: int) -> None:
+        self._source = source
+        self._ready: queue.SimpleQueue[BatchT | BaseException] = queue.SimpleQueue()
+        self._slots = threading.Semaphore(depth)
+        self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
+        if depth:
+            self._thread = threading.Thread(target=self._run, name="loader", daemon=True)
+            self._thread.start()
+
+    def __next__(self) -> BatchT:
+        if self._thread is None:
+            return next(self._source)
+        item = self._ready.get()
+        if isinstance(item, BaseException):
+            raise item
+        self._slots.release()
+        return item
+
+    def close(self) -> None:
+        """End the thread; blocks until the item in work is done."""
+        self._stopped.set()
+        self._slots.release()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while True:
+                self._slots.acquire()
+                if self._stopped.is_set():
+                    return
+                self._ready.put(next(self._source))
+        except BaseException as error:  # noqa: BLE001 - handed to the caller, who raises it
+            self._ready.put(error)
