@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from configs.models import HSTUConfig
 from models.base import SequenceModel, TableSpec
 from models.batch import JaggedBatch
-from models.layers.hstu_block import HSTUBlock
+from models.layers.hstu_block import HSTUBlock, hstu_block_flops
 from models.layers.norms import l2_normalize
 from models.layers.sequence_input import SequenceInput, check_lengths
 from models.ops.dropout import token_keys
@@ -20,6 +20,7 @@ class HSTU(SequenceModel):
     def __init__(self, config: HSTUConfig, specs: tuple[TableSpec, ...], max_length: int) -> None:
         """`max_length` events are kept of a user; N = max_length + attention_slack."""
         super().__init__()
+        self.config = config
         self.specs = specs
         self.max_positions = max_length + config.attention_slack
         self.sequence_input = SequenceInput(specs, self.max_positions, config.dropout, salt=0)
@@ -43,4 +44,4 @@ class HSTU(SequenceModel):
         return l2_normalize(item_embeddings)
 
     def flops_per_token(self, mean_length: float) -> float:
-        return sum(block.flops_per_token(mean_length) for block in self.blocks)
+        return len(self.blocks) * hstu_block_flops(self.config, mean_length)

@@ -13,7 +13,7 @@ from models.base import SequenceModel, TableSpec
 from models.batch import JaggedBatch
 from models.layers.norms import l2_normalize
 from models.layers.sequence_input import SequenceInput, check_lengths
-from models.layers.transformer_block import TransformerBlock
+from models.layers.transformer_block import TransformerBlock, transformer_block_flops
 from models.ops.dropout import token_keys
 
 _DROPOUT_SITES = 3  # of a TransformerBlock
@@ -25,9 +25,9 @@ class SASRec(SequenceModel):
     def __init__(self, config: SASRecConfig, specs: tuple[TableSpec, ...], max_length: int) -> None:
         """`max_length` events are kept of a user."""
         super().__init__()
+        self.config = config
         self.specs = specs
         self.max_positions = max_length
-        self.normalize = config.normalize
         self.sequence_input = SequenceInput(specs, max_length, config.dropout, salt=0)
         self.blocks = nn.ModuleList(
             TransformerBlock(config, salt=1 + layer * _DROPOUT_SITES)
@@ -45,10 +45,10 @@ class SASRec(SequenceModel):
         for block in self.blocks:
             x = block(x, batch, keys)
         query = self.final_norm(x)
-        return l2_normalize(query) if self.normalize else query.float()
+        return l2_normalize(query) if self.config.normalize else query.float()
 
     def item_keys(self, item_embeddings: Tensor) -> Tensor:
-        return l2_normalize(item_embeddings) if self.normalize else item_embeddings.float()
+        return l2_normalize(item_embeddings) if self.config.normalize else item_embeddings.float()
 
     def flops_per_token(self, mean_length: float) -> float:
-        return sum(block.flops_per_token(mean_length) for block in self.blocks)
+        return len(self.blocks) * transformer_block_flops(self.config, mean_length)

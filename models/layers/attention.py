@@ -17,6 +17,6 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor) -> Tensor
     """
     total = q.shape[0]
     longest = int(offsets.diff().max()) if offsets.numel() > 1 else 0
-    padded = (jagged_to_padded(x, offsets, max(longest, 1)).transpose(1, 2) for x in (q, k, v))
-    attended = F.scaled_dot_product_attention(*padded, is_causal=True)
+    q, k, v = (jagged_to_padded(x, offsets, max(longest, 1)).transpose(1, 2) for x in (q, k, v))
+    attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     return padded_to_jagged(attended.transpose(1, 2), offsets, total)

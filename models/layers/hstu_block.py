@@ -43,7 +43,9 @@ class HSTUBlock(nn.Module):
         projected = F.silu(plain_layer_norm(x) @ self.uvqk)
         u, v, q, k = projected.split(self.widths, dim=-1)
         attended = hstu_attention(
-            *(part.unflatten(-1, (self.num_heads, -1)) for part in (q, k, v)),
+            q.unflatten(-1, (self.num_heads, -1)),
+            k.unflatten(-1, (self.num_heads, -1)),
+            v.unflatten(-1, (self.num_heads, -1)),
             batch.offsets,
             batch.timestamps,
             batch.next_timestamps,
@@ -57,9 +59,9 @@ class HSTUBlock(nn.Module):
             gated = keyed_dropout(gated, keys, self.dropout, self.salt)
         return self.output(gated) + x
 
-    def flops_per_token(self, mean_length: float) -> float:
-        """Forward FLOPs per token; a token attends to (mean_length + 1) / 2 tokens on average."""
-        width = self.output.out_features
-        qk_width, v_width = self.widths[2], self.widths[0]
-        projections = 2 * width * sum(self.widths) + 2 * v_width * width
-        return projections + 2 * (qk_width + v_width) * (mean_length + 1) / 2
+
+def hstu_block_flops(config: HSTUConfig, mean_length: float) -> float:
+    """Forward FLOPs per token; a token attends to (mean_length + 1) / 2 tokens on average."""
+    qk_width, v_width = config.num_heads * config.qk_width, config.num_heads * config.v_width
+    projections = 2 * config.width * (2 * qk_width + 2 * v_width) + 2 * v_width * config.width
+    return projections + 2 * (qk_width + v_width) * (mean_length + 1) / 2

@@ -41,8 +41,9 @@ class TransformerBlock(nn.Module):
     def _drop(self, x: Tensor, keys: Tensor | None, site: int) -> Tensor:
         return x if keys is None else keyed_dropout(x, keys, self.dropout, self.salt + site)
 
-    def flops_per_token(self, mean_length: float) -> float:
-        """Forward FLOPs per token; a token attends to (mean_length + 1) / 2 tokens on average."""
-        width, inner = self.output.out_features, self.expand.out_features
-        projections = 2 * width * (3 * width + width) + 2 * 2 * width * inner
-        return projections + 2 * 2 * width * (mean_length + 1) / 2
+
+def transformer_block_flops(config: SASRecConfig, mean_length: float) -> float:
+    """Forward FLOPs per token; a token attends to (mean_length + 1) / 2 tokens on average."""
+    width, inner = config.width, config.feedforward_width
+    projections = 2 * width * 4 * width + 2 * width * 2 * inner
+    return projections + 2 * 2 * width * (mean_length + 1) / 2

@@ -1,7 +1,7 @@
 """Softmax cross entropy of next-item prediction, fused with the products that make its logits.
 
     loss[t] = -log( exp(s[t, pos]) / (exp(s[t, pos]) + sum over negatives r of exp(s[t, r])) )
-    s[t, e] = queries[t] . keys[e] / temperature - correction[e]
+    s[t, e] = queries[t] . keys[e] / temperature, less correction[e] where e is a negative
 
 Shape legend: T tokens, P keys (a pool of looked-up items or the whole catalogue), D width,
 R negatives of a group, G groups.
@@ -41,12 +41,13 @@ def sampled_softmax_loss(
         temperature: divides the products, > 0.
         groups: int64 [T], the row of ``negatives`` that each token uses; None: G = T, its own.
             ``segment_ids`` shares the negatives of a sequence, zeros those of a batch.
-        correction: float32 [P] subtracted from the logits, log of the expected number of times a
-            row is drawn (logQ); no gradient flows into it.
+        correction: float32 [P] subtracted from the logits of negatives, log of the expected number
+            of times a row is drawn (logQ), so that their sum estimates that over all rows. The
+            positive is there with probability one. No gradient flows into it.
 
     Differentiable in ``queries`` and ``keys``.
     """
-    if not native.runs_native(queries, keys) or queries.shape[1] > _MAX_NATIVE_WIDTH:
+    if not runs_fused(queries, keys):
         return sampled_softmax_loss_reference(
             queries, keys, positives, negatives, temperature, groups=groups, correction=correction
         )
@@ -54,6 +55,11 @@ def sampled_softmax_loss(
         queries.float(), keys.float(), positives, negatives, groups, correction, 1.0 / temperature
     )
     return loss
+
+
+def runs_fused(queries: Tensor, keys: Tensor) -> bool:
+    """Whether ``sampled_softmax_loss`` takes its kernel for these."""
+    return native.runs_native(queries, keys) and queries.shape[1] <= _MAX_NATIVE_WIDTH
 
 
 def sampled_softmax_loss_reference(
@@ -78,7 +84,9 @@ def sampled_softmax_loss_reference(
         candidates = keys.index_select(0, rows.flatten()).view(*rows.shape, keys.shape[1])
         logits = torch.einsum("td,trd->tr", query, candidates) / temperature
         if correction is not None:
-            logits = logits - correction.detach()[rows]
+            shift = correction.detach()[rows]
+            shift[:, 0] = 0.0
+            logits = logits - shift
         collides = rows == target[:, None]
         collides[:, 0] = False
         logits = logits.masked_fill(collides, -torch.inf)

@@ -48,10 +48,8 @@ float sampled_token(const float* query, const float* keys, const float* correcti
   for (long r = 0; r < count; ++r) probability[r] = dot<VECTORS>(q, keys + negatives[r] * pad);
   probability[count] = dot<VECTORS>(q, keys + positive * pad);
   for (long r = 0; r <= count; ++r) probability[r] *= inverse_temperature;
-  if (correction) {
+  if (correction)
     for (long r = 0; r < count; ++r) probability[r] -= correction[negatives[r]];
-    probability[count] -= correction[positive];
-  }
   const float at_positive = probability[count];
   // A negative that is the positive itself is no negative.
   for (long r = 0; r < count; ++r)

@@ -33,11 +33,12 @@ def test_sampled_loss_equals_the_formula() -> None:
     log_q = torch.randn(5)
 
     def score(t: int, row: int) -> float:
-        return math.exp(float(queries[t] @ keys[row]) / 0.7 - float(log_q[row]))
+        return math.exp(float(queries[t] @ keys[row]) / 0.7)
 
     expected = []
     for t, positive in enumerate(positives.tolist()):
-        others = sum(score(t, row) for row in negatives[t].tolist() if row != positive)
+        drawn = [row for row in negatives[t].tolist() if row != positive]
+        others = sum(score(t, row) / math.exp(float(log_q[row])) for row in drawn)
         own = score(t, positive)
         expected.append(0.0 if positive < 0 else -math.log(own / (own + others)))
     arguments = (queries, keys, positives, negatives, 0.7)
