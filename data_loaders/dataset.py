@@ -36,7 +36,7 @@ class Slices:
     """A stretch of events of each of n rows, laid end to end."""
 
     sample_ids: np.ndarray
-    """int64 [n], ascending."""
+    """int64 [n]."""
     offsets: np.ndarray
     """int64 [n+1]; row i owns events offsets[i]:offsets[i+1]."""
     rows: dict[str, np.ndarray]
@@ -75,6 +75,7 @@ class ShardReader:
         row_groups: rows of each row group of each shard.
         scalars: columns of one value a row, and their types; `length` counts the row's events.
         events: columns of one list a row, and the types of the elements.
+        labels: string columns, which are read only when asked for by name.
         cached_row_groups: row groups kept decoded; the least recently used goes first.
         verify: hash a shard when this process first reads events from it. Scalars alone are read
             without (pages carry checksums): a rank looks up lengths in shards whose events only
@@ -90,12 +91,14 @@ class ShardReader:
         *,
         scalars: Columns,
         events: Columns,
+        labels: Sequence[str] = (),
         cached_row_groups: int,
         verify: bool = True,
         mend: str = MEND,
     ) -> None:
         self._url, self._shards, self._mend = url, shards, mend
         self._scalar_types, self._event_types = scalars, events
+        self._value_types = {**scalars, **dict.fromkeys(labels, np.object_)}
         self.cached_row_groups = cached_row_groups
         self.row_group_sizes = np.array([n for rows in row_groups for n in rows], dtype=np.int64)
         """int64 [G], rows of every row group in order."""
@@ -111,13 +114,16 @@ class ShardReader:
         self._scalars = lru_cache(maxsize=16 * cached_row_groups)(self._read_scalars)
 
     def values(self, sample_ids: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
-        """Scalar columns of rows (ids ascending), each [n], without reading their events."""
+        """Scalars or labels of rows, each [n], without reading their events.
+
+        Ids in any order are right; ascending ones visit each row group once.
+        """
         parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
         for number, local, _ in self._split(sample_ids):
             group = self._scalars(number, tuple(names))
             for name in names:
                 parts[name].append(group[name][local])
-        return _joined(parts, self._scalar_types)
+        return _joined(parts, self._value_types)
 
     def slices(
         self,
@@ -126,7 +132,9 @@ class ShardReader:
         end: np.ndarray,
         event_names: Sequence[str] | None = None,
     ) -> Slices:
-        """Events begin[i] … end[i]-1 of each row (ids ascending); of all or the named columns.
+        """Events begin[i] … end[i]-1 of each row; of all or the named columns.
+
+        Ids in any order are right; ascending ones visit each row group once.
 
         Raises:
             ValueError: a shard is missing or damaged.
@@ -189,7 +197,7 @@ class ShardReader:
 
     def _read_scalars(self, number: int, names: tuple[str, ...]) -> dict[str, np.ndarray]:
         columns = self._read(number, names, verify=False)
-        return {name: _numpy(columns[name], self._scalar_types[name]) for name in names}
+        return {name: _numpy(columns[name], self._value_types[name]) for name in names}
 
     def _read_group(self, number: int) -> _RowGroup:
         columns = self._read(number, [*self._scalar_types, *self._event_types], verify=True)
@@ -245,6 +253,7 @@ class SequenceDataset:
             [shard.row_group_rows for shard in self.manifest.shards],
             scalars=scalars,
             events=event_columns(self.manifest),
+            labels=("user",),
             cached_row_groups=cached_row_groups,
             verify=verify,
         )
@@ -255,9 +264,13 @@ class SequenceDataset:
         return self.reader.num_rows
 
     def lengths(self, sample_ids: np.ndarray) -> SequenceLengths:
-        """Lengths and split points of users (ids ascending), without reading their events."""
+        """Lengths and split points of users, without reading their events."""
         found = self.reader.values(sample_ids, ("length", "train_end", "validation_end"))
         return SequenceLengths(found["length"], found["train_end"], found["validation_end"])
+
+    def raw_users(self, sample_ids: np.ndarray) -> list[str]:
+        """What the log calls the users."""
+        return list(self.reader.values(sample_ids, ("user",))["user"])
 
 
 def event_columns(manifest: DatasetManifest) -> dict[str, type[np.generic]]:

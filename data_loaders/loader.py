@@ -35,9 +35,13 @@ class LoaderState:
     epoch: int = 0
     epoch_step: int = 0
 
+    def to_dict(self) -> dict[str, int]:
+        """The fields, for the checkpoint's JSON."""
+        return asdict(self)
+
     def to_json(self) -> str:
         """One line."""
-        return json.dumps(asdict(self))
+        return json.dumps(self.to_dict())
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -102,11 +106,11 @@ class StepLoader(ABC, Generic[BatchT]):
 
     @abstractmethod
     def _tokens(self, sample_ids: np.ndarray) -> np.ndarray:
-        """int64 [B] tokens of samples (ids ascending)."""
+        """int64 [B] tokens of samples."""
 
     @abstractmethod
     def _batch(self, sample_ids: np.ndarray) -> BatchT:
-        """The batch of samples (ids ascending, maybe none)."""
+        """The batch of samples, maybe none."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -280,22 +284,17 @@ def evaluation_batches(
         yield _with_seen(dataset, ids[kept], target[kept], max_length, predict=True)
 
 
-def recommendation_batches(
-    dataset: SequenceDataset,
-    sample_ids: np.ndarray,
-    *,
-    users_per_batch: int,
-    max_length: int,
-    rank: int,
-    world_size: int,
-) -> Iterator[EvaluationBatch]:
-    """Whole histories of the given users in order of id, with nothing to predict (targets are 0).
+def recommendation_batch(
+    dataset: SequenceDataset, sample_ids: np.ndarray, max_length: int
+) -> EvaluationBatch:
+    """Whole histories of a few users (in their order, maybe none), with nothing to predict.
 
-    The request time of the last position is that of the last event, since no later one is known.
+    Targets are 0, and the request time of the last position is that of the last event, since no
+    later one is known.
     """
-    for ids in _share(np.unique(sample_ids), users_per_batch, rank, world_size):
-        ends = dataset.lengths(ids).total
-        yield _with_seen(dataset, ids, ends, max_length, predict=False)
+    return _with_seen(
+        dataset, sample_ids, dataset.lengths(sample_ids).total, max_length, predict=False
+    )
 
 
 def _share(

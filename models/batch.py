@@ -65,3 +65,36 @@ class JaggedBatch:
             elif isinstance(value, dict):
                 moved[entry.name] = {k: v.to(device, non_blocking=True) for k, v in value.items()}
         return replace(self, **moved)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class PreferenceBatch:
+    """Preference pairs of a micro batch: in one context, one item is liked over another."""
+
+    batch: JaggedBatch
+    """Contexts, never empty. `sample_ids` are the pair ids; the last target is the chosen item."""
+    pair_ids: Tensor
+    """[B] int64, 0…pairs-1."""
+    chosen_ids: Tensor
+    """[B] int64, liked items."""
+    rejected_ids: Tensor
+    """[B] int64, disliked items."""
+    reference_chosen: Tensor
+    """[B] float32, log-probability of the chosen item under the reference; 0 where not computed."""
+    reference_rejected: Tensor
+    """[B] float32, the same of the rejected item."""
+
+    def to(self, device: torch.device | str) -> "PreferenceBatch":
+        """Copy of the batch on `device` (itself if it is there already)."""
+
+        def moved(values: Tensor) -> Tensor:
+            return values.to(device, non_blocking=True)
+
+        return PreferenceBatch(
+            batch=self.batch.to(device),
+            pair_ids=moved(self.pair_ids),
+            chosen_ids=moved(self.chosen_ids),
+            rejected_ids=moved(self.rejected_ids),
+            reference_chosen=moved(self.reference_chosen),
+            reference_rejected=moved(self.reference_rejected),
+        )

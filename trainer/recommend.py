@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 
 from data_loaders.items import find_users, raw_items, titles
-from data_loaders.loader import recommendation_batches
+from data_loaders.loader import recommendation_batch
+from models.batch import JaggedBatch
 from sharding.retrieval import Catalogue
 from trainer.evaluate import evaluation_policy, last_tokens, load_policy
 from trainer.policy import Say, Worker, start_worker
@@ -20,20 +21,24 @@ def recommend_worker(settings: dict[str, Any], say: Say) -> dict[str, Any]:
     """
     worker = start_worker(settings, say)
     config, recipe = worker.recipe.recommend, worker.recipe
-    sample_ids = _users(worker)
     policy = evaluation_policy(worker)
     load_policy(worker, policy, settings["policy"])
     catalogue = Catalogue(policy, worker.num_items, recipe.evaluation.catalogue_chunk)
-    # A handful of users: rank 0 asks, the others lend their shards.
-    own = sample_ids if worker.ctx.rank == 0 else sample_ids[:0]
-    users = recommendation_batches(
-        worker.dataset, own, max_length=recipe.data.loader.max_length
-    )
-    queries = policy.query(users.batch)[last_tokens(users)]
-    ids, scores = catalogue.top_k(queries, config.top_k, users.seen_ids, users.seen_offsets)
-    if worker.ctx.rank != 0:
-        return {}
-    return {"users": _describe(worker, own, users.batch, ids.numpy(), scores.numpy())}
+    described: list[dict[str, Any]] = []
+    for users in recommendation_batch(
+        worker.dataset,
+        _users(worker),
+        users_per_batch=recipe.evaluation.users_per_batch,
+        max_length=recipe.data.loader.max_length,
+        rank=worker.ctx.rank,
+        world_size=worker.ctx.world_size,
+    ):
+        users = users.to(worker.ctx.device)
+        queries = policy.query(users.batch)[last_tokens(users)]
+        ids, scores = catalogue.top_k(queries, config.top_k, users.seen_ids, users.seen_offsets)
+        described += _describe(worker, users.batch, ids.cpu().numpy(), scores.cpu().numpy())
+    ranks = worker.ctx.all_gather_object(described)
+    return {"users": [user for rank in ranks for user in rank]}
 
 
 def _users(worker: Worker) -> np.ndarray:
@@ -44,14 +49,14 @@ def _users(worker: Worker) -> np.ndarray:
 
 
 def _describe(
-    worker: Worker, sample_ids: np.ndarray, batch: Any, ids: np.ndarray, scores: np.ndarray
+    worker: Worker, batch: JaggedBatch, ids: np.ndarray, scores: np.ndarray
 ) -> list[dict[str, Any]]:
     url = worker.layout.data
-    users = worker.dataset.raw_users(sample_ids)
+    users = worker.dataset.raw_users(batch.sample_ids.cpu().numpy())
     described = []
     for row, user in enumerate(users):  # a few users, each a screen of text
         begin, end = int(batch.offsets[row]), int(batch.offsets[row + 1])
-        history = batch.item_ids[max(begin, end - 5) : end].numpy()
+        history = batch.item_ids[max(begin, end - 5) : end].cpu().numpy()
         kept = ids[row] > 0
         described.append(
             {

@@ -20,7 +20,7 @@ from data_loaders.loader import (
     StepBatches,
     TrainingLoader,
     evaluation_batches,
-    recommendation_batches,
+    recommendation_batch,
 )
 from data_loaders.synthetic import write_synthetic
 from models.batch import JaggedBatch
@@ -347,25 +347,15 @@ def test_recommendation_takes_the_whole_history(
     dataset: SequenceDataset, users: list[dict]
 ) -> None:
     picked = np.array([50, 3, 17])
-    for world_size in (1, 2):
-        found = {}
-        for rank in range(world_size):
-            batches = recommendation_batches(
-                dataset,
-                picked,
-                users_per_batch=2,
-                max_length=LENGTH,
-                rank=rank,
-                world_size=world_size,
-            )
-            found |= _evaluated(batches)
-        for sample in picked:
-            row = users[sample]
-            items, times = row["item_ids"][-LENGTH:], row["timestamps"][-LENGTH:]
-            assert found[sample + 1] == (
-                items,
-                [*times[1:], times[-1]],
-                [*items[1:], 0],
-                0,
-                row["item_ids"],
-            )
+    users_batch = recommendation_batch(dataset, picked, LENGTH)
+    assert (users_batch.batch.user_ids - 1).tolist() == picked.tolist()  # in the order asked for
+    found = _evaluated(iter([users_batch]))
+    for sample in picked:
+        row = users[sample]
+        items, times = row["item_ids"][-LENGTH:], row["timestamps"][-LENGTH:]
+        expected = (items, [*times[1:], times[-1]], [*items[1:], 0], 0, row["item_ids"])
+        assert found[sample + 1] == expected
+    assert dataset.raw_users(picked) == [users[sample]["user"] for sample in picked]
+    nobody = recommendation_batch(dataset, picked[:0], LENGTH)
+    assert nobody.batch.num_sequences == nobody.target_ids.numel() == 0
+    assert nobody.seen_offsets.tolist() == [0]
