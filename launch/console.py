@@ -11,6 +11,7 @@ from types import TracebackType
 
 import ray
 from ray.actor import ActorHandle
+from ray.exceptions import RayError
 
 POLL_S = 0.3
 
@@ -34,7 +35,7 @@ class Console:
     """Context that prints what workers `say` until it closes."""
 
     def __init__(self) -> None:
-        self._buffer: ActorHandle = _LineBuffer.remote()
+        self._buffer: ActorHandle = _LineBuffer.remote()  # type: ignore[attr-defined]
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._pump, daemon=True)
 
@@ -65,7 +66,7 @@ class Console:
     def _print(self) -> bool:
         try:
             lines = ray.get(self._buffer.take.remote(), timeout=30)
-        except Exception:  # the cluster is going away; the run itself reports why
+        except (RayError, TimeoutError):  # the cluster goes away; the run itself reports why
             return False
         for line in lines:
             print(line, flush=True)

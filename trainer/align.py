@@ -7,7 +7,6 @@ from torch import Tensor
 
 from configs import storage
 from configs.alignment import DPOConfig
-from configs.objectives import SampledSoftmaxConfig
 from data_loaders.loader import LoaderState
 from data_loaders.preferences import (
     PreferenceLoader,
@@ -19,9 +18,7 @@ from models.batch import PreferenceBatch
 from sharding.parallelize import ParallelModel
 from sharding.retrieval import Catalogue
 from trainer.evaluate import load_policy, preference_accuracy, validation_ranker
-from trainer.in_batch import gather_positives
 from trainer.objectives.dpo import PreferenceInputs, PreferenceLoss
-from trainer.objectives.negatives import draw_negatives
 from trainer.policy import (
     Say,
     Worker,
@@ -29,8 +26,16 @@ from trainer.policy import (
     parallelize_policy,
     start_worker,
 )
-from trainer.pretrain import outcome, resume, saver, stage_monitor, stage_stores
-from trainer.trainer import Limits, Trainer
+from trainer.pretrain import (
+    NextItemInputsMaker,
+    mean_length,
+    outcome,
+    resume,
+    saver,
+    stage_monitor,
+    stage_stores,
+)
+from trainer.trainer import Limits, Trainer, TrainerState
 
 
 def align_worker(settings: dict[str, Any], say: Say) -> dict[str, Any]:
@@ -42,26 +47,19 @@ def align_worker(settings: dict[str, Any], say: Say) -> dict[str, Any]:
         say: prints a line at the driver.
     """
     worker = start_worker(settings, say)
-    recipe, ctx = worker.recipe, worker.ctx
+    recipe = worker.recipe
     config = recipe.alignment
     assert config is not None, "the align stage exists only with an alignment block"
     model = build_sequence_model(worker)
     newest, best = stage_stores(worker, "align", settings["fingerprint"], config.checkpoint.keep)
     limits = Limits(config.epochs, None)
-    loader_options = {
-        "pairs_per_step": config.pairs_per_step,
-        "loader": recipe.data.loader,
-        "seed": recipe.seed,
-        "rank": ctx.rank,
-        "world_size": ctx.world_size,
-    }
-    probe = PreferenceLoader(settings["pairs"], reference_url=None, **loader_options)
-    total_steps = limits.total_steps(probe.steps_per_epoch)
-    probe.close()
+    with preference_loader(worker, config, settings["pairs"], None, None) as probe:
+        total_steps = limits.total_steps(probe.steps_per_epoch)
+    loss_module = PreferenceLoss(model, config, recipe.objective, worker.num_items)
     policy = parallelize_policy(
         worker,
         model,
-        PreferenceLoss(model, config, recipe.objective, worker.num_items),
+        loss_module,
         total_steps=total_steps,
         optimizer=config.optimizer,
         sparse_lr=recipe.sharding.optimizer.lr * config.sparse_lr_ratio,
@@ -71,12 +69,7 @@ def align_worker(settings: dict[str, Any], say: Say) -> dict[str, Any]:
     if info is None:
         load_policy(worker, policy, settings["start"])
     state = resume(worker, policy, newest, info)
-    loader = PreferenceLoader(
-        settings["pairs"],
-        reference_url=settings["reference"],
-        state=LoaderState(**state.loader) if state.loader else None,
-        **loader_options,
-    )
+    loader = preference_loader(worker, config, settings["pairs"], settings["reference"], state)
     rank = validation_ranker(
         worker, policy, config.validation.max_users if config.validation else None
     )
@@ -94,59 +87,59 @@ def align_worker(settings: dict[str, Any], say: Say) -> dict[str, Any]:
         newest=newest,
         best=best,
         checkpoint=config.checkpoint,
-        save=saver(
-            worker, policy, stage=settings["fingerprint"], start=settings["start"]["hash"]
-        ),
+        save=saver(worker, policy, stage=settings["fingerprint"], start=settings["start"]["hash"]),
         validation=config.validation,
         validate=validate,
         log_every=config.log_every_steps,
-        monitor=stage_monitor(worker, policy, "align", settings["fingerprint"], total_steps),
+        monitor=stage_monitor(
+            worker,
+            policy,
+            "align",
+            settings["fingerprint"],
+            total_steps,
+            loss_module.flops_per_token(mean_length(worker)),
+        ),
     )
     return outcome(trainer.train(), newest, best)
+
+
+def preference_loader(
+    worker: Worker,
+    config: DPOConfig,
+    pairs_url: str,
+    reference_url: str | None,
+    state: TrainerState | None,
+) -> PreferenceLoader:
+    """The loader of training pairs, at the state's position."""
+    return PreferenceLoader(
+        pairs_url,
+        reference_url=reference_url,
+        pairs_per_step=config.pairs_per_step,
+        loader=worker.recipe.data.loader,
+        seed=worker.recipe.seed,
+        rank=worker.ctx.rank,
+        world_size=worker.ctx.world_size,
+        state=LoaderState(**state.loader) if state is not None and state.loader else None,
+    )
 
 
 class PreferenceInputsMaker:
     """Turns a step's pairs into loss inputs, with negatives for the supervised term."""
 
     def __init__(self, worker: Worker, config: DPOConfig) -> None:
-        self._recipe, self._ctx = worker.recipe, worker.ctx
-        self._num_items = worker.num_items
-        self._supervised = config.supervised_weight > 0
+        self._device = worker.ctx.device
+        self._next_item = NextItemInputsMaker(worker) if config.supervised_weight > 0 else None
 
-    def __call__(self, batches: Any) -> list[PreferenceInputs]:
+    def __call__(self, step: Any) -> list[PreferenceInputs]:
         """Inputs of each micro batch of this rank. Collective if positives are shared."""
-        pairs = [batch.to(self._ctx.device) for batch in batches.micro_batches]
-        if not self._supervised:
+        pairs = [batch.to(self._device) for batch in step.micro_batches]
+        if self._next_item is None:
             return [PreferenceInputs(batch, None) for batch in pairs]
-        objective, seed = self._recipe.objective, self._recipe.seed
-        positives: Tensor | None = None
-        if isinstance(objective, SampledSoftmaxConfig) and objective.negatives != "uniform":
-            positives = gather_positives(
-                [p.batch for p in pairs],
-                objective.in_batch_negatives,
-                seed,
-                batches.step,
-                self._ctx,
-            )
-        return [
-            PreferenceInputs(
-                batch,
-                draw_negatives(
-                    objective,
-                    batch.batch,
-                    num_items=self._num_items,
-                    seed=seed,
-                    step=batches.step,
-                    global_positives=positives,
-                ),
-            )
-            for batch in pairs
-        ]
+        supervised = self._next_item([batch.batch for batch in pairs], step.step)
+        return [PreferenceInputs(*both) for both in zip(pairs, supervised, strict=True)]
 
 
-def write_reference_once(
-    worker: Worker, policy: ParallelModel, settings: dict[str, Any]
-) -> None:
+def write_reference_once(worker: Worker, policy: ParallelModel, settings: dict[str, Any]) -> None:
     """Catalogue log-probabilities of every pair under the starting policy. Collective.
 
     They are computed once and keyed by the checkpoint's hash; a resumed stage finds them.

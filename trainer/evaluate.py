@@ -78,12 +78,8 @@ def evaluation_policy(worker: Worker) -> ParallelModel:
 
 def load_policy(worker: Worker, policy: ParallelModel, reference: dict[str, Any]) -> None:
     """Fill a policy with a checkpoint's weights."""
-    from sharding.checkpoint import CheckpointStore
-
-    info = open_checkpoint(worker, reference)
-    CheckpointStore(reference["url"].rsplit("/", 1)[0], keep=2, ctx=worker.ctx).load_weights(
-        policy, info
-    )
+    store, info = open_checkpoint(worker, reference)
+    store.load_weights(policy, info)
 
 
 def rank_policy(
@@ -131,6 +127,7 @@ def _rank(
     config, ctx = worker.recipe.evaluation, worker.ctx
     metrics = RankingMetrics(config.ks, head_mask(counts, config.head_share))
     for users in _batches(worker, part, max_users):
+        users = users.to(ctx.device)
         queries = query(users)
         seen = _seen(users, config)
         ranks = catalogue.ranks(queries, users.target_ids, *seen)
@@ -168,6 +165,7 @@ def preference_accuracy(worker: Worker, policy: ParallelModel, pairs_url: str) -
         rank=worker.ctx.rank,
         world_size=worker.ctx.world_size,
     ):
+        pairs = pairs.to(worker.ctx.device)
         queries = policy.query(pairs.batch)[pairs.batch.offsets[1:] - 1]
         chosen = (queries * policy.item_keys(pairs.chosen_ids)).sum(-1)
         rejected = (queries * policy.item_keys(pairs.rejected_ids)).sum(-1)

@@ -113,17 +113,20 @@ def checkpoint_reference(info: CheckpointInfo) -> dict[str, Any]:
     return {"url": info.url, "hash": info.hash, "step": info.step}
 
 
-def open_checkpoint(worker: Worker, reference: dict[str, Any]) -> CheckpointInfo:
+def open_checkpoint(
+    worker: Worker, reference: dict[str, Any]
+) -> tuple[CheckpointStore, CheckpointInfo]:
     """The verified checkpoint that an earlier stage named.
 
     Raises:
         ValueError: it is gone, damaged, or another one lies there now.
     """
     root = reference["url"].rsplit("/", 1)[0]
-    info = CheckpointStore(root, keep=2, ctx=worker.ctx).newest()
+    store = CheckpointStore(root, keep=2, ctx=worker.ctx)
+    info = store.newest()
     if info is None or info.hash != reference["hash"]:
         raise ValueError(
             f"checkpoint {reference['url']} is missing, damaged or changed since its stage ended; "
             "run that stage again with --force"
         )
-    return info
+    return store, info

@@ -24,21 +24,14 @@ def recommend_worker(settings: dict[str, Any], say: Say) -> dict[str, Any]:
     policy = evaluation_policy(worker)
     load_policy(worker, policy, settings["policy"])
     catalogue = Catalogue(policy, worker.num_items, recipe.evaluation.catalogue_chunk)
-    described: list[dict[str, Any]] = []
-    for users in recommendation_batch(
-        worker.dataset,
-        _users(worker),
-        users_per_batch=recipe.evaluation.users_per_batch,
-        max_length=recipe.data.loader.max_length,
-        rank=worker.ctx.rank,
-        world_size=worker.ctx.world_size,
-    ):
-        users = users.to(worker.ctx.device)
-        queries = policy.query(users.batch)[last_tokens(users)]
-        ids, scores = catalogue.top_k(queries, config.top_k, users.seen_ids, users.seen_offsets)
-        described += _describe(worker, users.batch, ids.cpu().numpy(), scores.cpu().numpy())
-    ranks = worker.ctx.all_gather_object(described)
-    return {"users": [user for rank in ranks for user in rank]}
+    # A handful of users: rank 0 asks, the others lend their shards.
+    own = _users(worker) if worker.ctx.rank == 0 else np.empty(0, dtype=np.int64)
+    users = recommendation_batches(
+        worker.dataset, own, max_length=recipe.data.loader.max_length
+    ).to(worker.ctx.device)
+    queries = policy.query(users.batch)[last_tokens(users)]
+    ids, scores = catalogue.top_k(queries, config.top_k, users.seen_ids, users.seen_offsets)
+    return {"users": _describe(worker, users.batch, ids.cpu().numpy(), scores.cpu().numpy())}
 
 
 def _users(worker: Worker) -> np.ndarray:
