@@ -63,12 +63,24 @@ class _Run:
                     self._stage(GRAPH[name], f"[{number}/{len(names)}] {name}", again)
                 if name == last:
                     break
+        self._show()
         print(f"done in {_clock(time.monotonic() - started)}: {self._layout.root}", flush=True)
+
+    def _show(self) -> None:
+        """Print what the run has to show, also when every stage was skipped."""
+        from trainer.monitor.results import read_recommendations, read_results
+        from trainer.monitor.terminal import render_recommendations, render_table
+
+        if "evaluate" in self._done:
+            print("\n" + render_table(read_results(self._layout.results)), flush=True)
+        if "recommend" in self._done:
+            print(render_recommendations(read_recommendations(self._layout.recommendations)))
+        if "report" in self._done:
+            print(f"report: {self._done['report']['report']}", flush=True)
 
     def _stage(self, stage: Stage, label: str, again: bool) -> None:
         fingerprint = storage.fingerprint(
-            {"format": RECORD_FORMAT, "stage": stage.name}
-            | stage.inputs(self._recipe, self._done)
+            {"format": RECORD_FORMAT, "stage": stage.name} | stage.inputs(self._recipe, self._done)
         )
         record = self._current_record(stage, fingerprint)
         forced = self._force and stage.name in (self._only or stage.name)

@@ -247,9 +247,7 @@ GRAPH: dict[StageName, Stage] = {
         lambda outputs: [storage.join(outputs["url"], "manifest.json")],
     ),
     "train": Stage("train", ("prepare",), True, _train_inputs, _train, _checkpoint_files),
-    "align": Stage(
-        "align", ("prepare", "train"), True, _align_inputs, _align, _checkpoint_files
-    ),
+    "align": Stage("align", ("prepare", "train"), True, _align_inputs, _align, _checkpoint_files),
     "evaluate": Stage(
         "evaluate",
         ("prepare", "train", "align"),

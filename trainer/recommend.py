@@ -26,9 +26,9 @@ def recommend_worker(settings: dict[str, Any], say: Say) -> dict[str, Any]:
     catalogue = Catalogue(policy, worker.num_items, recipe.evaluation.catalogue_chunk)
     # A handful of users: rank 0 asks, the others lend their shards.
     own = _users(worker) if worker.ctx.rank == 0 else np.empty(0, dtype=np.int64)
-    users = recommendation_batch(
-        worker.dataset, own, max_length=recipe.data.loader.max_length
-    ).to(worker.ctx.device)
+    users = recommendation_batch(worker.dataset, own, max_length=recipe.data.loader.max_length).to(
+        worker.ctx.device
+    )
     queries = policy.query(users.batch)[last_tokens(users)]
     ids, scores = catalogue.top_k(queries, config.top_k, users.seen_ids, users.seen_offsets)
     return {"users": _describe(worker, users.batch, ids.cpu().numpy(), scores.cpu().numpy())}
