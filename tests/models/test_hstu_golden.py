@@ -10,12 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from configs.models import HSTUConfig
+from configs.objectives import SampledSoftmaxConfig
 from models.base import TableSpec
 from models.batch import JaggedBatch
 from models.hstu import HSTU
+from tests.trainer.objectives.loss_tools import run_loss
+from trainer.objectives.next_item import NextItemInputs, NextItemLoss
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 ITEMS = "_embedding_module._item_emb.weight"
+TOLERANCE = 1e-5  # of the largest element
 POSITIONS = "_input_features_preproc._pos_emb.weight"
 
 
@@ -89,3 +93,25 @@ def test_queries_equal_the_public_model(case: Case) -> None:
     expected = torch.from_numpy(case.arrays["output"])
     valid = torch.from_numpy(case.arrays["valid"])
     torch.testing.assert_close(queries[valid[case.padded]], expected[valid], atol=2e-6, rtol=0)
+
+
+def test_loss_and_all_gradients_equal_the_public_model(case: Case) -> None:
+    arrays = case.arrays
+    table = torch.from_numpy(arrays[f"param/{ITEMS}"]).requires_grad_()
+    objective = SampledSoftmaxConfig(
+        temperature=float(arrays["tau"]), num_negatives=case.negatives.shape[1]
+    )
+    loss_module = NextItemLoss(case.model, objective, table.shape[0] - 1)
+    inputs = NextItemInputs(case.batch, case.negatives, None, 0)
+    loss = run_loss(loss_module, inputs, {"item": table}).loss_sum / loss_module.weight(inputs)
+    loss.backward()
+    torch.testing.assert_close(loss, torch.from_numpy(arrays["loss"]), atol=0, rtol=1e-6)
+    gradients = {ITEMS: table.grad}
+    gradients |= {case.public_name(n): p.grad for n, p in case.model.named_parameters()}
+    expected = {n.removeprefix("grad/"): x for n, x in arrays.items() if n.startswith("grad/")}
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        assert gradient is not None
+        golden = torch.from_numpy(expected[name])
+        error = (gradient - golden).abs().max() / golden.abs().max()
+        assert error < TOLERANCE, f"{name}: {error:.1e}"
