@@ -6,7 +6,7 @@ Shape legend: N rows of all shards, n rows of a call, T events of a call.
 """
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -113,14 +113,17 @@ class ShardReader:
         # A few numbers a row instead of hundreds: worth keeping for more groups.
         self._scalars = lru_cache(maxsize=16 * cached_row_groups)(self._read_scalars)
 
-    def values(self, sample_ids: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
+    def values(
+        self, sample_ids: np.ndarray, names: Sequence[str], *, verify: bool = False
+    ) -> dict[str, np.ndarray]:
         """Scalars or labels of rows, each [n], without reading their events.
 
-        Ids in any order are right; ascending ones visit each row group once.
+        Ids in any order are right; ascending ones visit each row group once. Shards are hashed
+        first only with `verify`.
         """
         parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
         for number, local, _ in self._split(sample_ids):
-            group = self._scalars(number, tuple(names))
+            group = self._scalars(number, tuple(names), verify)
             for name in names:
                 parts[name].append(group[name][local])
         return _joined(parts, self._value_types)
@@ -195,8 +198,10 @@ class ShardReader:
             )
         return columns
 
-    def _read_scalars(self, number: int, names: tuple[str, ...]) -> dict[str, np.ndarray]:
-        columns = self._read(number, names, verify=False)
+    def _read_scalars(
+        self, number: int, names: tuple[str, ...], verify: bool
+    ) -> dict[str, np.ndarray]:
+        columns = self._read(number, names, verify)
         return {name: _numpy(columns[name], self._value_types[name]) for name in names}
 
     def _read_group(self, number: int) -> _RowGroup:
@@ -243,15 +248,13 @@ class SequenceDataset:
 
     def __init__(self, url: str, cached_row_groups: int, verify: bool = True) -> None:
         self.manifest = read_manifest(url)
-        scalars: dict[str, type[np.generic]] = dict.fromkeys(
-            ["user_id", "length", "train_end", "validation_end"], np.int64
-        )
-        scalars |= {f"user_{name}": np.int64 for name in self.manifest.user_features}
+        scalars = ["user_id", "length", "train_end", "validation_end"]
+        scalars += [f"user_{name}" for name in self.manifest.user_features]
         self.reader = ShardReader(
             url,
             self.manifest.shards,
             [shard.row_group_rows for shard in self.manifest.shards],
-            scalars=scalars,
+            scalars=column_types(scalars),
             events=event_columns(self.manifest),
             labels=("user",),
             cached_row_groups=cached_row_groups,
@@ -275,9 +278,11 @@ class SequenceDataset:
 
 def event_columns(manifest: DatasetManifest) -> dict[str, type[np.generic]]:
     """The list columns that a prepared data set has, with the types of their elements."""
-    columns: dict[str, type[np.generic]] = {"item_ids": np.int64, "timestamps": np.int64}
-    if manifest.has_ratings:
-        columns["ratings"] = np.float32
-    if manifest.actions:
-        columns["action_ids"] = np.int64
-    return columns | {f"side_{name}": np.int64 for name in manifest.side_features}
+    names = ["item_ids", "timestamps"]
+    names += ["ratings"] * manifest.has_ratings + ["action_ids"] * (manifest.actions > 0)
+    return column_types([*names, *(f"side_{name}" for name in manifest.side_features)])
+
+
+def column_types(names: Iterable[str]) -> dict[str, type[np.generic]]:
+    """Columns with their types: ratings are float32, all else are ids or times."""
+    return {name: np.float32 if name == "ratings" else np.int64 for name in names}

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from configs.data import LoaderConfig
 from data_loaders.collate import Following, jagged_batch, split_last
-from data_loaders.dataset import SequenceDataset
+from data_loaders.dataset import SequenceDataset, ShardReader
 from data_loaders.sampler import ElasticOrder, deal_step
 from models.batch import JaggedBatch
 
@@ -81,25 +81,44 @@ class StepLoader(ABC, Generic[BatchT]):
 
     A subclass says how many tokens samples have and what a batch of them is. Errors of the thread
     are raised by the iterator. After an error or `close`, iteration starts at `state()` again.
+
+    Args:
+        reader: what the samples are read from.
+        row_group_sizes: those of the reader's first row groups that are trained on.
     """
 
     def __init__(
         self,
-        order: ElasticOrder,
+        reader: ShardReader,
+        row_group_sizes: np.ndarray,
         config: LoaderConfig,
         *,
+        seed: int,
         rank: int,
         world_size: int,
         state: LoaderState | None,
     ) -> None:
         assert 0 <= rank < world_size, f"rank {rank} of world size {world_size}"
-        self._order, self._config = order, config
-        self._rank, self._world_size = rank, world_size
+        window = min(config.shuffle_window, len(row_group_sizes))
+        if reader.cached_row_groups < window:
+            raise ValueError(
+                f"data.loader.cached_row_groups={reader.cached_row_groups} is less than the "
+                f"{window} row groups of a shuffle window, so that each would be read anew at "
+                "every step; raise it or lower data.loader.shuffle_window"
+            )
+        self._order = ElasticOrder(
+            row_group_sizes,
+            global_batch=config.global_batch,
+            window=config.shuffle_window,
+            seed=seed,
+            drop_last=config.drop_last,
+        )
+        self._config, self._rank, self._world_size = config, rank, world_size
         self._state = state if state is not None else LoaderState()
-        if self._state.epoch_step >= order.steps_per_epoch:
+        if self._state.epoch_step >= self.steps_per_epoch:
             raise ValueError(
                 f"loader state {self._state.to_json()} lies outside an epoch of "
-                f"{order.steps_per_epoch} steps: the data or the global batch changed since it was "
+                f"{self.steps_per_epoch} steps: the data or the global batch changed since it was "
                 "saved; restore them or start a new run"
             )
         self._steps: _Prefetcher[StepBatches[BatchT]] | None = None
@@ -202,22 +221,15 @@ class TrainingLoader(StepLoader[JaggedBatch]):
         include_validation: bool,
         state: LoaderState | None = None,
     ) -> None:
-        sizes = dataset.reader.row_group_sizes
-        window = min(config.shuffle_window, len(sizes))
-        if dataset.reader.cached_row_groups < window:
-            raise ValueError(
-                f"data.loader.cached_row_groups={dataset.reader.cached_row_groups} is less than "
-                f"the {window} row groups of a shuffle window, so that each would be read anew at "
-                "every step; raise it or lower data.loader.shuffle_window"
-            )
-        order = ElasticOrder(
-            sizes,
-            global_batch=config.global_batch,
-            window=config.shuffle_window,
+        super().__init__(
+            dataset.reader,
+            dataset.reader.row_group_sizes,
+            config,
             seed=seed,
-            drop_last=config.drop_last,
+            rank=rank,
+            world_size=world_size,
+            state=state,
         )
-        super().__init__(order, config, rank=rank, world_size=world_size, state=state)
         self._dataset, self._include_validation = dataset, include_validation
 
     def _ends(self, sample_ids: np.ndarray) -> np.ndarray:
@@ -274,7 +286,7 @@ def evaluation_batches(
     `max_users`, so are all but the first users by id.
     """
     total = dataset.num_samples if max_users is None else min(max_users, dataset.num_samples)
-    for ids in _share(np.arange(total), users_per_batch, rank, world_size):
+    for ids in rank_share(np.arange(total), users_per_batch, rank, world_size):
         lengths = dataset.lengths(ids)
         target, limit = {
             "validation": (lengths.train_end, lengths.validation_end),
@@ -297,10 +309,10 @@ def recommendation_batch(
     )
 
 
-def _share(
+def rank_share(
     sample_ids: np.ndarray, per_batch: int, rank: int, world_size: int
 ) -> Iterator[np.ndarray]:
-    """This rank's contiguous part of the samples in batches, as many on every rank."""
+    """This rank's contiguous part of the samples in batches, as many batches on every rank."""
     total = len(sample_ids)
     mine = sample_ids[total * rank // world_size : total * (rank + 1) // world_size]
     largest = -(-total // world_size)

@@ -1,10 +1,12 @@
 """The manifest of a prepared data set: what it holds, and the hash of each of its files.
 
+Other directories of hashed files (preference pairs, reference log-probabilities) are sealed alike.
+
 It is written last. A directory without a valid manifest is not a data set, and a file whose hash
 differs from the manifest's is damaged.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, NonNegativeInt, PositiveInt, ValidationError
 
@@ -52,7 +54,17 @@ class EventCounts(Config):
     core_removed: NonNegativeInt
 
 
-class DatasetManifest(Config):
+class Sealed(Config):
+    """What a directory's manifest says, with a fingerprint of all of it."""
+
+    fingerprint: str
+    """Hash of all other fields but `name`: two recipes over the same data share it."""
+
+
+SealedT = TypeVar("SealedT", bound=Sealed)
+
+
+class DatasetManifest(Sealed):
     """A prepared data set; ids are dense, 1…num_items and 1…num_users, and 0 means none."""
 
     format: Literal[1] = 1
@@ -74,19 +86,11 @@ class DatasetManifest(Config):
     items: tuple[FileEntry, ...]
     vocabularies: tuple[FileEntry, ...]
     quarantine: tuple[FileEntry, ...]
-    fingerprint: str
-    """Hash of all fields above but `name`: two recipes over the same data share it."""
 
 
 def build_manifest(**content: Any) -> DatasetManifest:
     """A manifest with its fingerprint; takes the fields of DatasetManifest except `fingerprint`."""
-    draft = DatasetManifest(**content, fingerprint="")
-    return draft.model_copy(update={"fingerprint": _fingerprint(draft)})
-
-
-def write_manifest(url: str, manifest: DatasetManifest) -> None:
-    """Commit the data set in directory `url`; every file it names must have been written."""
-    storage.write_json(storage.join(url, MANIFEST), manifest.model_dump(mode="json"))
+    return seal(DatasetManifest, **content)
 
 
 def read_manifest(url: str) -> DatasetManifest:
@@ -95,21 +99,40 @@ def read_manifest(url: str) -> DatasetManifest:
     Raises:
         ValueError: there is none, or it is damaged.
     """
+    absent = "so no data set was prepared there; run `tandem prepare RECIPE`"
+    return read_sealed(url, DatasetManifest, absent=absent, mend=MEND)
+
+
+def seal(kind: type[SealedT], **content: Any) -> SealedT:
+    """A manifest of any kind from its fields except `fingerprint`."""
+    draft = kind(**content, fingerprint="")
+    return draft.model_copy(update={"fingerprint": _fingerprint(draft)})
+
+
+def write_manifest(url: str, manifest: Sealed) -> None:
+    """Commit directory `url`; every file that the manifest names must have been written."""
+    storage.write_json(storage.join(url, MANIFEST), manifest.model_dump(mode="json"))
+
+
+def read_sealed(url: str, kind: type[SealedT], *, absent: str, mend: str) -> SealedT:
+    """The manifest of a kind in directory `url`.
+
+    Raises:
+        ValueError: there is none (the message ends with `absent`), or it is damaged (with `mend`).
+    """
     path = storage.join(url, MANIFEST)
     try:
-        manifest = DatasetManifest.model_validate(storage.read_json(path))
+        manifest = kind.model_validate(storage.read_json(path))
     except FileNotFoundError as error:
-        raise ValueError(
-            f"{path} does not exist, so no data set was prepared there; run `tandem prepare RECIPE`"
-        ) from error
+        raise ValueError(f"{path} does not exist, {absent}") from error
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{path} is damaged at {place!r} ({first['msg']}); {MEND}") from error
+        raise ValueError(f"{path} is damaged at {place!r} ({first['msg']}); {mend}") from error
     except ValueError as error:
-        raise ValueError(f"{path} is damaged (not valid JSON); {MEND}") from error
+        raise ValueError(f"{path} is damaged (not valid JSON); {mend}") from error
     if manifest.fingerprint != _fingerprint(manifest):
-        raise ValueError(f"{path} is damaged (its fingerprint does not match); {MEND}")
+        raise ValueError(f"{path} is damaged (its fingerprint does not match); {mend}")
     return manifest
 
 
@@ -130,5 +153,5 @@ def verify_shard(url: str, entry: FileEntry, mend: str = MEND) -> None:
         raise ValueError(f"{path} is damaged (its sha256 differs from the manifest's); {mend}")
 
 
-def _fingerprint(manifest: DatasetManifest) -> str:
+def _fingerprint(manifest: Sealed) -> str:
     return storage.fingerprint(manifest.model_dump(mode="json", exclude={"name", "fingerprint"}))

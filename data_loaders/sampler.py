@@ -19,16 +19,21 @@ RANKS_PER_SPAN = 8
 """Ranks that share the row groups of one stretch of a step (a node's worth)."""
 
 
-def hashes(count: int, *keys: int) -> np.ndarray:
-    """`count` independent random int64, a pure function of the keys.
+def hash_values(values: np.ndarray, *keys: int) -> np.ndarray:
+    """A random-looking int64 for each int64 value, a pure function of the value and the keys.
 
     Hashes rather than a library's generator, whose stream may change between releases.
     """
     state = 0
     for key in keys:
         state = mix64_int(state + key + 1)
-    steps = (torch.arange(count) + 1) * as_signed(GOLDEN_64)
-    return mix64(steps + as_signed(state)).numpy()
+    spread = torch.from_numpy(values) * as_signed(GOLDEN_64)
+    return mix64(spread + as_signed(state)).numpy()
+
+
+def hashes(count: int, *keys: int) -> np.ndarray:
+    """`count` independent random int64, a pure function of the keys."""
+    return hash_values(np.arange(1, count + 1), *keys)
 
 
 def hashed_order(count: int, *keys: int) -> np.ndarray:
