@@ -1,0 +1,103 @@
+"""Validation errors as sentences: path, value, origin, what is allowed, nearest spelling."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from pydantic import ValidationError
+
+from configs import schema
+from configs.base import Config
+from configs.yaml_tree import Node, dump_value
+
+_LONGEST_VALUE = 80
+_NOT_A_BLOCK = ("model_type", "model_attributes_type", "dict_type", "union_tag_not_found")
+
+
+def explain(error: ValidationError, tree: Node, root: type[Config]) -> str:
+    """One sentence a problem, one problem a line."""
+    lines: dict[tuple[str, ...], str] = {}
+    for detail in error.errors():
+        path, annotation, around = schema.locate(root, detail["loc"])
+        sentence = _sentence(detail, path, annotation, around, tree, root)
+        lines.setdefault((*path, sentence if detail["type"] == "value_error" else ""), sentence)
+    return "\n".join(lines.values())
+
+
+def _sentence(
+    detail: Any,
+    path: tuple[str, ...],
+    annotation: Any,
+    around: type[Config] | None,
+    tree: Node,
+    root: type[Config],
+) -> str:
+    dotted, node = ".".join(path), tree.nearest(path)
+    if detail["type"] == "missing":
+        return f"{dotted} is required and not set (last looked at {node.origin})"
+    if detail["type"] == "value_error":
+        return f"{dotted}: {detail['ctx']['error']}" if path else str(detail["ctx"]["error"])
+    if detail["type"] == "union_tag_invalid":
+        return _bad_choice((*path, "kind"), tree, tuple(schema.kinds(annotation)))
+    if detail["type"] == "extra_forbidden":
+        return _unknown_key(path, tree, around or root, root)
+    if detail["type"] in _NOT_A_BLOCK:
+        return _not_a_block(path, tree, annotation)
+    if schema.literals(annotation):
+        return _bad_choice(path, tree, schema.literals(annotation))
+    message = detail["msg"].removeprefix("Input ")
+    return f"{_assignment(path, tree)} {message}"
+
+
+def _unknown_key(
+    path: tuple[str, ...], tree: Node, around: type[Config], root: type[Config]
+) -> str:
+    place = f"below {'.'.join(path[:-1])}" if path[1:] else "at the top of a recipe"
+    allowed = list(around.model_fields)
+    guess = schema.closest(path[-1], allowed)
+    if guess is None:
+        elsewhere = [p for p in schema.settings(root) if p[-1] == path[-1]]
+        guess = ".".join(elsewhere[0]) if elsewhere else None
+    return (
+        f"{_assignment(path, tree)} is no setting: {place} there are "
+        f"{', '.join(allowed)}{_did_you_mean(guess)}"
+    )
+
+
+def _bad_choice(path: tuple[str, ...], tree: Node, allowed: Iterable[Any]) -> str:
+    choices = list(allowed)
+    guess = schema.closest(str(tree.nearest(path).plain()), map(str, choices))
+    return (
+        f"{_assignment(path, tree)} is not allowed: choose one of "
+        f"{', '.join(map(str, choices))}{_did_you_mean(guess)}"
+    )
+
+
+def _not_a_block(path: tuple[str, ...], tree: Node, annotation: Any) -> str:
+    tagged = schema.kinds(annotation)
+    dotted = ".".join(path) or "a recipe"
+    if tagged and isinstance(tree.nearest(path).value, dict):
+        return f"{dotted}.kind is required and not set: choose one of {', '.join(tagged)}"
+    names = [name for block in schema.blocks(annotation)[:1] for name in block.model_fields]
+    hint = f"with kind: {' | '.join(tagged)}" if tagged else f"of {', '.join(names) or 'names'}"
+    return f"{_assignment(path, tree)} must be a mapping {hint}"
+
+
+def _assignment(path: tuple[str, ...], tree: Node) -> str:
+    node = tree.nearest(path)
+    value = _element(node, path)
+    text = dump_value(value)
+    if len(text) > _LONGEST_VALUE:
+        text = text[: _LONGEST_VALUE - 1] + "…"
+    return f"{'.'.join(path) or 'the recipe'}={text} ({node.origin})"
+
+
+def _element(node: Node, path: tuple[str, ...]) -> Any:
+    """The value at `path`, which may go on inside a list that the tree holds as one value."""
+    value = node.plain()
+    if isinstance(value, list) and path and path[-1].isdigit() and int(path[-1]) < len(value):
+        return value[int(path[-1])]
+    return value
+
+
+def _did_you_mean(guess: str | None) -> str:
+    return f"; did you mean {guess}?" if guess is not None else ""
