@@ -1,0 +1,353 @@
+"""One checkpoint for both halves: saved by DCP, committed by a hashed manifest, or not there.
+
+A save goes into a fresh directory `step-00000120-<time in hex>/`; each rank hashes what it writes,
+and rank 0 writes `MANIFEST.json` last. Until then the directory is debris, which the next save
+removes. Loading takes the newest directory whose manifest and files verify, agreed by all ranks.
+"""
+
+import logging
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any, TypeVar
+
+from torch import Tensor
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
+
+from configs import storage
+from sharding import checkpoint_state
+from sharding.checkpoint_files import CheckpointReader, CheckpointWriter, TensorLoadPlanner
+from sharding.checkpoint_manifest import (
+    MANIFEST,
+    CheckpointFile,
+    CheckpointManifest,
+    build_manifest,
+    read_manifest,
+    verify_file,
+    write_manifest,
+)
+from sharding.parallelize import ParallelModel
+from sharding.process_group import DistributedContext
+from sharding.safe_metadata import read_metadata
+
+_log = logging.getLogger(__name__)
+_LIBRARIES = ("torch", "torchrec", "deepspeed")
+_NAME = re.compile(r"step-\d{8,}-([0-9a-f]{16})")
+T = TypeVar("T")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be written, read or used; one sentence, the same on every rank."""
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """A checkpoint whose files were verified."""
+
+    name: str
+    url: str
+    step: int
+    hash: str
+    """Changes with any byte of any file; keys what is computed from the weights."""
+    world_size: int
+    """Ranks that wrote it."""
+    created: float
+    """Seconds since the epoch."""
+    versions: dict[str, str]
+    """Library → version it was written with."""
+    fingerprints: dict[str, str]
+    """As given to `save`."""
+
+
+class CheckpointStore:
+    """The checkpoints below one directory, which only this worker group writes.
+
+    Every method is collective: all ranks call it with equal arguments, and raise together.
+    """
+
+    def __init__(self, root_url: str, keep: int, ctx: DistributedContext) -> None:
+        """Keep the `keep` newest checkpoints (at least 2) of `root_url`, any URL all ranks see."""
+        if keep < 2:
+            raise ValueError(f"keep={keep} checkpoints are too few: one may be damaged, keep 2")
+        self.root = storage.absolute(root_url)
+        self.skipped: tuple[str, ...] = ()
+        """Why `newest` passed over checkpoints newer than the one it gave, a sentence each."""
+        self._keep = keep
+        self._ctx = ctx
+        self._damaged: set[str] = set()
+
+    def save(
+        self,
+        model: ParallelModel,
+        step: int,
+        state: Mapping[str, Any],
+        recipe_json: Mapping[str, Any],
+        fingerprints: Mapping[str, str],
+    ) -> CheckpointInfo:
+        """Write a checkpoint, then remove those beyond `keep`.
+
+        Args:
+            model: both halves.
+            step: optimizer steps done.
+            state: JSON-able state of the trainer, which `load` gives back.
+            recipe_json: the resolved recipe.
+            fingerprints: of the data set and whatever else must match to go on.
+
+        Raises:
+            CheckpointError: a rank could not write (a full disk, say). Earlier checkpoints are
+                intact, and nothing of this one is left.
+        """
+        name = self._on_first_rank(lambda: self._fresh_name(step))
+        url = storage.join(self.root, name)
+        tensors = checkpoint_state.training_state(model) | checkpoint_state.random_state(self._ctx)
+        documents = {"state.json": state, "recipe.json": recipe_json}
+        try:
+            files = self._write_tensors(url, tensors)
+            manifest = self._on_first_rank(
+                lambda: self._commit(name, step, files, documents, fingerprints)
+            )
+        except CheckpointError as error:
+            self._on_first_rank(self._remove_debris)
+            raise CheckpointError(
+                f"checkpoint of step {step} could not be written to {self.root} ({error}); "
+                "earlier ones are intact: check space and permissions there, then run it again"
+            ) from error
+        self._on_first_rank(self._prune)
+        return _info(url, manifest)
+
+    def newest(self) -> CheckpointInfo | None:
+        """The newest checkpoint that verifies, or None.
+
+        Every byte of its files is hashed once, by one rank or another. `skipped` says why newer
+        ones were passed over; rank 0 logs it.
+        """
+        skipped: list[str] = []
+        chosen = None
+        for name in self._on_first_rank(self._newest_first):
+            url = storage.join(self.root, name)
+            try:
+                chosen = _info(url, self._verify(url, name))
+                break
+            except CheckpointError as error:
+                skipped.append(f"checkpoint {url} is skipped: {error}")
+                self._damaged.add(name)
+        for sentence in skipped if self._ctx.rank == 0 else ():
+            _log.warning(sentence)
+        self.skipped = tuple(skipped)
+        return chosen
+
+    def load(self, model: ParallelModel, info: CheckpointInfo) -> dict[str, Any]:
+        """Restore everything, under any world size; returns the state that `save` was given.
+
+        Generators of random numbers are restored only where the world size is the same; ours are
+        keyed by step and sample, so that nothing depends on them.
+
+        Raises:
+            CheckpointError: it belongs to another model, or cannot be re-cut to this plan.
+        """
+        metadata = self._metadata(info)
+        target = checkpoint_state.training_state(model)
+        self._check(info, lambda: checkpoint_state.refuse_other_model(target, metadata, whole=True))
+        target |= checkpoint_state.empty_random_state(metadata, self._ctx)
+        self._read_tensors(info, metadata, target)
+        checkpoint_state.restore_training_state(model, target)
+        checkpoint_state.restore_random_state(target, self._ctx)
+        return self._document(info, "state.json")
+
+    def load_weights(self, model: ParallelModel, info: CheckpointInfo) -> None:
+        """Restore the weights of both halves alone; for a new stage or evaluation.
+
+        Raises:
+            CheckpointError: it belongs to another model.
+        """
+        metadata = self._metadata(info)
+        target = checkpoint_state.weights(model)
+        self._check(
+            info, lambda: checkpoint_state.refuse_other_model(target, metadata, whole=False)
+        )
+        self._read_tensors(info, metadata, target)
+        checkpoint_state.restore_weights(model, target)
+
+    def recipe(self, info: CheckpointInfo) -> dict[str, Any]:
+        """The resolved recipe that a checkpoint was trained with."""
+        return self._document(info, "recipe.json")
+
+    def _document(self, info: CheckpointInfo, name: str) -> dict[str, Any]:
+        return self._on_first_rank(lambda: dict(storage.read_json(storage.join(info.url, name))))
+
+    def _write_tensors(self, url: str, tensors: dict[str, Tensor]) -> list[CheckpointFile]:
+        """Save through DCP; the files of every rank."""
+        writer = CheckpointWriter(url)
+        planner = dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        failure: str | None = None
+        try:
+            dcp.save(tensors, storage_writer=writer, planner=planner)
+        except CheckpointException as error:  # DCP raises it on all ranks together
+            failure = str(writer.files.error) if writer.files.error else _reason(error, self._ctx)
+        self._raise_together(failure)
+        written = self._ctx.all_gather_object(list(writer.files.written.values()))
+        return [entry for files in written for entry in files]
+
+    def _read_tensors(
+        self, info: CheckpointInfo, metadata: Metadata, target: dict[str, Tensor]
+    ) -> None:
+        """Load through DCP, in place."""
+        failure: str | None = None
+        try:
+            reader = CheckpointReader(info.url, metadata)
+            dcp.load(target, storage_reader=reader, planner=TensorLoadPlanner())
+        except CheckpointException as error:
+            failure = _reason(error, self._ctx)
+        self._check(info, lambda: self._raise_together(failure))
+
+    def _commit(
+        self,
+        name: str,
+        step: int,
+        files: list[CheckpointFile],
+        documents: Mapping[str, Mapping[str, Any]],
+        fingerprints: Mapping[str, str],
+    ) -> CheckpointManifest:
+        url, entries = storage.join(self.root, name), list(files)
+        for path, content in documents.items():
+            storage.write_json(storage.join(url, path), dict(content))
+            data = storage.read_bytes(storage.join(url, path))
+            digest = storage.sha256_bytes(data)
+            entries.append(CheckpointFile(path=path, bytes=len(data), sha256=digest))
+        manifest = build_manifest(
+            name=name,
+            step=step,
+            created=time.time(),
+            world_size=self._ctx.world_size,
+            versions={library: version(library) for library in _LIBRARIES},
+            fingerprints=dict(fingerprints),
+            files=sorted(entries, key=lambda entry: entry.path),
+        )
+        write_manifest(url, manifest)
+        return manifest
+
+    def _verify(self, url: str, name: str) -> CheckpointManifest:
+        """The manifest of a checkpoint whose files every rank finds whole; each hashes its deal."""
+        manifest = self._on_first_rank(lambda: read_manifest(url, name))
+        by_size = sorted(manifest.files, key=lambda entry: (-entry.bytes, entry.path))
+
+        def check() -> None:
+            for entry in by_size[self._ctx.rank :: self._ctx.world_size]:
+                verify_file(url, entry)
+            _parse_metadata(url, manifest)
+
+        self._on_every_rank(check)
+        return manifest
+
+    def _metadata(self, info: CheckpointInfo) -> Metadata:
+        def read() -> Metadata:
+            return _parse_metadata(info.url, read_manifest(info.url, info.name))
+
+        return self._check(info, lambda: self._on_every_rank(read))
+
+    def _check(self, info: CheckpointInfo, function: Callable[[], T]) -> T:
+        try:
+            return function()
+        except ValueError as error:
+            raise CheckpointError(f"checkpoint {info.url} cannot be loaded: {error}") from error
+
+    def _newest_first(self) -> list[str]:
+        """Names of all checkpoints, finished or not, in the order of their saves."""
+        names = [name for name in storage.list_names(self.root) if _NAME.fullmatch(name)]
+        return sorted(names, key=lambda name: name.rsplit("-", 1)[1], reverse=True)
+
+    def _fresh_name(self, step: int) -> str:
+        """A name that sorts before all others, whatever the clocks say; also tidies up."""
+        self._remove_debris()
+        names = self._newest_first()
+        last = int(names[0].rsplit("-", 1)[1], 16) if names else 0
+        return f"step-{step:08d}-{max(time.time_ns(), last + 1):016x}"
+
+    def _is_committed(self, name: str) -> bool:
+        return storage.exists(storage.join(self.root, name, MANIFEST))
+
+    def _remove_debris(self) -> None:
+        """Remove what saves that failed or were killed left behind."""
+        for name in self._newest_first():
+            if not self._is_committed(name):
+                self._remove(name)
+
+    def _prune(self) -> None:
+        """Keep the newest checkpoints; damaged ones do not count."""
+        committed = [name for name in self._newest_first() if self._is_committed(name)]
+        kept = [name for name in committed if name not in self._damaged][: self._keep]
+        for name in committed[committed.index(kept[-1]) + 1 :]:
+            self._remove(name)
+
+    def _remove(self, name: str) -> None:
+        """Remove a checkpoint, its commit first; a failure is no reason to stop training."""
+        try:
+            storage.remove(storage.join(self.root, name, MANIFEST))
+            storage.remove(storage.join(self.root, name))
+        except OSError as error:
+            _log.warning("%s/%s cannot be removed: %s", self.root, name, error)
+
+    def _on_first_rank(self, function: Callable[[], T]) -> T:
+        """What `function` gives on rank 0, on every rank."""
+        value, failure = None, None
+        if self._ctx.rank == 0:
+            value, failure = _attempt(function)
+        value, failure = self._ctx.broadcast_object((value, failure))
+        if failure is not None:
+            raise CheckpointError(failure)
+        return value  # type: ignore[return-value]
+
+    def _on_every_rank(self, function: Callable[[], T]) -> T:
+        """What `function` gives on this rank, if it succeeds on all."""
+        value, failure = _attempt(function)
+        self._raise_together(failure)
+        return value  # type: ignore[return-value]
+
+    def _raise_together(self, failure: str | None) -> None:
+        """Raise the first rank's failure on every rank."""
+        failures = self._ctx.all_gather_object(failure)
+        for rank, sentence in enumerate(failures):
+            if sentence is not None:
+                raise CheckpointError(f"rank {rank}: {sentence}" if len(failures) > 1 else sentence)
+
+
+def _parse_metadata(url: str, manifest: CheckpointManifest) -> Metadata:
+    data = storage.read_bytes(storage.join(url, ".metadata"))
+    return read_metadata(data, {entry.path for entry in manifest.files})
+
+
+def _info(url: str, manifest: CheckpointManifest) -> CheckpointInfo:
+    return CheckpointInfo(
+        name=manifest.name,
+        url=url,
+        step=manifest.step,
+        hash=manifest.fingerprint,
+        world_size=manifest.world_size,
+        created=manifest.created,
+        versions=manifest.versions,
+        fingerprints=manifest.fingerprints,
+    )
+
+
+def _attempt(function: Callable[[], T]) -> tuple[T | None, str | None]:
+    """The value, or a sentence on why there is none."""
+    try:
+        return function(), None
+    except Exception as error:  # noqa: BLE001 - each storage back end raises its own kinds
+        _log.debug("attempt failed", exc_info=True)
+        return None, _sentence(error)
+
+
+def _sentence(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _reason(error: CheckpointException, ctx: DistributedContext) -> str | None:
+    """What this rank, or for all of them rank 0, knows about a failure in DCP."""
+    if ctx.rank in error.failures:
+        return _sentence(error.failures[ctx.rank][0])
+    return None

@@ -1,0 +1,103 @@
+"""The manifest of a checkpoint: the hash of each of its files. Written last, it is the commit.
+
+A directory without a valid manifest is not a checkpoint, and a file whose size or hash differs
+from the manifest's is damaged.
+"""
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import NonNegativeInt, PositiveInt, StringConstraints, ValidationError
+
+from configs import storage
+from configs.base import Config
+
+MANIFEST = "MANIFEST.json"
+
+PlainName = Annotated[str, StringConstraints(pattern=r"^\.?[A-Za-z0-9_]+(\.[a-z]+)?$")]
+"""The name of a file directly in the checkpoint's directory; no path leads out of it."""
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
+
+class CheckpointFile(Config):
+    """A file of the checkpoint."""
+
+    path: PlainName
+    bytes: NonNegativeInt
+    sha256: Sha256
+
+
+class CheckpointManifest(Config):
+    """What a checkpoint is made of, and what it was made from."""
+
+    format: Literal[1] = 1
+    name: str
+    step: NonNegativeInt
+    created: float
+    """Seconds since the epoch; orders checkpoints of one step."""
+    world_size: PositiveInt
+    versions: dict[str, str]
+    """Library → version it was written with."""
+    fingerprints: dict[str, str]
+    """What must match to go on with it, e.g. the data set's fingerprint."""
+    files: tuple[CheckpointFile, ...]
+    fingerprint: str
+    """Hash of all fields above, and so of all files: the checkpoint's identity."""
+
+
+def build_manifest(**content: Any) -> CheckpointManifest:
+    """A manifest with its fingerprint; takes the fields of CheckpointManifest except that one."""
+    draft = CheckpointManifest(**content, fingerprint="")
+    return draft.model_copy(update={"fingerprint": _fingerprint(draft)})
+
+
+def write_manifest(url: str, manifest: CheckpointManifest) -> None:
+    """Commit the checkpoint in directory `url`; every file it names must have been written."""
+    storage.write_json(storage.join(url, MANIFEST), manifest.model_dump(mode="json"))
+
+
+def read_manifest(url: str, name: str) -> CheckpointManifest:
+    """The manifest of the checkpoint `name` in directory `url`.
+
+    Raises:
+        ValueError: it is missing, damaged, or belongs to another checkpoint.
+    """
+    try:
+        content = json.loads(storage.read_bytes(storage.join(url, MANIFEST)))
+        manifest = CheckpointManifest.model_validate(content)
+    except FileNotFoundError as error:
+        raise ValueError(f"it has no {MANIFEST}, so its save never finished") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ValueError(f"its {MANIFEST} is wrong at {place!r} ({first['msg']})") from error
+    except ValueError as error:
+        raise ValueError(f"its {MANIFEST} is not valid JSON") from error
+    if manifest.fingerprint != _fingerprint(manifest) or manifest.name != name:
+        raise ValueError(f"its {MANIFEST} does not match its own fingerprint and name")
+    return manifest
+
+
+def verify_file(url: str, entry: CheckpointFile) -> None:
+    """Check that one file of the checkpoint in directory `url` is there and unchanged.
+
+    Raises:
+        ValueError: it is missing, or its size or hash differs from the manifest's.
+    """
+    fs, path = storage.filesystem(storage.join(url, entry.path))
+    fs.invalidate_cache(path)
+    try:
+        size = fs.size(path)
+        if size != entry.bytes:
+            raise ValueError(f"{entry.path} has {size} bytes instead of {entry.bytes}")
+        digest = storage.sha256_file(storage.join(url, entry.path))
+    except FileNotFoundError as error:
+        raise ValueError(f"{entry.path} is missing") from error
+    except OSError as error:
+        raise ValueError(f"{entry.path} cannot be read ({error})") from error
+    if digest != entry.sha256:
+        raise ValueError(f"{entry.path} is damaged: its sha256 differs from the manifest's")
+
+
+def _fingerprint(manifest: CheckpointManifest) -> str:
+    return storage.fingerprint(manifest.model_dump(mode="json", exclude={"fingerprint"}))

@@ -1,0 +1,344 @@
+"""Ranks, top-k and log-sum-exp over a catalogue whose item keys are dealt out to the ranks.
+
+Every rank holds the keys of one contiguous range of item ids. Ranks take turns: the one whose turn
+it is shows its queries to all, each scores them against its own range chunk by chunk, and the parts
+are merged. So the memory of a rank depends neither on the catalogue, beyond its own share of keys,
+nor on the world size.
+
+Order is by score, and by lower id where scores are equal, in `ranks` and `top_k` alike.
+
+Shape legend: b queries of a rank, r queries of one turn, c items of one chunk, D width, S seen
+items, V items of the catalogue, K results.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.functional import pad
+
+from sharding.parallelize import ParallelModel
+from sharding.process_group import DistributedContext
+
+TURN = 256
+"""Queries scored at once."""
+TILE = 64
+"""Matrix sides are multiples of this: kernels for odd edges round differently, and then equal keys
+would score unequally, and ranks would depend on the world size."""
+_LOW_BITS = (1 << 32) - 1
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """The queries of one turn, on every rank, and the (query, item) pairs that do not compete."""
+
+    queries: Tensor
+    """[r rounded up to TILE, D] float32, zeros beyond r."""
+    target_ids: Tensor
+    """[r] int64; 0 where there is none."""
+    masked_rows: Tensor
+    """[M] int64, query of a pair."""
+    masked_ids: Tensor
+    """[M] int64, item of a pair, ascending."""
+
+    @property
+    def size(self) -> int:
+        """r."""
+        return self.target_ids.numel()
+
+
+class Catalogue:
+    """A snapshot of all items' keys; every method is collective."""
+
+    def __init__(self, model: ParallelModel, num_items: int, chunk: int) -> None:
+        """Fetch the keys of items 1…num_items from a model, `chunk` at a time.
+
+        Args:
+            model: gives keys by collective lookups, whatever the placement of its item table.
+            num_items: V.
+            chunk: items fetched and scored at once.
+        """
+        self._fetch(model.ctx, model.item_keys, num_items, chunk)
+
+    @classmethod
+    def from_keys(
+        cls,
+        ctx: DistributedContext,
+        keys: Callable[[Tensor], Tensor],
+        num_items: int,
+        chunk: int = 65536,
+    ) -> "Catalogue":
+        """A catalogue of any keys: `keys` maps ids [n] (n may be 0) to [n, D]."""
+        catalogue = cls.__new__(cls)
+        catalogue._fetch(ctx, keys, num_items, chunk)
+        return catalogue
+
+    def _fetch(
+        self,
+        ctx: DistributedContext,
+        keys: Callable[[Tensor], Tensor],
+        num_items: int,
+        chunk: int,
+    ) -> None:
+        if num_items < 1 or chunk < 1:
+            raise ValueError(f"num_items={num_items} and chunk={chunk} must be positive")
+        self._ctx, self._num_items = ctx, num_items
+        self._chunk = _rounded_up(chunk)
+        share = -(-num_items // ctx.world_size)
+        self._first = 1 + ctx.rank * share
+        self._size = max(0, min(num_items + 1 - self._first, share))
+        held = torch.arange(self._first, self._first + self._size, device=ctx.device)
+        for begin in range(0, share, chunk):  # as many lookups on every rank: they are collective
+            found = keys(held[begin : begin + chunk]).detach()
+            if begin == 0:
+                rows = _rounded_up(self._size)
+                self._keys = found.new_zeros(rows, found.shape[1], dtype=torch.float32)
+            self._keys[begin : begin + found.shape[0]] = found
+
+    @torch.no_grad()
+    def ranks(
+        self, queries: Tensor, target_ids: Tensor, seen_ids: Tensor, seen_offsets: Tensor
+    ) -> Tensor:
+        """Exact place of each query's target among all items not seen, 1 being best.
+
+        A target competes although it was seen before. A score that is not a number counts as
+        higher, so that a broken model ranks last.
+
+        Args:
+            queries: [b, D]; b differs between ranks and may be 0.
+            target_ids: [b] int64 in 1…V.
+            seen_ids: [S] int64, items out of the competition; repeats are fine.
+            seen_offsets: [b+1] int64; query i has seen_ids[seen_offsets[i]:seen_offsets[i+1]].
+
+        Returns:
+            [b] int64.
+
+        Raises:
+            ValueError: a target lies outside the catalogue, or the shapes disagree; on all ranks.
+        """
+        outside = bool(((target_ids < 1) | (target_ids > self._num_items)).any())
+        problem = f"a target is not in 1…{self._num_items}" if outside else None
+        places = []
+        turns = self._turns(queries, target_ids, seen_ids, seen_offsets, problem)
+        for source, turn in turns:
+            target_scores = self._target_scores(turn)
+            better = self._ctx.all_reduce_sum(self._count_better(turn, target_scores))
+            if source == self._ctx.rank:
+                places.append((1 + better).clamp_(max=self._num_items))
+        return _joined(places, queries.new_empty(0, dtype=torch.int64))
+
+    @torch.no_grad()
+    def top_k(
+        self, queries: Tensor, k: int, seen_ids: Tensor, seen_offsets: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The k best items not seen of each query, best first.
+
+        Args:
+            queries: [b, D]; b differs between ranks and may be 0.
+            k: K, equal on all ranks; may exceed the catalogue.
+            seen_ids: [S] int64, items to leave out.
+            seen_offsets: [b+1] int64.
+
+        Returns:
+            ids [b, K] int64 and scores [b, K] float32; id 0 and -inf where no item is left.
+
+        Raises:
+            ValueError: the shapes disagree; on all ranks.
+        """
+        nobody = seen_offsets.new_zeros(queries.shape[0])
+        found = []
+        for source, turn in self._turns(queries, nobody, seen_ids, seen_offsets):
+            best = self._gather(self._best_keys(turn, k), source)
+            if source == self._ctx.rank:
+                found.append(torch.cat(best, dim=1).topk(k).values)
+        return _unpack(_joined(found, queries.new_empty(0, k, dtype=torch.int64)))
+
+    @torch.no_grad()
+    def log_sum_exp(self, queries: Tensor, temperature: float) -> Tensor:
+        """log Σ_v exp(query · key_v / temperature) over the whole catalogue, [b] float32.
+
+        Args:
+            queries: [b, D]; b differs between ranks and may be 0.
+            temperature: divides the scores; equal on all ranks.
+        """
+        offsets = torch.zeros(queries.shape[0] + 1, dtype=torch.int64, device=queries.device)
+        sums = []
+        turns = self._turns(queries, offsets[1:], offsets[:0], offsets)
+        for source, turn in turns:
+            total = torch.full((turn.size,), -torch.inf, device=queries.device)
+            for _, scores in self._scores(turn):
+                scores.div_(temperature)
+                total = torch.logaddexp(total, scores[: turn.size].logsumexp(1))
+            top = self._ctx.all_reduce_max(total.clone())
+            share = self._ctx.all_reduce_sum((total - top).exp_())
+            if source == self._ctx.rank:
+                sums.append(top + share.log_())
+        return _joined(sums, queries.new_empty(0, dtype=torch.float32))
+
+    def _scores(self, turn: _Turn) -> Iterator[tuple[int, Tensor]]:
+        """First id and scores [≥ r, c] of each chunk; -inf for pairs that do not compete.
+
+        The same memory serves every chunk, so a caller is done with one before it takes the next.
+        """
+        starts = range(0, self._keys.shape[0], self._chunk)
+        edges = torch.tensor([*starts, self._keys.shape[0]], device=turn.queries.device)
+        bounds = torch.searchsorted(turn.masked_ids, self._first + edges).tolist()
+        scores = turn.queries.new_empty(0)
+        for start, low, high in zip(starts, bounds, bounds[1:], strict=False):
+            keys = self._keys[start : start + self._chunk]
+            if scores.shape[-1] != keys.shape[0]:
+                scores = turn.queries.new_empty(turn.queries.shape[0], keys.shape[0])
+            torch.mm(turn.queries, keys.T, out=scores)
+            scores[:, max(0, self._size - start) :] = -torch.inf
+            columns = turn.masked_ids[low:high] - (self._first + start)
+            scores[turn.masked_rows[low:high], columns] = -torch.inf
+            yield self._first + start, scores
+
+    def _target_scores(self, turn: _Turn) -> Tensor:
+        """[r] score of each target, from the rank that holds it. Collective.
+
+        Computed as products of TILE × TILE, so that it rounds as it does in `_scores`.
+        """
+        places = turn.target_ids - self._first
+        held = (places >= 0) & (places < self._size)
+        scores = turn.queries.new_zeros(turn.queries.shape[0])
+        if self._size > 0:
+            rows = pad(places.where(held, 0), (0, scores.numel() - turn.size))
+            for begin in range(0, scores.numel(), TILE):
+                tile = slice(begin, begin + TILE)
+                scores[tile] = torch.mm(turn.queries[tile], self._keys[rows[tile]].T).diagonal()
+        return self._ctx.all_reduce_sum(scores[: turn.size].where(held, 0.0))
+
+    def _count_better(self, turn: _Turn, target_scores: Tensor) -> Tensor:
+        """[r] competing items of this rank's range that come before the target."""
+        target_scores, targets = target_scores[:, None], turn.target_ids[:, None]
+        better = torch.zeros_like(turn.target_ids)
+        for first, scores in self._scores(turn):
+            rivals = scores[: turn.size]
+            ids = torch.arange(first, first + rivals.shape[1], device=rivals.device)
+            better += (rivals <= target_scores).logical_not_().sum(1)
+            better += (rivals == target_scores).logical_and_(ids < targets).sum(1)
+        return better
+
+    def _best_keys(self, turn: _Turn, k: int) -> Tensor:
+        """[r, k] sort keys of this rank's best items, best first."""
+        nothing = _sort_keys(turn.queries.new_tensor(-torch.inf), torch.zeros_like(turn.target_ids))
+        best = nothing[:, None].expand(-1, k)
+        for first, scores in self._scores(turn):
+            found = _best_of_chunk(scores[: turn.size], first, k)
+            best = torch.cat([best, found], dim=1).topk(k).values
+        return best.contiguous()
+
+    def _turns(
+        self,
+        queries: Tensor,
+        target_ids: Tensor,
+        seen_ids: Tensor,
+        seen_offsets: Tensor,
+        problem: str | None = None,
+    ) -> Iterator[tuple[int, _Turn]]:
+        """Every rank's queries, at most TURN at once, with the rank they belong to. Collective."""
+        problem = problem or self._misfit(queries, target_ids, seen_ids, seen_offsets)
+        mine = [] if problem else _split(queries, target_ids, seen_ids, seen_offsets)
+        sizes = [(shown.shape[0], numbers.numel()) for shown, numbers in mine]
+        agenda = self._ctx.all_gather_object((problem, sizes))
+        for source, (sentence, _) in enumerate(agenda):
+            if sentence is not None:
+                raise ValueError(f"rank {source}: {sentence}")
+        for source, (_, turns) in enumerate(agenda):
+            for turn, (rows, count) in enumerate(turns):
+                if source == self._ctx.rank:
+                    shown, numbers = mine[turn]
+                else:
+                    shown = queries.new_empty(rows, self._keys.shape[1], dtype=torch.float32)
+                    numbers = target_ids.new_empty(count)
+                if self._ctx.world_size > 1:
+                    dist.broadcast(shown, source)
+                    dist.broadcast(numbers, source)
+                yield source, _turn(shown, numbers)
+
+    def _misfit(
+        self, queries: Tensor, target_ids: Tensor, seen_ids: Tensor, seen_offsets: Tensor
+    ) -> str | None:
+        """What is wrong with the arguments, if anything is."""
+        if queries.dim() != 2 or queries.shape[1] != self._keys.shape[1]:
+            return f"queries {list(queries.shape)} do not fit keys of width {self._keys.shape[1]}"
+        if target_ids.shape != queries.shape[:1] or seen_offsets.numel() != queries.shape[0] + 1:
+            return "queries, targets and seen_offsets disagree on the number of queries"
+        if int(seen_offsets[-1]) != seen_ids.numel():
+            return "seen_offsets do not end at the number of seen_ids"
+        return None
+
+    def _gather(self, tensor: Tensor, target: int) -> list[Tensor]:
+        """Every rank's tensor on rank `target`, nothing elsewhere. Collective."""
+        if self._ctx.world_size == 1:
+            return [tensor]
+        parts = []
+        if self._ctx.rank == target:
+            parts = [torch.empty_like(tensor) for _ in range(self._ctx.world_size)]
+        dist.gather(tensor, parts or None, target)
+        return parts
+
+
+def _split(
+    queries: Tensor, target_ids: Tensor, seen_ids: Tensor, seen_offsets: Tensor
+) -> list[tuple[Tensor, Tensor]]:
+    """This rank's turns as they are sent: queries [r, D], and `target_ids`, rows and ids in one."""
+    turns = []
+    for begin in range(0, queries.shape[0], TURN):
+        targets = target_ids[begin : begin + TURN]
+        edges = seen_offsets[begin : begin + TURN + 1]
+        rows = torch.arange(targets.numel(), device=queries.device)
+        seen_rows = rows.repeat_interleave(edges[1:] - edges[:-1])
+        ids, order = torch.cat([seen_ids[edges[0] : edges[-1]], targets]).sort()
+        numbers = torch.cat([targets, torch.cat([seen_rows, rows])[order], ids])
+        turns.append((queries[begin : begin + TURN].float().contiguous(), numbers))
+    return turns
+
+
+def _turn(queries: Tensor, numbers: Tensor) -> _Turn:
+    rows = queries.shape[0]
+    pairs = (numbers.numel() - rows) // 2
+    targets, masked_rows, masked_ids = numbers.split([rows, pairs, pairs])
+    padded = pad(queries, (0, 0, 0, _rounded_up(rows) - rows))
+    return _Turn(padded, targets, masked_rows, masked_ids)
+
+
+def _best_of_chunk(scores: Tensor, first: int, k: int) -> Tensor:
+    """[r, ≤ k] sort keys of the best of scores [r, c], exact also where scores are equal."""
+    width = scores.shape[1]
+    values, columns = scores.topk(min(k + 1, width))
+    keys = _sort_keys(values[:, :k], first + columns[:, :k]).sort(dim=1, descending=True).values
+    if width > k:
+        # topk chooses freely among equals; where the cut falls between equals, choose again.
+        tied = (values[:, k - 1] == values[:, k]) & (values[:, k] > -torch.inf)
+        rows = tied.nonzero().squeeze(1)
+        if rows.numel() > 0:
+            ids = torch.arange(first, first + width, device=scores.device)
+            keys[rows] = _sort_keys(scores[rows], ids).topk(k).values
+    return keys
+
+
+def _sort_keys(scores: Tensor, ids: Tensor) -> Tensor:
+    """int64 keys that order by score, then by lower id: score bits above, inverted id below."""
+    bits = (scores + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0, which it equals
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (ordered.to(torch.int64) << 32) | (_LOW_BITS - ids)
+
+
+def _unpack(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids and scores of sort keys; id 0 where the score is -inf."""
+    ordered = (keys >> 32).to(torch.int32)
+    scores = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(torch.float32)
+    ids = _LOW_BITS - (keys & _LOW_BITS)
+    return ids.masked_fill(scores == -torch.inf, 0), scores
+
+
+def _rounded_up(size: int) -> int:
+    return -(-size // TILE) * TILE
+
+
+def _joined(parts: list[Tensor], empty: Tensor) -> Tensor:
+    return torch.cat(parts) if parts else empty
