@@ -1,6 +1,8 @@
 """The process group of a worker group, and the few collectives the rest of the code needs."""
 
+import logging
 import os
+import warnings
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -55,23 +57,38 @@ class DistributedContext:
             dist.barrier()
 
 
+def hush_libraries() -> None:
+    """Keep what TorchRec and DeepSpeed say about themselves out of a user's terminal.
+
+    Errors still show. Per-step deprecation warnings of torch.distributed are DeepSpeed's to mend.
+    """
+    for name in ("torchrec", "DeepSpeed", "torch.fx._symbolic_trace", "fbgemm_gpu"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module=r"(torch|torchrec|deepspeed)\b"
+    )
+
+
 def current_context(device: Device) -> DistributedContext:
     """The context of this process; makes the process group if nobody has.
 
     A worker of a Ray Train group already has one. Otherwise RANK, WORLD_SIZE, MASTER_ADDR and
     MASTER_PORT describe it, and without them this process is a world of one.
     """
-    os.environ.setdefault("DS_ACCELERATOR", device)
+    hush_libraries()
     if not dist.is_initialized():
         backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
         if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
             dist.init_process_group(backend)
         else:
-            dist.init_process_group(
-                backend, store=dist.HashStore(), rank=0, world_size=1
-            )
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    world_size = dist.get_world_size()
+    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
+    os.environ.setdefault("DS_ACCELERATOR", device)
+    # DeepSpeed's CPU accelerator otherwise starts `numactl` in every step to count devices.
+    os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
     place = torch.device(device)
     if device == "cuda":
-        place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        place = torch.device("cuda", local_rank)
         torch.cuda.set_device(place)
-    return DistributedContext(dist.get_rank(), dist.get_world_size(), place)
+    return DistributedContext(dist.get_rank(), world_size, place)
