@@ -127,7 +127,7 @@ def _align_inputs(recipe: Recipe, done: dict[str, Outputs]) -> dict[str, Any]:
 
 
 def _align(context: StageContext) -> Outputs:
-    from data_loaders.preferences import build_pairs
+    from data_loaders.pairs import build_pairs
 
     recipe, layout, done = context.recipe, context.layout, context.done
     config = recipe.alignment
