@@ -1,0 +1,239 @@
+"""Typed events: what is valid, and what goes to the quarantine for which reason.
+
+Columns of an event: `user`, `item` string; `time` int64 microseconds; `file`, `position` int64, its
+place in the log, which orders events of equal time; where mapped, `rating` float32 (NaN: none),
+`action` and `side_<name>` string.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from configs.data import CleaningConfig, ColumnMap, TimestampUnit
+from data_loaders.shards import dense_codes
+
+SECOND = 1_000_000
+_PER_UNIT = {"s": SECOND, "ms": 1000, "us": 1}
+_NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
+_NULL_TEXT = pa.array(["", "nan", "null", "none", "na", "n/a", "\\n"])
+REASONS = (
+    "",
+    "null_user",
+    "null_item",
+    "null_timestamp",
+    "unparsable_timestamp",
+    "impossible_timestamp",
+    "unparsable_rating",
+)
+"""Reasons found in a single row; an event has the first that applies. 0 is a good event."""
+MALFORMED = "malformed_row"
+DUPLICATE = "duplicate"
+
+
+@dataclass(frozen=True)
+class EventRules:
+    """How columns are typed and which times are possible."""
+
+    columns: ColumnMap
+    unit: TimestampUnit
+    earliest: int
+    """Microseconds; earlier is impossible."""
+    latest: int
+    """Microseconds; this and later is impossible."""
+
+    @classmethod
+    def of(cls, columns: ColumnMap, unit: TimestampUnit, cleaning: CleaningConfig) -> "EventRules":
+        """Rules of a recipe. Raises ValueError for a date that is none."""
+        earliest = date_us(cleaning.earliest, "data.cleaning.earliest")
+        latest = date_us(cleaning.latest, "data.cleaning.latest")
+        if latest <= earliest:
+            raise ValueError(
+                f"data.cleaning.latest={cleaning.latest!r} must lie after "
+                f"data.cleaning.earliest={cleaning.earliest!r}"
+            )
+        return cls(columns, unit, earliest, latest)
+
+    def wanted(self) -> dict[str, str]:
+        """Recipe key → column of the log."""
+        prefix, columns = "data.source.columns", self.columns
+        keys = {f"{prefix}.{key}": getattr(columns, key) for key in ("user", "item", "timestamp")}
+        for key in ("rating", "action"):
+            if getattr(columns, key) is not None:
+                keys[f"{prefix}.{key}"] = getattr(columns, key)
+        for index, name in enumerate(columns.side_features):
+            keys[f"{prefix}.side_features.{index}"] = name
+        return keys
+
+    def categories(self) -> dict[str, str]:
+        """Categorical event column → column of the log."""
+        named = {f"side_{name}": name for name in self.columns.side_features}
+        if self.columns.action is not None:
+            named["action"] = self.columns.action
+        return named
+
+
+def date_us(value: str | float, place: str) -> int:
+    """Microseconds of an ISO date (UTC unless it says otherwise) or of epoch seconds."""
+    if isinstance(value, int | float):
+        return round(value * SECOND)
+    try:
+        moment = datetime.fromisoformat(value)
+    except ValueError as error:
+        raise ValueError(
+            f"{place}={value!r} is no ISO date; write it like 2024-01-31 or 2024-01-31T12:00:00"
+        ) from error
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=UTC)
+    return round(moment.timestamp() * SECOND)
+
+
+def type_events(raw: pa.Table, rules: EventRules) -> tuple[pa.Table, np.ndarray]:
+    """Type the rows of a log.
+
+    Args:
+        raw: the mapped columns as read, n rows.
+
+    Returns:
+        Event columns without `file` and `position`, n rows (bad ones hold anything), and int64 [n]
+        index into REASONS.
+    """
+    columns = rules.columns
+    user, item = as_text(raw[columns.user]), as_text(raw[columns.item])
+    time, no_time, bad_time = parse_time(raw[columns.timestamp], rules.unit)
+    typed: dict[str, pa.ChunkedArray | np.ndarray] = {"user": user, "item": item, "time": time}
+    bad_rating = np.zeros(raw.num_rows, bool)
+    if columns.rating is not None:
+        rating, _, bad_rating = parse_number(raw[columns.rating])
+        typed["rating"] = rating.astype(np.float32)
+    for name, column in rules.categories().items():
+        typed[name] = as_text(raw[column])
+    impossible = (time < rules.earliest) | (time >= rules.latest)
+    found = [_absent(user), _absent(item), no_time, bad_time, impossible, bad_rating]
+    return pa.table(typed), np.select(found, range(1, len(REASONS)), 0)
+
+
+def quarantined(raw: pa.Table, source_files: np.ndarray, reasons: np.ndarray) -> pa.Table:
+    """Rows of a log as strings, with where they were and why they are here (each object [n])."""
+    columns = {name: as_text(raw[name]) for name in raw.column_names}
+    columns["source_file"] = pa.array(source_files, pa.string())
+    columns["reason"] = pa.array(reasons, pa.string())
+    return pa.table(columns)
+
+
+def malformed_rows(names: list[str], source_file: str, lines: tuple[str, ...]) -> pa.Table:
+    """Unreadable lines for the quarantine; the whole line stands in the first column."""
+    count = len(lines)
+    columns = {name: pa.nulls(count, pa.string()) for name in names}
+    columns[names[0]] = pa.array(lines, pa.string())
+    return quarantined(pa.table(columns), _repeat(source_file, count), _repeat(MALFORMED, count))
+
+
+def _repeat(text: str, count: int) -> np.ndarray:
+    return np.full(count, text, dtype=object)
+
+
+def as_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A column as strings; whole floats lose their `.0`, as integers with gaps often are floats."""
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        return as_text(pc.cast(column, kind.value_type))
+    if pa.types.is_nested(kind):
+        raise ValueError(f"a mapped column holds {kind}; map a column of plain values instead")
+    if pa.types.is_floating(kind):
+        column = pc.if_else(pc.is_nan(column), pa.scalar(None, kind), column)
+        whole = pc.equal(pc.floor(column), column)
+        if pc.all(whole).as_py() is not False and pc.less(pc.max(pc.abs(column)), 2**53).as_py():
+            column = pc.cast(column, pa.int64())
+    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        column = pc.cast(column, pa.large_string())
+    return pc.cast(column, pa.string())
+
+
+def parse_number(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """float64 [n] values (NaN where there is none), bool [n] null, bool [n] unparsable."""
+    if pa.types.is_dictionary(column.type):
+        column = pc.cast(column, column.type.value_type)
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        text = pc.utf8_trim_whitespace(column)
+        null = _true(pc.or_kleene(pc.is_null(text), pc.is_in(pc.utf8_lower(text), _NULL_TEXT)))
+        number = _true(pc.match_substring_regex(text, _NUMBER))
+        column = pc.if_else(pa.array(number), text, pa.scalar(None, text.type))
+        bad = ~number & ~null
+    else:
+        null = _true(pc.is_null(column, nan_is_null=True))
+        bad = np.zeros(len(column), bool)
+    values = pc.cast(column, pa.float64(), safe=False).to_numpy().astype(np.float64)
+    return values, null, bad | np.isinf(values)
+
+
+def parse_time(
+    column: pa.ChunkedArray, unit: TimestampUnit
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """int64 [n] microseconds (least int64 where there is none), bool [n] null, bool [n] unparsable.
+
+    A column that is stored as dates or timestamps says its own unit.
+    """
+    kind = column.type
+    if pa.types.is_date(kind) or pa.types.is_timestamp(kind):
+        stamps = pc.cast(pc.cast(column, pa.timestamp("us"), safe=False), pa.int64())
+        null = _true(pc.is_null(column))
+        return stamps.fill_null(_NEVER).to_numpy(), null, np.zeros(len(column), bool)
+    if unit == "iso8601":
+        text = pc.utf8_trim_whitespace(as_text(column))
+        null = _true(pc.or_kleene(pc.is_null(text), pc.is_in(pc.utf8_lower(text), _NULL_TEXT)))
+        moments = pd.to_datetime(
+            pd.Series(text.to_numpy(), dtype=object), utc=True, errors="coerce", format="ISO8601"
+        )
+        missing = moments.isna().to_numpy()
+        stamps = moments.dt.tz_localize(None).to_numpy().astype("datetime64[us]").astype(np.int64)
+        return np.where(missing, _NEVER, stamps), null, missing & ~null
+    values, null, bad = parse_number(column)
+    scaled = np.rint(np.nan_to_num(values, nan=-np.inf) * _PER_UNIT[unit])
+    # Clipped, so that a number beyond int64 is impossible instead of wrapping into the possible.
+    return np.clip(scaled, -(2.0**62), 2.0**62).astype(np.int64), null, bad
+
+
+_NEVER = np.iinfo(np.int64).min
+
+
+def render_time(time: np.ndarray, unit: TimestampUnit) -> pa.Array:
+    """Microseconds as the log's unit writes them, string [n]."""
+    if unit == "iso8601":
+        return pc.strftime(pa.array(time, pa.timestamp("us")), "%Y-%m-%dT%H:%M:%S")
+    per_unit = _PER_UNIT[unit]
+    whole = pc.cast(pa.array(time // per_unit), pa.string())
+    if not (time % per_unit).any():
+        return whole
+    return pc.cast(pa.array(time / per_unit), pa.string())
+
+
+def first_of_duplicates(events: pa.Table) -> np.ndarray:
+    """bool [n]: of events with equal user, item and time, the one that stands first in the log."""
+    keys = [dense_codes(events["user"])[0], dense_codes(events["item"])[0]]
+    keys.append(events["time"].to_numpy())
+    order = np.lexsort([events["position"].to_numpy(), events["file"].to_numpy(), *keys])
+    same = np.ones(max(len(order) - 1, 0), bool)
+    for key in keys:
+        same &= key[order][1:] == key[order][:-1]
+    first = np.ones(len(order), bool)
+    first[order[1:]] = ~same
+    return first
+
+
+def count_reasons(reasons: pa.Table) -> Mapping[str, int]:
+    """reason → rows of a quarantine table."""
+    counts = reasons["reason"].value_counts()
+    return {entry["values"]: entry["counts"] for entry in counts.to_pylist()}
+
+
+def _absent(text: pa.ChunkedArray) -> np.ndarray:
+    return _true(pc.or_kleene(pc.is_null(text), pc.equal(text, "")))
+
+
+def _true(mask: pa.ChunkedArray) -> np.ndarray:
+    return pa.chunked_array(mask).fill_null(False).to_numpy().astype(bool)

@@ -1,0 +1,129 @@
+"""Names of a prepared data set: titles of items, dense ids of users. Reads only what is asked for.
+
+Shape legend: V items of the catalogue, n ids that are asked for.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from configs import storage
+from data_loaders.manifest import MEND, FileEntry, read_manifest
+from data_loaders.shards import partition_of, read_table
+
+
+def titles(dataset_url: str, ids: Sequence[int] | np.ndarray) -> list[str]:
+    """Title of each item id in 1…V, or its raw id where it has no title.
+
+    Raises:
+        ValueError: an id is not in the catalogue.
+    """
+    rows = _item_rows(dataset_url, ids, ["item", "title"])
+    titled = pc.if_else(pc.equal(rows["title"], ""), rows["item"], rows["title"])
+    return list(titled.to_pylist())
+
+
+def raw_items(dataset_url: str, ids: Sequence[int] | np.ndarray) -> list[str]:
+    """The log's own id of each item id in 1…V. Raises ValueError as `titles` does."""
+    return list(_item_rows(dataset_url, ids, ["item"])["item"].to_pylist())
+
+
+def train_counts(dataset_url: str) -> Tensor:
+    """int64 [V]: occurrences of items 1…V among all users' train events."""
+    manifest = read_manifest(dataset_url)
+    parts = [
+        read_table(storage.join(dataset_url, entry.path), ["train_count"])["train_count"]
+        for entry in manifest.items
+    ]
+    return torch.from_numpy(np.concatenate([part.to_numpy() for part in parts]))
+
+
+def find_users(dataset_url: str, raw_ids: Sequence[str]) -> np.ndarray:
+    """Dense id (1…U) of each raw user id, int64 [n].
+
+    Raises:
+        ValueError: a user is not in the data set.
+    """
+    manifest = read_manifest(dataset_url)
+    found = np.zeros(len(raw_ids), np.int64)
+    wanted = pa.array([str(raw) for raw in raw_ids], pa.string())
+    if not len(wanted):
+        return found
+    # `prepare` puts a user into the shard of its hash; other writers need not, so ask all then.
+    likely = partition_of(pa.chunked_array([wanted]), len(manifest.shards))
+    for shard in np.unique(likely):
+        _find_in_shard(dataset_url, manifest.shards[int(shard)], wanted, found)
+    for entry in manifest.shards:
+        if found.all():
+            break
+        _find_in_shard(dataset_url, entry, wanted, found)
+    if not found.all():
+        unknown = [raw for raw, number in zip(raw_ids, found, strict=True) if not number]
+        raise ValueError(
+            f"recommend.users names {unknown}, which the prepared data set does not hold; its users "
+            "are those of the log that data.cleaning keeps"
+        )
+    return found
+
+
+def _find_in_shard(dataset_url: str, entry: FileEntry, wanted: pa.Array, found: np.ndarray) -> None:
+    """Fill in the dense ids of the wanted users [n] that live in this shard."""
+    if not entry.rows:
+        return
+    fs, path = storage.filesystem(storage.join(dataset_url, entry.path))
+    low, high = pc.min_max(wanted).as_py().values()
+    with fs.open(path, "rb") as stream:
+        parquet = pq.ParquetFile(stream)
+        column = parquet.schema_arrow.get_field_index("user")
+        for group in range(parquet.num_row_groups):
+            bounds = parquet.metadata.row_group(group).column(column).statistics
+            if bounds is not None and bounds.has_min_max:
+                if bounds.max < low or bounds.min > high:
+                    continue
+            rows = parquet.read_row_group(group, columns=["user_id", "user"], use_threads=False)
+            row = pc.index_in(wanted, value_set=rows["user"].combine_chunks())
+            here = pc.is_valid(row).to_numpy(zero_copy_only=False)
+            found[here] = rows["user_id"].to_numpy()[row.drop_null().to_numpy()]
+
+
+def _item_rows(dataset_url: str, ids: Sequence[int] | np.ndarray, columns: list[str]) -> pa.Table:
+    """Rows of the items table in the order of `ids` [n]; reads the row groups that hold them."""
+    manifest = read_manifest(dataset_url)
+    asked = np.asarray(ids, np.int64).reshape(-1)
+    outside = asked[(asked < 1) | (asked > manifest.num_items)]
+    if len(outside):
+        raise ValueError(f"item id {outside[0]} is not in 1…{manifest.num_items}")
+    distinct, inverse = np.unique(asked - 1, return_inverse=True)
+    first_rows = np.cumsum([0, *(entry.rows for entry in manifest.items)])
+    tables = [pa.table({name: pa.array([], pa.string()) for name in columns})]
+    for number, entry in enumerate(manifest.items):
+        begin, end = np.searchsorted(distinct, first_rows[number : number + 2])
+        if begin < end:
+            rows = distinct[begin:end] - first_rows[number]
+            tables.append(_rows_of_part(storage.join(dataset_url, entry.path), rows, columns))
+    return pa.concat_tables(tables).take(pa.array(inverse))
+
+
+def _rows_of_part(url: str, rows: np.ndarray, columns: list[str]) -> pa.Table:
+    """The given rows (ascending) of a Parquet file."""
+    fs, path = storage.filesystem(url)
+    try:
+        with fs.open(path, "rb") as stream:
+            parquet = pq.ParquetFile(stream)
+            metadata = parquet.metadata
+            sizes = [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
+            ends = np.cumsum(sizes)
+            groups = np.unique(np.searchsorted(ends, rows, side="right"))
+            table = parquet.read_row_groups(groups.tolist(), columns=columns, use_threads=False)
+    except (FileNotFoundError, pa.ArrowException) as error:
+        raise ValueError(f"{url} is missing or damaged; {MEND}") from error
+    starts = np.zeros(len(sizes), np.int64)  # row of the table at which a group begins
+    starts[groups] = np.cumsum([0, *(sizes[g] for g in groups[:-1])])
+    group = np.searchsorted(ends, rows, side="right")
+    within = rows - (ends[group] - np.asarray(sizes)[group])
+    return table.take(pa.array(starts[group] + within))

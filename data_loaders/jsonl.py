@@ -1,0 +1,75 @@
+"""JSON lines to columns: Arrow's parser for blocks that it understands, line by line for others."""
+
+import io
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import json as arrow_json
+
+
+def keys(head: bytes, complete: bool) -> list[str]:
+    """Keys of the objects at a file's beginning; the last line counts only if it is whole."""
+    lines = head.splitlines() if complete else head.splitlines()[:-1]
+    found: dict[str, None] = {}
+    for line in lines[:1000]:
+        found.update(dict.fromkeys(_object(line) or ()))
+    return list(found)
+
+
+def parse(data: bytes, names: Sequence[str]) -> tuple[pa.Table, tuple[str, ...]]:
+    """Columns `names` of a block of whole lines, and the lines that are no JSON object.
+
+    A value that is absent is null. Where lines disagree about a column's type, all become strings.
+    """
+    try:
+        table = _parse_block(data, None)
+        dated = [
+            n for n in names if n in table.column_names and pa.types.is_temporal(table[n].type)
+        ]
+        if dated:  # the parser's guess at dates would rewrite ids that look like one
+            table = _parse_block(data, pa.schema([(name, pa.string()) for name in dated]))
+    except pa.ArrowInvalid:
+        return _parse_lines(data, names)
+    absent = pa.nulls(table.num_rows, pa.string())
+    columns = [table[n] if n in table.column_names else absent for n in names]
+    return pa.table(dict(zip(names, columns, strict=True))), ()
+
+
+def _parse_block(data: bytes, schema: pa.Schema | None) -> pa.Table:
+    return arrow_json.read_json(
+        io.BytesIO(data),
+        arrow_json.ReadOptions(use_threads=False, block_size=len(data) + 1),
+        arrow_json.ParseOptions(explicit_schema=schema),
+    )
+
+
+def _parse_lines(data: bytes, names: Sequence[str]) -> tuple[pa.Table, tuple[str, ...]]:
+    columns: dict[str, list[str | None]] = {name: [] for name in names}
+    malformed = []
+    for line in data.splitlines():
+        if not line.strip():
+            continue
+        parsed = _object(line)
+        if parsed is None:
+            malformed.append(line.decode("utf-8", errors="replace"))
+            continue
+        for name in names:
+            columns[name].append(_text(parsed.get(name)))
+    arrays = {name: pa.array(values, pa.string()) for name, values in columns.items()}
+    return pa.table(arrays), tuple(malformed)
+
+
+def _object(line: bytes) -> dict[str, Any] | None:
+    try:
+        parsed = json.loads(line)
+    except (UnicodeDecodeError, json.JSONDecodeError):
+        return None
+    return parsed if isinstance(parsed, dict) else None
+
+
+def _text(value: Any) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    return json.dumps(value)

@@ -1,0 +1,368 @@
+"""`prepare`: raw logs → clean events → user sequences in Parquet shards, with a manifest.
+
+The order of steps; what happens in each is in `cleaning` and `assembly`, how it is distributed in
+`exchange`. The result depends on the events and the settings alone, bit for bit: neither on the
+number of machines nor on the order in which tasks end.
+"""
+
+import functools
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from configs import storage
+from configs.data import DataConfig, GlobalTime, Source
+from data_loaders import assembly, cleaning, public
+from data_loaders.cleaning import Job
+from data_loaders.events import DUPLICATE, EventRules, date_us
+from data_loaders.exchange import Progress, Report, exchange, map_parts, quiet
+from data_loaders.manifest import (
+    MANIFEST,
+    DatasetManifest,
+    EventCounts,
+    build_manifest,
+    write_manifest,
+)
+from data_loaders.sources import Chunk, TableFiles, plan
+
+_DIRECTORIES = ("sequences", "items", "vocabularies", "quarantine", "staging")
+_TITLES = {"item": "item", "title": "title"}
+
+
+def prepare(config: DataConfig, name: str, output_url: str, raw_url: str) -> DatasetManifest:
+    """Prepare a data set with Ray Data on the cluster that this process is connected to.
+
+    Args:
+        name: name of the data set in its manifest.
+        output_url: directory of the data set; all nodes must see it. What it held is replaced.
+        raw_url: directory of the copy of a public set, downloaded if it is not there; own logs are
+            read from `config.source.url`.
+
+    Returns:
+        The manifest, which has been written last.
+
+    Raises:
+        ValueError: bad settings or bad input, in one sentence.
+    """
+    root = storage.absolute(output_url)
+    if root.startswith("memory://"):
+        raise ValueError(
+            f"output={output_url!r} is memory of this process, which workers cannot see; "
+            "use a directory or an object store"
+        )
+    job = _job(config, root, _resolve(config.source, raw_url))
+    _clear(root)
+    with quiet():
+        try:
+            manifest = _Preparation(job, name).run()
+        finally:
+            storage.remove(job.staging)
+    write_manifest(root, manifest)
+    return manifest
+
+
+def _resolve(source: Source, raw_url: str) -> Any:
+    if source.kind == "public":
+        return public.source_of(source.name, source.url or raw_url, say=_say)
+    return source
+
+
+def _job(config: DataConfig, root: str, source: Any) -> Job:
+    if config.cleaning.min_rating is not None and source.columns.rating is None:
+        raise ValueError(
+            f"data.cleaning.min_rating={config.cleaning.min_rating} needs a rating: map "
+            "data.source.columns.rating"
+        )
+    if isinstance(config.split, GlobalTime):
+        validation, test = (
+            date_us(getattr(config.split, key), f"data.split.{key}")
+            for key in ("validation_from", "test_from")
+        )
+        if test <= validation:
+            raise ValueError("data.split.test_from must lie after data.split.validation_from")
+    rules = EventRules.of(source.columns, source.timestamp_unit, config.cleaning)
+    return Job(root, source, config.cleaning, config.split, config.shards, rules)
+
+
+def _clear(root: str) -> None:
+    storage.remove(storage.join(root, MANIFEST))
+    for directory in _DIRECTORIES:
+        storage.remove(storage.join(root, directory))
+    storage.make_directory(root)
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def log_files(source: Any, rules: EventRules) -> TableFiles:
+    """The event log of a source as a table on storage."""
+    return TableFiles(
+        url=source.url,
+        format=source.kind,
+        columns=rules.wanted(),
+        place="data.source.url",
+        separator=source.separator if source.kind == "csv" else ",",
+        header=source.header if source.kind == "csv" else None,
+    )
+
+
+@dataclass
+class _Preparation:
+    """State of one preparation on the driver: counts and paths, nothing that grows with events."""
+
+    job: Job
+    name: str
+    progress: Progress = field(default_factory=lambda: Progress(_say))
+    read: int = 0
+    quarantined: Counter[str] = field(default_factory=Counter)
+    quarantine: list[dict[str, Any]] = field(default_factory=list)
+    below_min_rating: int = 0
+    kept: int = 0
+    user_features: tuple[str, ...] = ()
+    vocabularies: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def run(self) -> DatasetManifest:
+        parts, names = self._read_log()
+        items, users = self._clean(parts, names)
+        self._stage_side_tables()
+        self._build_vocabularies([int(report["partition"]) for report in users])
+        shards, item_files = self._write(items, users)
+        return self._manifest(items, shards, item_files)
+
+    # -- logs to clean events ---------------------------------------------------------------
+
+    def _read_log(self) -> tuple[list[str], list[str]]:
+        """URLs of the staged events, and the names of the log's files."""
+        job, files = self.job, log_files(self.job.source, self.job.rules)
+        chunks = plan(files)
+        step = functools.partial(_read_step, job, files, chunks)
+        reports = map_parts("read events", self.progress, len(chunks), step)
+        for report in reports:
+            self.read += report["rows"]
+            self.quarantined.update(report["reasons"])
+            self.quarantine += report["quarantine"]
+        self._check_bad_share()
+        paths = sorted(path for report in reports for path in report["parts"])
+        if not paths:
+            raise ValueError(f"data.source.url={job.source.url!r} holds no events")
+        names = {chunk.file: chunk.name for chunk in chunks}
+        every = [names.get(file, "") for file in range(max(names) + 1)]
+        return [storage.join(job.staging, path) for path in paths], every
+
+    def _check_bad_share(self) -> None:
+        bad, limit = self.quarantined.total(), self.job.cleaning.max_bad_share
+        if bad <= limit * self.read:
+            return
+        found = sorted(self.quarantined.items())
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in found)
+        hint = ""
+        if self.quarantined.most_common(1)[0][0] == "impossible_timestamp":
+            hint = f"; is data.source.timestamp_unit={self.job.rules.unit!r} right?"
+        raise ValueError(
+            f"{bad:,} of {self.read:,} events ({bad / self.read:.2%}) are bad ({reasons}), more "
+            f"than data.cleaning.max_bad_share={limit:g} allows; look at "
+            f"{storage.join(self.job.root, 'quarantine')}, mend the log or raise the share{hint}"
+        )
+
+    def _clean(self, parts: list[str], names: list[str]) -> tuple[list[Report], list[Report]]:
+        """k-core: drop rare items and users in turn until neither step drops an event."""
+        job, progress = self.job, self.progress
+        round_ = 0
+        while True:
+            round_ += 1
+            item_step = functools.partial(cleaning.item_step, job)
+            if round_ == 1:
+                item_step = functools.partial(cleaning.first_item_step, job, names)
+            by_item = functools.partial(cleaning.load_events, job, key="item")
+            items = exchange(
+                f"by item, round {round_}", progress, parts, by_item, item_step, job.partitions
+            )
+            if round_ == 1:
+                self._count_first_round(items)
+            parts = self._staged("by_item", items)
+            by_user = functools.partial(cleaning.load_events, job, key="user")
+            user_step = functools.partial(cleaning.user_step, job)
+            users = exchange(
+                f"by user, round {round_}", progress, parts, by_user, user_step, job.partitions
+            )
+            self.kept = sum(report["kept"] for report in users)
+            if not self.kept:
+                raise ValueError(self._nothing_left())
+            if self.kept == sum(report["rows"] for report in users):
+                return items, users
+            parts = self._staged("by_user", users)
+
+    def _staged(self, name: str, reports: list[Report]) -> list[str]:
+        return [self.job.part(name, int(r["partition"])) for r in reports if r["kept"]]
+
+    def _count_first_round(self, items: list[Report]) -> None:
+        duplicates = sum(report["duplicates"] for report in items)
+        if duplicates:
+            self.quarantined[DUPLICATE] = duplicates
+        self.quarantine += [entry for report in items for entry in report["quarantine"]]
+        self.below_min_rating = sum(report["below_min_rating"] for report in items)
+        self._check_bad_share()
+
+    def _nothing_left(self) -> str:
+        cleaning_ = self.job.cleaning
+        return (
+            f"no event is left of {self.read:,} after cleaning ({self.quarantined.total():,} bad, "
+            f"{self.below_min_rating:,} below min_rating={cleaning_.min_rating}, the rest removed "
+            f"by user_core={cleaning_.user_core} and item_core={cleaning_.item_core}); "
+            "relax data.cleaning"
+        )
+
+    # -- clean events to the data set -------------------------------------------------------
+
+    def _stage_side_tables(self) -> None:
+        source = self.job.source
+        if source.user_table is not None:
+            table = source.user_table
+            self.user_features = table.features
+            place = "data.source.user_table"
+            names = {"user": table.user, **{f"user_{name}": name for name in table.features}}
+            self._stage_side_table("user_table", place, table, names)
+        if source.item_text is not None:
+            text = source.item_text
+            names = {"item": text.item, "title": text.title}
+            self._stage_side_table("titles", "data.source.item_text", text, names)
+
+    def _stage_side_table(self, name: str, place: str, table: Any, names: dict[str, str]) -> None:
+        files = TableFiles(
+            url=table.url,
+            format=table.format,
+            columns={f"{place}.{key}": column for key, column in names.items()},
+            place=f"{place}.url",
+            separator=table.separator,
+        )
+        load = functools.partial(_load_side_chunk, self.job, files, names)
+        step = functools.partial(cleaning.side_step, self.job, name, next(iter(names)))
+        label = name.replace("_", " ")
+        exchange(label, self.progress, plan(files), load, step, self.job.partitions)
+
+    def _build_vocabularies(self, user_partitions: list[int]) -> None:
+        job = self.job
+        events, users = list(job.rules.categories()), [f"user_{n}" for n in self.user_features]
+        if not events and not users:
+            return
+        names = ["actions" if n == "action" else n for n in events] + users
+        split = len(events)
+        parts: list[tuple[str, list[str], list[int]]] = []
+        if events:
+            urls = [job.part("by_user", p) for p in user_partitions]
+            parts += [(url, events, list(range(split))) for url in urls if storage.exists(url)]
+        if users:
+            urls = [job.part("user_table", p) for p in range(job.partitions)]
+            indices = list(range(split, len(names)))
+            parts += [(url, users, indices) for url in urls if storage.exists(url)]
+        step = functools.partial(assembly.vocabulary_step, job, names)
+        reports = exchange("vocabularies", self.progress, parts, _load_categories, step, len(names))
+        self.vocabularies = {report["name"]: report["entry"] for report in reports}
+
+    def _write(self, items: list[Report], users: list[Report]) -> tuple[list[Report], list[Report]]:
+        job = self.job
+        item_offsets = _offsets(items, "items", job.partitions)
+        user_offsets = _offsets(users, "users", job.partitions)
+        step = functools.partial(_shard_step, job, user_offsets, item_offsets, self.user_features)
+        shards = map_parts("write sequences", self.progress, job.partitions, step)
+        shards.sort(key=lambda report: int(report["shard"]))
+        self._check_split(shards)
+        parts = [
+            storage.join(job.staging, f"train_counts/part-{r['shard']:05d}.parquet")
+            for r in shards
+            if r["rows"]
+        ]
+        items_step = functools.partial(assembly.items_step, job, item_offsets)
+        load = assembly.load_train_counts
+        written = exchange("write items", self.progress, parts, load, items_step, job.partitions)
+        return shards, written
+
+    def _check_split(self, shards: list[Report]) -> None:
+        if not isinstance(self.job.split, GlobalTime):
+            return
+        for part, bound in (
+            ("train_events", "validation_from"),
+            ("validation_targets", "validation_from"),
+            ("test_targets", "test_from"),
+        ):
+            if not sum(report[part] for report in shards):
+                value = getattr(self.job.split, bound)
+                raise ValueError(
+                    f"data.split.{bound}={value!r} leaves no {part.replace('_', ' ')}; choose a "
+                    "date inside the time that the log spans"
+                )
+
+    def _manifest(
+        self, items: list[Report], shards: list[Report], item_files: list[Report]
+    ) -> DatasetManifest:
+        histogram: Counter[int] = Counter()
+        for report in shards:
+            histogram.update({int(b): n for b, n in report["lengths"].items()})
+        entries = [report["entry"] for report in shards]
+        removed = self.read - self.quarantined.total() - self.below_min_rating - self.kept
+        assert removed >= 0 and sum(e["events"] for e in entries) == self.kept
+        sizes = {name: entry["rows"] for name, entry in self.vocabularies.items()}
+        return build_manifest(
+            name=self.name,
+            num_users=sum(entry["rows"] for entry in entries),
+            num_items=sum(report["items"] for report in items),
+            num_events=self.kept,
+            user_features={name: sizes.get(f"user_{name}", 0) for name in self.user_features},
+            side_features={
+                name: sizes.get(f"side_{name}", 0) for name in self.job.source.columns.side_features
+            },
+            actions=sizes.get("actions", 0),
+            has_ratings=self.job.source.columns.rating is not None,
+            split=self.job.split,
+            counts=EventCounts(
+                read=self.read,
+                kept=self.kept,
+                quarantined=dict(self.quarantined),
+                below_min_rating=self.below_min_rating,
+                core_removed=removed,
+            ),
+            length_histogram=dict(histogram),
+            shards=entries,
+            items=[report["entry"] for report in item_files],
+            vocabularies=[self.vocabularies[name] for name in sorted(self.vocabularies)],
+            quarantine=sorted(self.quarantine, key=lambda entry: str(entry["path"])),
+        )
+
+
+def _read_step(job: Job, files: TableFiles, chunks: list[Chunk], index: int) -> Report:
+    return cleaning.read_events(job, files, chunks[index], index)
+
+
+def _load_side_chunk(job: Job, files: TableFiles, names: dict[str, str], chunk: Chunk) -> Any:
+    return cleaning.load_side_table(job, files, chunk, names)
+
+
+def _load_categories(part: tuple[str, list[str], list[int]]) -> Any:
+    return assembly.load_categories(*part)
+
+
+def _shard_step(
+    job: Job,
+    user_offsets: np.ndarray,
+    item_offsets: np.ndarray,
+    user_features: tuple[str, ...],
+    shard: int,
+) -> Report:
+    return assembly.shard_step(
+        job,
+        shard,
+        first_user_id=1 + int(user_offsets[shard]),
+        item_offsets=item_offsets,
+        user_features=user_features,
+    )
+
+
+def _offsets(reports: list[Report], key: str, partitions: int) -> np.ndarray:
+    """int64 [partitions]: rows in earlier partitions."""
+    counts = np.zeros(partitions, np.int64)
+    for report in reports:
+        counts[int(report["partition"])] = report[key]
+    return np.cumsum(counts) - counts

@@ -1,0 +1,78 @@
+"""Parquet parts on any storage: written whole, hashed as written, read by column."""
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from configs import storage
+from data_loaders.manifest import FileEntry
+
+STAGED_GROUP_ROWS = 1 << 18
+
+
+def write_table(
+    root: str,
+    path: str,
+    table: pa.Table,
+    *,
+    rows_per_group: int = STAGED_GROUP_ROWS,
+    codec: str = "zstd",
+) -> FileEntry:
+    """Write `table` to `path` below `root`; the file appears whole or not at all."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        table.replace_schema_metadata(None),
+        sink,
+        row_group_size=rows_per_group,
+        compression=codec,
+        write_page_checksum=True,
+    )
+    data = sink.getvalue().to_pybytes()
+    url = storage.join(root, path)
+    storage.make_directory(url.rpartition("/")[0])
+    storage.write_bytes(url, data)
+    return FileEntry(
+        path=path, rows=table.num_rows, bytes=len(data), sha256=storage.sha256_bytes(data)
+    )
+
+
+def read_table(url: str, columns: list[str] | None = None) -> pa.Table:
+    """All rows of a part, or of the named columns of it."""
+    fs, path = storage.filesystem(url)
+    with fs.open(path, "rb") as stream:
+        return pq.ParquetFile(stream).read(columns=columns, use_threads=False)
+
+
+def staged(name: str, partition: int) -> str:
+    """Path of a partition's part of the staged table `name`."""
+    return f"{name}/part-{partition:05d}.parquet"
+
+
+def partition_of(keys: pa.ChunkedArray, partitions: int) -> np.ndarray:
+    """Partition of each string key, int64 [n] in 0…partitions-1; the same on every machine."""
+    encoded = pa.chunked_array(keys).combine_chunks().dictionary_encode()
+    distinct = np.asarray(encoded.dictionary.to_pylist(), dtype=object)
+    if not len(distinct):
+        return np.zeros(0, np.int64)
+    hashed = pd.util.hash_array(distinct, categorize=False) % np.uint64(partitions)
+    return hashed.astype(np.int64)[encoded.indices.to_numpy()]
+
+
+def dense_codes(values: pa.ChunkedArray) -> tuple[np.ndarray, pa.Array]:
+    """Rank of each string among the distinct ones.
+
+    Returns:
+        int64 [n] codes in 0…distinct-1, and the distinct strings in byte order.
+    """
+    encoded = pa.chunked_array(values).combine_chunks().dictionary_encode()
+    order = np.argsort(np.asarray(encoded.dictionary.to_pylist(), dtype=object), kind="stable")
+    rank = np.empty(len(order), np.int64)
+    rank[order] = np.arange(len(order))
+    return rank[encoded.indices.to_numpy()], encoded.dictionary.take(pa.array(order))
+
+
+def lookup(values: pa.ChunkedArray, vocabulary: pa.ChunkedArray) -> np.ndarray:
+    """Dense id of each value, int64 [n] in 1…len(vocabulary); 0 where it is null or unknown."""
+    found = pa.compute.index_in(values, value_set=vocabulary).fill_null(-1)
+    return found.to_numpy().astype(np.int64) + 1

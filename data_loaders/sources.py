@@ -1,0 +1,297 @@
+"""Logs as they lie on storage: which files, in which chunks, and their columns as read.
+
+CSV, TSV, JSON lines and Parquet on any fsspec URL; a directory or a glob names many files.
+`plan` looks at headers only, on the driver; `read_chunk` streams rows inside a task.
+"""
+
+import csv
+import difflib
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import IO, Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.implementations.memory import MemoryFileSystem
+from pyarrow import csv as arrow_csv
+
+from configs import storage
+from configs.data import Source
+from data_loaders import jsonl
+
+HEAD_BYTES = 1 << 20
+BLOCK_BYTES = 8 << 20
+CHUNK_ROWS = 1 << 20
+"""Rows of Parquet that one task reads, in whole row groups."""
+BATCH_ROWS = 1 << 18
+Format = Literal["csv", "jsonl", "parquet"]
+
+
+@dataclass(frozen=True)
+class TableFiles:
+    """A table on storage and the columns wanted of it."""
+
+    url: str
+    format: Format
+    columns: Mapping[str, str]
+    """Recipe key → column, e.g. `data.source.columns.user` → `userId`; named in errors."""
+    place: str
+    """Recipe key of `url`."""
+    separator: str = ","
+    header: tuple[str, ...] | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """The wanted columns, each once."""
+        return list(dict.fromkeys(self.columns.values()))
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What one task reads: a file, or some row groups of it."""
+
+    url: str
+    name: str
+    """Path below the table's URL, for messages and the quarantine."""
+    file: int
+    """Index of the file in name order; orders events of equal time."""
+    row_groups: tuple[int, ...] = ()
+    first_row: int = 0
+    content: bytes | None = None
+    """The file itself, where it lives in this process's memory only."""
+
+
+@dataclass(frozen=True)
+class RawRows:
+    """Rows as read. `table` has the wanted columns; `malformed` holds unreadable lines."""
+
+    table: pa.Table
+    first_row: int
+    malformed: tuple[str, ...] = ()
+
+
+def source_signature(source: Source, raw_url: str) -> list[Any]:
+    """JSON-able facts that change when the source's files do: name, size and version of each.
+
+    A public set is known by its name: it does not change.
+    """
+    if source.kind == "public":
+        return [source.name]
+    signature = []
+    for fs, path, name in _files(raw_url, "data.source.url"):
+        info = fs.info(path)
+        version = next(
+            (info[k] for k in ("ETag", "etag", "md5", "mtime", "created") if k in info), ""
+        )
+        signature.append([name, info.get("size"), str(version)])
+    return signature
+
+
+def plan(files: TableFiles) -> list[Chunk]:
+    """Chunks of a table in file order; every file's columns have been checked.
+
+    Raises:
+        ValueError: no file is there, or one lacks a wanted column.
+    """
+    found = _files(files.url, files.place)
+    with ThreadPoolExecutor(16) as pool:
+        planned = pool.map(
+            lambda entry: _plan_file(files, entry[0], *entry[1]), list(enumerate(found))
+        )
+        return [chunk for chunks in planned for chunk in chunks]
+
+
+def read_chunk(files: TableFiles, chunk: Chunk) -> Iterator[RawRows]:
+    """Rows of a chunk in file order.
+
+    Raises:
+        ValueError: the file is not what its format says.
+    """
+    with _open(chunk, compressed=files.format != "parquet") as stream:
+        try:
+            match files.format:
+                case "parquet":
+                    yield from _read_parquet(files, chunk, stream)
+                case "csv":
+                    yield from _read_csv(files, stream)
+                case "jsonl":
+                    yield from _read_jsonl(files, stream)
+        except (pa.ArrowException, UnicodeDecodeError, EOFError) as error:
+            detail = str(error).splitlines()[0]
+            raise ValueError(
+                f"{chunk.url} cannot be read as {files.format} ({detail}); mend the file or leave "
+                f"it out of {files.place}"
+            ) from error
+
+
+def missing_column(files: TableFiles, url: str, place: str, column: str, has: Sequence[str]) -> str:
+    """Sentence about a wanted column that a file lacks."""
+    near = difflib.get_close_matches(column, has, n=1, cutoff=0.5) or [
+        name for name in has if name.lower() == column.lower()
+    ]
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    if files.format == "csv" and files.header is None:
+        if len(has) == 1 and len(has[0]) > 20:
+            hint += f"; is {files.separator!r} the right separator?"
+        elif any(name.replace(".", "", 1).isdigit() for name in has):
+            hint += "; if the file has no header line, name its columns in data.source.header"
+    return f"{place}={column!r} is not a column of {url}, which has {list(has)}{hint}"
+
+
+def _files(url: str, place: str) -> list[tuple[Any, str, str]]:
+    """(file system, path, name) of each file, in name order."""
+    fs, path = storage.filesystem(url)
+    if any(sign in path for sign in "*?["):
+        paths, root = fs.glob(path), path[: min(path.find(s) for s in "*?[" if s in path)]
+    elif fs.isdir(path):
+        paths, root = fs.find(path), path.rstrip("/") + "/"
+    else:
+        paths, root = [path] if fs.exists(path) else [], path
+    root = root.rpartition("/")[0] + "/"
+    named = sorted((p.removeprefix(root), p) for p in paths if not fs.isdir(p))
+    visible = [(n, p) for n, p in named if not any(s[:1] in "_." for s in n.split("/"))]
+    if not visible:
+        raise ValueError(f"{place}={url!r} names no file; check the path")
+    return [(fs, path, name) for name, path in visible]
+
+
+def _plan_file(files: TableFiles, file: int, fs: Any, path: str, name: str) -> list[Chunk]:
+    url = fs.unstrip_protocol(path).removeprefix("file://")
+    content = fs.cat_file(path) if isinstance(fs, MemoryFileSystem) else None
+    whole = Chunk(url=url, name=name, file=file, content=content)
+    if not fs.size(path):
+        return []
+    if files.format == "parquet":
+        return _plan_parquet(files, whole)
+    with _open(whole, compressed=True) as stream:
+        head = stream.read(HEAD_BYTES)
+    if not head.strip():
+        return []
+    if files.format == "csv":
+        _check_header(files, url, head)
+    else:
+        _check_columns(files, url, jsonl.keys(head, complete=len(head) < HEAD_BYTES))
+    return [whole]
+
+
+def _check_header(files: TableFiles, url: str, head: bytes) -> None:
+    first = head.decode("utf-8-sig", errors="replace").splitlines()[0]
+    fields = next(csv.reader([first], delimiter=files.separator))
+    if files.header is None:
+        _check_columns(files, url, fields)
+    elif len(fields) != len(files.header):
+        raise ValueError(
+            f"data.source.header names {len(files.header)} columns, but {url} has {len(fields)} "
+            f"when split at {files.separator!r}: {fields}"
+        )
+    else:
+        _check_columns(files, "data.source.header", files.header)
+
+
+def _check_columns(files: TableFiles, url: str, has: Sequence[str]) -> None:
+    for place, column in files.columns.items():
+        if column not in has:
+            raise ValueError(missing_column(files, url, place, column, has))
+
+
+def _check_types(files: TableFiles, url: str, schema: pa.Schema) -> None:
+    for place, column in files.columns.items():
+        kind = schema.field(column).type
+        if pa.types.is_nested(kind):
+            raise ValueError(
+                f"{place}={column!r} has type {kind} in {url}; map a column of plain values"
+            )
+
+
+def _plan_parquet(files: TableFiles, whole: Chunk) -> list[Chunk]:
+    with _open(whole, compressed=False) as stream:
+        try:
+            parquet = pq.ParquetFile(stream)
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(
+                f"{whole.url} is not a Parquet file; leave it out of {files.place}"
+            ) from error
+        _check_columns(files, whole.url, parquet.schema_arrow.names)
+        _check_types(files, whole.url, parquet.schema_arrow)
+        metadata = parquet.metadata
+        sizes = [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
+    chunks, groups, rows, first = [], [], 0, 0
+    for group, size in enumerate(sizes):
+        groups.append(group)
+        rows += size
+        if rows >= CHUNK_ROWS or group == len(sizes) - 1:
+            chunk = Chunk(whole.url, whole.name, whole.file, tuple(groups), first, whole.content)
+            chunks += [chunk] if rows else []
+            groups, first, rows = [], first + rows, 0
+    return chunks
+
+
+def _open(chunk: Chunk, compressed: bool) -> IO[bytes]:
+    if chunk.content is not None:
+        return io.BytesIO(chunk.content)
+    fs, path = storage.filesystem(chunk.url)
+    return fs.open(path, "rb", compression="infer" if compressed else None)
+
+
+def _read_parquet(files: TableFiles, chunk: Chunk, stream: IO[bytes]) -> Iterator[RawRows]:
+    row = chunk.first_row
+    batches = pq.ParquetFile(stream).iter_batches(
+        BATCH_ROWS, row_groups=list(chunk.row_groups), columns=files.names, use_threads=False
+    )
+    for batch in batches:
+        yield RawRows(pa.Table.from_batches([batch]).select(files.names), row)
+        row += batch.num_rows
+
+
+def _read_csv(files: TableFiles, stream: IO[bytes]) -> Iterator[RawRows]:
+    malformed: list[str] = []
+
+    def set_aside(line: arrow_csv.InvalidRow) -> str:
+        malformed.append(line.text if line.text is not None else "")
+        return "skip"
+
+    # All columns are strings here, so that the quarantine holds what the file holds.
+    reader = arrow_csv.open_csv(
+        stream,
+        arrow_csv.ReadOptions(use_threads=False, block_size=BLOCK_BYTES, column_names=files.header),
+        arrow_csv.ParseOptions(
+            delimiter=files.separator, newlines_in_values=True, invalid_row_handler=set_aside
+        ),
+        arrow_csv.ConvertOptions(
+            include_columns=files.names,
+            column_types=dict.fromkeys(files.names, pa.string()),
+            null_values=[""],
+            strings_can_be_null=True,
+        ),
+    )
+    row = 0
+    for batch in reader:
+        yield RawRows(pa.Table.from_batches([batch]), row, tuple(malformed))
+        row += batch.num_rows + len(malformed)
+        malformed.clear()
+    if malformed:
+        empty = pa.table({name: pa.array([], pa.string()) for name in files.names})
+        yield RawRows(empty, row, tuple(malformed))
+
+
+def _read_jsonl(files: TableFiles, stream: IO[bytes]) -> Iterator[RawRows]:
+    row, rest = 0, b""
+    while True:
+        block = stream.read(BLOCK_BYTES)
+        data = rest + block
+        end = data.rfind(b"\n") + 1 if block else len(data)
+        rest = data[end:]
+        if data[:end].strip():
+            table, malformed = jsonl.parse(data[:end], files.names)
+            yield RawRows(table, row, malformed)
+            row += table.num_rows + len(malformed)
+        if not block:
+            return
+
+
+def positions(rows: RawRows) -> np.ndarray:
+    """int64 [n] position of each row in its file, for a stable order."""
+    return rows.first_row + np.arange(rows.table.num_rows, dtype=np.int64)
