@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from sharding.parallelize import ParallelModel
@@ -41,13 +42,13 @@ def training_state(model: ParallelModel) -> State:
 
 def restore_weights(model: ParallelModel, state: Mapping[str, Tensor]) -> None:
     """Put what `weights` named into a model. Collective."""
-    model.tables.load_state_dict(_below(_TABLES, state))
+    model.tables.load_state_dict(_sharded(state))
     model.engine.load_full_state(_by_parameter(state), 0)
 
 
 def restore_training_state(model: ParallelModel, state: Mapping[str, Tensor]) -> None:
     """Put what `training_state` named into a model. Collective."""
-    model.tables.load_state_dict(_below(_TABLES, state))
+    model.tables.load_state_dict(_sharded(state))
     model.engine.load_full_state(_by_parameter(state), int(state["adam_step"]))
     model.step = int(state["step"])
 
@@ -91,7 +92,7 @@ def refuse_other_model(target: Mapping[str, Tensor], metadata: Metadata, *, whol
     Raises:
         ValueError: they differ; one sentence with the first difference and the mend.
     """
-    needed = {key: _shape(value.size(), value.dtype) for key, value in target.items()}
+    needed = {key: _shape(*_size_and_dtype(value)) for key, value in target.items()}
     saved = {
         key: _shape(value.size, value.properties.dtype)
         for key, value in _tensors(metadata).items()
@@ -126,6 +127,12 @@ def _is_weight(key: str) -> bool:
     return key.endswith(".weight" if key.startswith(_TABLES) else "/weight")
 
 
+def _size_and_dtype(value: Tensor) -> tuple[torch.Size, torch.dtype]:
+    if isinstance(value, ShardedTensor):  # its attributes warn that the class is deprecated
+        return value.metadata().size, value.metadata().tensor_properties.dtype
+    return value.size(), value.dtype
+
+
 def _shape(size: torch.Size, dtype: torch.dtype) -> str:
     return f"{str(dtype).removeprefix('torch.')}{list(size)}"
 
@@ -141,6 +148,12 @@ def _prefixed(prefix: str, state: Mapping[str, Tensor]) -> State:
 
 def _below(prefix: str, state: Mapping[str, Tensor]) -> State:
     return {key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)}
+
+
+def _sharded(state: Mapping[str, Tensor]) -> dict[str, ShardedTensor]:
+    """The tables' part."""
+    tables = _below(_TABLES, state).items()
+    return {key: value for key, value in tables if isinstance(value, ShardedTensor)}
 
 
 def _by_parameter(state: Mapping[str, Tensor]) -> dict[str, State]:
