@@ -122,7 +122,9 @@ def _sequence_scores(queries: Tensor, keys: Tensor, offsets: Tensor, negatives: 
     padded = queries.new_zeros(most * _BLOCK_TOKENS, queries.shape[1]).index_copy(0, place, queries)
     owner = torch.searchsorted(blocks_end, torch.arange(most, device=offsets.device), right=True)
     rows = negatives[owner.clamp(max=sequences - 1)]
-    scores = torch.bmm(padded.unflatten(0, (most, -1)), F.embedding(rows, keys).transpose(1, 2))
+    scores = torch.bmm(
+        padded.unflatten(0, (most, _BLOCK_TOKENS)), F.embedding(rows, keys).transpose(1, 2)
+    )
     return scores.flatten(0, 1).index_select(0, place)
 
 
