@@ -1,14 +1,15 @@
 """Read DCP's `.metadata`, which is a pickle, without letting it run anything.
 
-Unpickling calls whatever the bytes name. Here every name must be on a list, each stands for an
-inert record instead of the real class, and the real metadata is built from records that were
-checked field by field. So a crafted file can be wrong, but it cannot execute, cannot leave the
-checkpoint's directory, and cannot make DCP unpickle a payload of its own.
+Unpickling calls whatever the bytes name. Here every opcode and every name must be on a list, each
+name stands for an inert record instead of the real class, and the real metadata is built from
+records that were checked field by field. So a crafted file can be wrong, but it cannot execute,
+cannot leave the checkpoint's directory, and cannot make DCP unpickle a payload of its own.
 """
 
 import io
 import math
 import pickle
+import pickletools
 from collections.abc import Collection
 from typing import Any, TypeVar
 
@@ -36,6 +37,12 @@ _ALLOWED = frozenset(
         *(("torch", name) for name in _DTYPES),
     }
 )
+_OPCODES = """
+    PROTO FRAME STOP MARK MEMOIZE BINGET LONG_BINGET STACK_GLOBAL NEWOBJ REDUCE BUILD
+    NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 SHORT_BINUNICODE BINUNICODE
+    EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS
+"""
+"""What dataclasses of numbers and strings are pickled with. Others could exhaust the memory."""
 
 
 class _Record:
@@ -77,15 +84,20 @@ def read_metadata(data: bytes, files: Collection[str]) -> Metadata:
             are not whole.
     """
     try:
+        known = set(_OPCODES.split())
+        for opcode, _, _ in pickletools.genops(data):
+            if opcode.name not in known:
+                raise ValueError(f"it has the opcode {opcode.name}, which we never write")
         root = _Unpickler(io.BytesIO(data)).load()
         fields = _fields(root, "Metadata")
         tensors = {_text(k): _tensor(v) for k, v in _dict(fields["state_dict_metadata"]).items()}
         stored = {_index(k): _place(v, files) for k, v in _dict(fields["storage_data"]).items()}
+        _check_whole(tensors, stored)
     except ValueError as error:
         raise ValueError(f".metadata is refused: {error}") from error
     except Exception as error:  # damaged pickles raise nearly anything
-        raise ValueError(f".metadata is refused: it is damaged ({type(error).__name__})") from error
-    _check_whole(tensors, stored)
+        kind = type(error).__name__
+        raise ValueError(f".metadata is refused: it is damaged ({kind})") from error
     return Metadata(tensors, storage_data=stored)  # type: ignore[arg-type]
 
 
@@ -101,10 +113,10 @@ def _check_whole(
                 end <= size for end, size in zip(ends, tensor.size, strict=True)
             )
             if not inside or MetadataIndex(key, chunk.offsets) not in stored:
-                raise ValueError(f".metadata is refused: a chunk of {key!r} is out of place")
+                raise ValueError(f"a chunk of {key!r} is out of place")
             volume += math.prod(chunk.sizes)
         if volume != math.prod(tensor.size):
-            raise ValueError(f".metadata is refused: the chunks of {key!r} do not fill it")
+            raise ValueError(f"the chunks of {key!r} do not fill it")
 
 
 def _tensor(value: Any) -> TensorStorageMetadata:
