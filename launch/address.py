@@ -1,0 +1,56 @@
+"""Which Ray addresses may be talked to, and the token that protects them."""
+
+import ipaddress
+import os
+import stat
+from pathlib import Path
+from urllib.parse import urlsplit
+
+
+def is_loopback(address: str) -> bool:
+    """Whether `host`, `host:port` or `scheme://host:port` is this machine's own loopback."""
+    host = urlsplit(address if "://" in address else f"//{address}").hostname or ""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def refuse_open(address: str, what: str) -> None:
+    """Refuse an address beyond loopback without token authentication.
+
+    Whoever reaches an unprotected Ray port can run code on the cluster (CVE-2026-27482).
+
+    Args:
+        address: as for `is_loopback`.
+        what: the setting that names it, for the message.
+
+    Raises:
+        ValueError: one sentence with the mend.
+    """
+    if is_loopback(address) or os.environ.get("RAY_AUTH_MODE", "").lower() == "token":
+        return
+    raise ValueError(
+        f"{what}={address!r} is not this machine's loopback and RAY_AUTH_MODE is not 'token', so "
+        "anyone who reaches that port could run code: start the cluster with RAY_AUTH_MODE=token "
+        "and set it here, too"
+    )
+
+
+def token_file() -> Path:
+    """Where Ray keeps the token of this user."""
+    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+
+
+def token_is_exposed() -> bool:
+    """Whether other users of this machine may read the token."""
+    path = token_file()
+    return path.exists() and bool(stat.S_IMODE(path.stat().st_mode) & 0o077)
+
+
+def protect_token() -> None:
+    """Take the token away from other users; Ray creates it readable by all."""
+    if token_is_exposed():
+        token_file().chmod(0o600)

@@ -1,0 +1,207 @@
+"""The `tandem` command. Heavy libraries are imported by the commands that need them."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import click
+
+from configs.load import load_recipe
+from configs.recipe import STAGES, StageName
+
+USER_ERRORS = (ValueError, FileNotFoundError, PermissionError)
+RECIPE_HELP = "RECIPE is the path of a .yaml file or a shipped name; KEY=VALUE overrides a setting."
+
+
+class _Command(click.Command):
+    """Reports a user's mistake as its sentence (exit 2); anything else is a traceback (exit 1)."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        help_text = "Show tracebacks of the user's mistakes, too."
+        self.params.append(click.Option(["--debug"], is_flag=True, help=help_text))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        debug = ctx.params.pop("debug")
+        try:
+            return super().invoke(ctx)
+        except USER_ERRORS as error:
+            if debug:
+                raise
+            click.secho(f"error: {error}", fg="red", err=True)
+            ctx.exit(2)
+
+
+class _Group(click.Group):
+    """Lists its commands in the order in which they are defined."""
+
+    command_class = _Command
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="tandem", prog_name="tandem")
+def main() -> None:
+    """Train, align and evaluate generative recommenders from one recipe."""
+
+
+def _takes_recipe(command: Callable[..., None]) -> Callable[..., None]:
+    overrides = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+    return click.argument("recipe")(overrides(command))
+
+
+@main.command(epilog=RECIPE_HELP)
+@_takes_recipe
+@click.option("--until", type=click.Choice(STAGES), help="Stop after this stage.")
+@click.option(
+    "--from", "from_", type=click.Choice(STAGES), help="Run this stage and later ones anew."
+)
+@click.option("--force", is_flag=True, help="Discard finished stages and their checkpoints.")
+def run(
+    recipe: str,
+    overrides: tuple[str, ...],
+    until: StageName | None,
+    from_: StageName | None,
+    force: bool,
+) -> None:
+    """Run all stages, skipping what is unchanged."""
+    loaded = load_recipe(recipe, overrides)
+    from launch.run import run as run_stages
+
+    run_stages(loaded, until=until, from_=from_, force=force)
+
+
+def _add_stage(stage: StageName, about: str) -> None:
+    @main.command(stage, help=about, epilog=RECIPE_HELP)
+    @_takes_recipe
+    @click.option("--force", is_flag=True, help="Discard what this stage did before.")
+    def command(recipe: str, overrides: tuple[str, ...], force: bool) -> None:
+        loaded = load_recipe(recipe, overrides)
+        from launch.run import run as run_stages
+
+        run_stages(loaded, only=stage, force=force)
+
+
+for _stage, _about in {
+    "prepare": "Turn raw logs into Parquet shards of user sequences.",
+    "train": "Pretrain; resumes from the newest checkpoint.",
+    "align": "Optimise preferences, from the pretrained checkpoint.",
+    "evaluate": "Measure every policy, and popularity beside it.",
+    "recommend": "Recommend items to a few users.",
+    "report": "Write tables, plots and the HTML report.",
+}.items():
+    _add_stage(_stage, _about)  # type: ignore[arg-type]  # keys are checked by a test
+
+
+@main.command("show-config", epilog=RECIPE_HELP)
+@_takes_recipe
+def show_config(recipe: str, overrides: tuple[str, ...]) -> None:
+    """Print the resolved recipe with each value's origin."""
+    click.echo(load_recipe(recipe, overrides).dump(), nl=False)
+
+
+@main.command(epilog=RECIPE_HELP)
+@_takes_recipe
+@click.option("--world-size", type=click.IntRange(min=1), help="Ranks; default: the recipe's.")
+@click.option(
+    "--rows",
+    multiple=True,
+    metavar="TABLE=N",
+    help="Rows of a table, instead of the prepared data set's (repeatable).",
+)
+def plan(
+    recipe: str, overrides: tuple[str, ...], world_size: int | None, rows: tuple[str, ...]
+) -> None:
+    """Print how tables would be sharded over any world."""
+    loaded = load_recipe(recipe, overrides)
+    from launch.plan import render_plan
+
+    click.echo(render_plan(loaded.recipe, world_size, rows))
+
+
+@main.group(cls=_Group)
+def data() -> None:
+    """Named public data sets."""
+
+
+@data.command("list")
+def list_data() -> None:
+    """List the data sets: size, terms, addresses, checksums, mirrors."""
+    from data_loaders.public import list_sets
+
+    for entry in list_sets():
+        click.secho(entry.name, bold=True)
+        click.echo(f"  {entry.about}: {entry.events:,} events; {entry.terms}")
+        for file in entry.originals:
+            checksum = file.checksum or "no published checksum"
+            click.echo(f"  {', '.join(file.addresses)} ({checksum})")
+        if entry.mirror is not None:
+            digest = f"sha256:{entry.mirror.sha256}"
+            click.echo(f"  mirror: package {entry.mirror.requirement} ({digest})")
+
+
+@data.command("get")
+@click.argument("name")
+@click.option("--to", "url", required=True, help="Directory (any URL) that receives the copy.")
+def get_data(name: str, url: str) -> None:
+    """Fetch and check the data set NAME; does nothing where the copy is there."""
+    from data_loaders.public import get
+
+    for file in get(name, url, say=click.echo):
+        click.echo(file)
+
+
+@main.command()
+@click.pass_context
+def doctor(ctx: click.Context) -> None:
+    """Find what is wrong on this machine, and the mend."""
+    from launch.doctor import examine
+
+    ctx.exit(0 if examine() else 1)
+
+
+@main.command(epilog=RECIPE_HELP)
+@_takes_recipe
+@click.option("--address", required=True, help="The cluster's job server, http://HOST:8265.")
+@click.option("--until", type=click.Choice(STAGES), help="Stop after this stage.")
+@click.option("--from", "from_", type=click.Choice(STAGES), help="Run this stage and later anew.")
+@click.option("--force", is_flag=True, help="Discard finished stages and their checkpoints.")
+@click.option("--no-follow", is_flag=True, help="Return once the job is accepted.")
+@click.option(
+    "--on-interrupt",
+    type=click.Choice(["ask", "stop", "leave"]),
+    default="ask",
+    show_default=True,
+    help="What Ctrl-C does to the job.",
+)
+@click.option("--env", "environment", multiple=True, metavar="NAME=VALUE", help="Job's variable.")
+@click.option("--python", default="python", show_default=True, help="Interpreter on the nodes.")
+@click.pass_context
+def submit(
+    ctx: click.Context,
+    recipe: str,
+    overrides: tuple[str, ...],
+    address: str,
+    until: StageName | None,
+    from_: StageName | None,
+    force: bool,
+    no_follow: bool,
+    on_interrupt: Literal["ask", "stop", "leave"],
+    environment: tuple[str, ...],
+    python: str,
+) -> None:
+    """Run a recipe on a Ray cluster from outside; follow its log."""
+    loaded = load_recipe(recipe, overrides)
+    from launch.submit import start
+
+    options = ["--force"] if force else []
+    options += [] if until is None else ["--until", until]
+    options += [] if from_ is None else ["--from", from_]
+    job = start(loaded, address, options=options, environment=environment, python=python)
+    click.echo(f"submitted {job.job_id} to {address}", err=True)
+    ctx.exit(0 if no_follow else job.follow(on_interrupt))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+"""`tandem submit`: run a recipe on a Ray cluster from outside it, through Ray Jobs.
+
+Our packages and the resolved recipe travel as the job's working directory; nothing else of the
+project's folder does, and no credentials.
+"""
+
+import asyncio
+import os
+import re
+import shlex
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read by Ray when it is imported
+
+from aiohttp import ClientError
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+from configs import storage
+from configs.load import LoadedRecipe
+from configs.recipe import Recipe
+from launch.address import protect_token, refuse_open
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("configs", "models", "data_loaders", "sharding", "trainer", "launch")
+RECIPE_FILE = "submitted.yaml"
+ADDRESS_VARIABLES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
+"""Ray prefers these to the address it is given."""
+SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|(^|_)KEY($|_)", re.IGNORECASE)
+RECONNECT_S = 2.0
+LOST_AFTER_S = 120.0
+STOP_WAIT_S = 30.0
+OnInterrupt = Literal["ask", "stop", "leave"]
+
+
+class Job:
+    """A submitted job."""
+
+    def __init__(self, client: JobSubmissionClient, job_id: str) -> None:
+        self._client, self.job_id = client, job_id
+
+    def follow(self, on_interrupt: OnInterrupt = "ask") -> int:
+        """Print the job's log until it ends.
+
+        Ctrl-C asks whether to stop the job, stops it, or leaves it running; `ask` stops it where
+        there is no terminal to ask on.
+
+        Returns:
+            the job's exit code; 130 after Ctrl-C.
+
+        Raises:
+            ValueError: the job server was lost for two minutes.
+        """
+        try:
+            asyncio.run(self._print_log())
+        except KeyboardInterrupt:
+            return self._interrupted(on_interrupt)
+        return self._exit_code()
+
+    async def _print_log(self) -> None:
+        """A broken connection is made again; the server then starts from the first line."""
+        printed = 0
+        silent_since = time.monotonic()
+        while True:
+            position = 0
+            problem = "it closed the log early"
+            try:
+                async for text in self._client.tail_job_logs(self.job_id):
+                    new = text[max(0, printed - position) :]
+                    position += len(text)
+                    printed = max(printed, position)
+                    silent_since = time.monotonic()
+                    click.echo(new, nl=False)
+                if self._status().is_terminal():
+                    return
+            except (RuntimeError, ClientError, OSError) as error:
+                problem = " ".join(str(error).split())
+            if time.monotonic() - silent_since > LOST_AFTER_S:
+                raise ValueError(
+                    f"lost the job server ({problem}); job {self.job_id} may go on: see "
+                    f"`ray job logs {self.job_id} --follow`"
+                )
+            await asyncio.sleep(RECONNECT_S)
+
+    def _status(self) -> JobStatus:
+        return self._client.get_job_status(self.job_id)
+
+    def _exit_code(self) -> int:
+        info = self._client.get_job_info(self.job_id)
+        if info.status == JobStatus.SUCCEEDED:
+            return 0
+        code = info.driver_exit_code
+        click.secho(f"job {self.job_id} {info.status.value}: {info.message}", fg="red", err=True)
+        if code is None:
+            return 1
+        return 128 - code if code < 0 else code or 1
+
+    def _interrupted(self, choice: OnInterrupt) -> int:
+        click.echo(err=True)
+        if choice == "ask":
+            choice = "stop" if self._wants_stop() else "leave"
+        if choice == "leave":
+            click.echo(f"the job goes on; stop it with `ray job stop {self.job_id}`", err=True)
+            return 130
+        self._client.stop_job(self.job_id)
+        limit = time.monotonic() + STOP_WAIT_S
+        while not self._status().is_terminal() and time.monotonic() < limit:
+            time.sleep(0.2)
+        click.echo(f"job {self.job_id}: {self._status().value}", err=True)
+        return 130
+
+    def _wants_stop(self) -> bool:
+        if not click.get_text_stream("stdin").isatty():
+            return True
+        return click.confirm(f"stop job {self.job_id}?", default=True, err=True)
+
+
+def start(
+    loaded: LoadedRecipe,
+    address: str,
+    *,
+    options: Sequence[str] = (),
+    environment: Sequence[str] = (),
+    python: str = "python",
+) -> Job:
+    """Submit a recipe.
+
+    Args:
+        loaded: what to run; `cluster.address` becomes `auto`, local paths become absolute.
+        address: the cluster's job server, http://host:8265.
+        options: further words of `tandem run`, such as `--until prepare`.
+        environment: `NAME=VALUE` variables of the job; no secrets, anyone on the cluster sees them.
+        python: the interpreter on the cluster's nodes.
+
+    Raises:
+        ValueError: open address, bad variable, or no job server there.
+    """
+    refuse_open(address, "--address")
+    variables = _parse_environment(environment)
+    protect_token()
+    client = _connect(address)
+    command = [python, "-m", "launch.cli", "run", RECIPE_FILE, *options]
+    with tempfile.TemporaryDirectory(prefix="tandem-submit-") as folder:
+        stage(loaded, Path(folder))
+        try:
+            job_id = client.submit_job(
+                entrypoint=shlex.join(command),
+                runtime_env={"working_dir": folder, "env_vars": variables},
+                metadata={"recipe": loaded.recipe.name},
+            )
+        except RuntimeError as error:
+            raise ValueError(f"the cluster at {address} refused the job: {error}") from error
+    return Job(client, job_id)
+
+
+def stage(loaded: LoadedRecipe, folder: Path) -> None:
+    """Lay out what travels: our packages and the recipe as it will run on the cluster."""
+    for package in PACKAGES:
+        ignored = shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
+        shutil.copytree(ROOT / package, folder / package, ignore=ignored)
+    there = LoadedRecipe(on_cluster(loaded.recipe), loaded.origins)
+    (folder / RECIPE_FILE).write_text(there.dump(), encoding="utf-8")
+
+
+def on_cluster(recipe: Recipe) -> Recipe:
+    """The recipe as a job runs it: on the cluster it is in, with paths that do not depend on where.
+
+    A local path becomes absolute as this machine sees it; the run refuses it where nodes do not.
+    """
+    source = recipe.data.source
+    updates: dict[str, Any] = {}
+    if source.url is not None:
+        updates["url"] = storage.absolute(source.url)
+    if source.kind != "public":
+        for name in ("item_text", "user_table"):
+            table = getattr(source, name)
+            if table is not None:
+                updates[name] = table.model_copy(update={"url": storage.absolute(table.url)})
+    return recipe.model_copy(
+        update={
+            "output": storage.absolute(recipe.output),
+            "data": recipe.data.model_copy(update={"source": source.model_copy(update=updates)}),
+            "cluster": recipe.cluster.model_copy(update={"address": "auto"}),
+        }
+    )
+
+
+def _parse_environment(environment: Sequence[str]) -> dict[str, str]:
+    variables = {}
+    for text in environment:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier():
+            raise ValueError(f"--env {text!r} must read NAME=VALUE")
+        if SECRET.search(name):
+            raise ValueError(
+                f"--env {name} looks like a credential, and a job's variables are shown to everyone "
+                "on the cluster: set it in the environment of the nodes instead"
+            )
+        variables[name] = value
+    return variables
+
+
+def _connect(address: str) -> JobSubmissionClient:
+    url = address if "://" in address else f"http://{address}"
+    if not url.startswith(("http://", "https://")):
+        raise ValueError(f"--address={address!r} must be the job server's http://HOST:8265")
+    try:
+        with _without(ADDRESS_VARIABLES):
+            return JobSubmissionClient(url)
+    except (ConnectionError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"no Ray job server answers at {address} ({reason}); start one with `ray start --head` "
+            "and give the address of its dashboard"
+        ) from error
+
+
+@contextmanager
+def _without(names: Sequence[str]) -> Iterator[None]:
+    hidden = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
