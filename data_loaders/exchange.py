@@ -80,7 +80,8 @@ def exchange(
     """Reports of `reduce(partition, rows)` for each partition that has rows, by partition.
 
     Args:
-        load: rows of one part (a URL, a chunk); their column `partition` (int64) says where they belong.
+        load: rows of one part (a URL, a chunk); their column `partition` (int64) says where they
+            belong.
         reduce: gets all rows of a partition at once, in no particular order.
     """
     if not parts:
@@ -118,14 +119,17 @@ def _shuffle_for(parts: int) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Within it, Ray Data says nothing of its own: no bars, plans or statistics."""
+    """Within it, Ray Data says nothing of its own: no bars, plans, statistics, or stack traces.
+
+    A failure still raises here; what it would print besides are frames of Ray.
+    """
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.enable_auto_log_stats = False
     logger = logging.getLogger("ray.data")
     level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(logging.CRITICAL)
     try:
         with DataContext.current(context):
             yield

@@ -65,8 +65,8 @@ def find_users(dataset_url: str, raw_ids: Sequence[str]) -> np.ndarray:
     if not found.all():
         unknown = [raw for raw, number in zip(raw_ids, found, strict=True) if not number]
         raise ValueError(
-            f"recommend.users names {unknown}, which the prepared data set does not hold; its users "
-            "are those of the log that data.cleaning keeps"
+            f"users {unknown} are not in the prepared data set {dataset_url}: name users of the "
+            "log whose events data.cleaning keeps"
         )
     return found
 
@@ -82,9 +82,9 @@ def _find_in_shard(dataset_url: str, entry: FileEntry, wanted: pa.Array, found: 
         column = parquet.schema_arrow.get_field_index("user")
         for group in range(parquet.num_row_groups):
             bounds = parquet.metadata.row_group(group).column(column).statistics
-            if bounds is not None and bounds.has_min_max:
-                if bounds.max < low or bounds.min > high:
-                    continue
+            known = bounds is not None and bounds.has_min_max
+            if known and (bounds.max < low or bounds.min > high):
+                continue
             rows = parquet.read_row_group(group, columns=["user_id", "user"], use_threads=False)
             row = pc.index_in(wanted, value_set=rows["user"].combine_chunks())
             here = pc.is_valid(row).to_numpy(zero_copy_only=False)

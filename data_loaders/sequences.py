@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 
 from configs import storage
-from configs.data import DataConfig, GlobalTime, Source
-from data_loaders import assembly, cleaning, public
+from configs.data import DataConfig, GlobalTime
+from data_loaders import assembly, cleaning
 from data_loaders.cleaning import Job
-from data_loaders.events import DUPLICATE, EventRules, date_us
+from data_loaders.events import DUPLICATE
 from data_loaders.exchange import Progress, Report, exchange, map_parts, quiet
+from data_loaders.inputs import Input, make_job, plan_inputs, resolve
 from data_loaders.manifest import (
     MANIFEST,
     DatasetManifest,
@@ -25,7 +26,7 @@ from data_loaders.manifest import (
     build_manifest,
     write_manifest,
 )
-from data_loaders.sources import Chunk, TableFiles, plan
+from data_loaders.sources import Chunk, TableFiles
 
 _DIRECTORIES = ("sequences", "items", "vocabularies", "quarantine", "staging")
 _TITLES = {"item": "item", "title": "title"}
@@ -52,38 +53,16 @@ def prepare(config: DataConfig, name: str, output_url: str, raw_url: str) -> Dat
             f"output={output_url!r} is memory of this process, which workers cannot see; "
             "use a directory or an object store"
         )
-    job = _job(config, root, _resolve(config.source, raw_url))
+    job = make_job(config, root, resolve(config.source, raw_url, _say))
+    inputs = plan_inputs(job)  # finds what is wrong with the log before the old data set goes
     _clear(root)
     with quiet():
         try:
-            manifest = _Preparation(job, name).run()
+            manifest = _Preparation(job, name, inputs).run()
         finally:
             storage.remove(job.staging)
     write_manifest(root, manifest)
     return manifest
-
-
-def _resolve(source: Source, raw_url: str) -> Any:
-    if source.kind == "public":
-        return public.source_of(source.name, source.url or raw_url, say=_say)
-    return source
-
-
-def _job(config: DataConfig, root: str, source: Any) -> Job:
-    if config.cleaning.min_rating is not None and source.columns.rating is None:
-        raise ValueError(
-            f"data.cleaning.min_rating={config.cleaning.min_rating} needs a rating: map "
-            "data.source.columns.rating"
-        )
-    if isinstance(config.split, GlobalTime):
-        validation, test = (
-            date_us(getattr(config.split, key), f"data.split.{key}")
-            for key in ("validation_from", "test_from")
-        )
-        if test <= validation:
-            raise ValueError("data.split.test_from must lie after data.split.validation_from")
-    rules = EventRules.of(source.columns, source.timestamp_unit, config.cleaning)
-    return Job(root, source, config.cleaning, config.split, config.shards, rules)
 
 
 def _clear(root: str) -> None:
@@ -97,32 +76,25 @@ def _say(line: str) -> None:
     print(line, flush=True)
 
 
-def log_files(source: Any, rules: EventRules) -> TableFiles:
-    """The event log of a source as a table on storage."""
-    return TableFiles(
-        url=source.url,
-        format=source.kind,
-        columns=rules.wanted(),
-        place="data.source.url",
-        separator=source.separator if source.kind == "csv" else ",",
-        header=source.header if source.kind == "csv" else None,
-    )
-
-
 @dataclass
 class _Preparation:
     """State of one preparation on the driver: counts and paths, nothing that grows with events."""
 
     job: Job
     name: str
+    inputs: dict[str, Input]
     progress: Progress = field(default_factory=lambda: Progress(_say))
     read: int = 0
     quarantined: Counter[str] = field(default_factory=Counter)
     quarantine: list[dict[str, Any]] = field(default_factory=list)
     below_min_rating: int = 0
     kept: int = 0
-    user_features: tuple[str, ...] = ()
     vocabularies: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def user_features(self) -> tuple[str, ...]:
+        table = self.job.source.user_table
+        return () if table is None else table.features
 
     def run(self) -> DatasetManifest:
         parts, names = self._read_log()
@@ -136,8 +108,7 @@ class _Preparation:
 
     def _read_log(self) -> tuple[list[str], list[str]]:
         """URLs of the staged events, and the names of the log's files."""
-        job, files = self.job, log_files(self.job.source, self.job.rules)
-        chunks = plan(files)
+        job, files, chunks = self.job, self.inputs["events"].files, self.inputs["events"].chunks
         step = functools.partial(_read_step, job, files, chunks)
         reports = map_parts("read events", self.progress, len(chunks), step)
         for report in reports:
@@ -218,30 +189,15 @@ class _Preparation:
     # -- clean events to the data set -------------------------------------------------------
 
     def _stage_side_tables(self) -> None:
-        source = self.job.source
-        if source.user_table is not None:
-            table = source.user_table
-            self.user_features = table.features
-            place = "data.source.user_table"
-            names = {"user": table.user, **{f"user_{name}": name for name in table.features}}
-            self._stage_side_table("user_table", place, table, names)
-        if source.item_text is not None:
-            text = source.item_text
-            names = {"item": text.item, "title": text.title}
-            self._stage_side_table("titles", "data.source.item_text", text, names)
-
-    def _stage_side_table(self, name: str, place: str, table: Any, names: dict[str, str]) -> None:
-        files = TableFiles(
-            url=table.url,
-            format=table.format,
-            columns={f"{place}.{key}": column for key, column in names.items()},
-            place=f"{place}.url",
-            separator=table.separator,
-        )
-        load = functools.partial(_load_side_chunk, self.job, files, names)
-        step = functools.partial(cleaning.side_step, self.job, name, next(iter(names)))
-        label = name.replace("_", " ")
-        exchange(label, self.progress, plan(files), load, step, self.job.partitions)
+        for name in ("user_table", "titles"):
+            if name not in self.inputs:
+                continue
+            table = self.inputs[name]
+            load = functools.partial(_load_side_chunk, self.job, table)
+            key = next(iter(table.names))
+            step = functools.partial(cleaning.side_step, self.job, name, key)
+            label = name.replace("_", " ")
+            exchange(label, self.progress, table.chunks, load, step, self.job.partitions)
 
     def _build_vocabularies(self, user_partitions: list[int]) -> None:
         job = self.job
@@ -336,8 +292,8 @@ def _read_step(job: Job, files: TableFiles, chunks: list[Chunk], index: int) -> 
     return cleaning.read_events(job, files, chunks[index], index)
 
 
-def _load_side_chunk(job: Job, files: TableFiles, names: dict[str, str], chunk: Chunk) -> Any:
-    return cleaning.load_side_table(job, files, chunk, names)
+def _load_side_chunk(job: Job, table: Input, chunk: Chunk) -> Any:
+    return cleaning.load_side_table(job, table.files, chunk, table.names)
 
 
 def _load_categories(part: tuple[str, list[str], list[int]]) -> Any:

@@ -1,0 +1,96 @@
+"""What a preparation reads: the recipe's source as a job and its tables in chunks.
+
+Everything that can be wrong with settings, files and columns is found here, before any work.
+"""
+
+from dataclasses import dataclass
+
+from configs.data import (
+    DataConfig,
+    GlobalTime,
+    ItemText,
+    Source,
+    UserTable,
+)
+from data_loaders import public
+from data_loaders.cleaning import Job, Log
+from data_loaders.download import Say
+from data_loaders.events import EventRules, date_us
+from data_loaders.sources import Chunk, TableFiles, plan
+
+
+def resolve(source: Source, raw_url: str, say: Say) -> Log:
+    """The source as a log of one's own; a public set is downloaded if its copy is not there."""
+    if source.kind == "public":
+        return public.source_of(source.name, source.url or raw_url, say)
+    return source
+
+
+def make_job(config: DataConfig, root: str, source: Log) -> Job:
+    """The preparation of `source` into directory `root`. Raises ValueError for bad settings."""
+    if config.cleaning.min_rating is not None and source.columns.rating is None:
+        raise ValueError(
+            f"data.cleaning.min_rating={config.cleaning.min_rating} needs a rating: map "
+            "data.source.columns.rating"
+        )
+    if isinstance(config.split, GlobalTime):
+        validation, test = (
+            date_us(getattr(config.split, key), f"data.split.{key}")
+            for key in ("validation_from", "test_from")
+        )
+        if test <= validation:
+            raise ValueError("data.split.test_from must lie after data.split.validation_from")
+    rules = EventRules.of(source.columns, source.timestamp_unit, config.cleaning)
+    return Job(root, source, config.cleaning, config.split, config.shards, rules)
+
+
+@dataclass(frozen=True)
+class Input:
+    """A table to read: its files in chunks, and our name → its column."""
+
+    files: TableFiles
+    chunks: list[Chunk]
+    names: dict[str, str]
+
+
+def plan_inputs(job: Job) -> dict[str, Input]:
+    """The log (`events`) and the tables beside it (`user_table`, `titles`).
+
+    Raises:
+        ValueError: a file or a column is missing.
+    """
+    log = _log_files(job.source, job.rules)
+    inputs = {"events": Input(log, plan(log), {})}
+    users, text = job.source.user_table, job.source.item_text
+    if users is not None:
+        names = {"user": users.user, **{f"user_{name}": name for name in users.features}}
+        inputs["user_table"] = _side_input("data.source.user_table", users, names)
+    if text is not None:
+        names = {"item": text.item, "title": text.title}
+        inputs["titles"] = _side_input("data.source.item_text", text, names)
+    return inputs
+
+
+def _side_input(place: str, table: UserTable | ItemText, names: dict[str, str]) -> Input:
+    features = [key for key in names if key.startswith("user_")]
+    keys = {key: f"features.{features.index(key)}" if key in features else key for key in names}
+    files = TableFiles(
+        url=table.url,
+        format=table.format,
+        columns={f"{place}.{keys[key]}": column for key, column in names.items()},
+        place=f"{place}.url",
+        separator=table.separator,
+    )
+    return Input(files, plan(files), names)
+
+
+def _log_files(source: Log, rules: EventRules) -> TableFiles:
+    """The event log of a source as a table on storage."""
+    return TableFiles(
+        url=source.url,
+        format=source.kind,
+        columns=rules.wanted(),
+        place="data.source.url",
+        separator=source.separator if source.kind == "csv" else ",",
+        header=source.header if source.kind == "csv" else None,
+    )
