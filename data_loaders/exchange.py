@@ -127,6 +127,8 @@ def quiet() -> Iterator[None]:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.enable_auto_log_stats = False
+    # Ray's wrapper does not carry the error that our code raised across processes.
+    context.raise_original_map_exception = True
     logger = logging.getLogger("ray.data")
     level = logger.level
     logger.setLevel(logging.CRITICAL)

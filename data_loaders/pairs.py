@@ -1,0 +1,304 @@
+"""Preference pairs read off the log: in one context a user liked one item and disliked another.
+
+Only training events are looked at, so neither a validation nor a test event is ever in a pair or
+its context. Pairs are rows of their own: context, request time, winner and loser; a pair's id is
+its position 0 … P-1 in the manifest's order of shards, training pairs first.
+
+Shape legend: n users, T events, C candidate pairs, P pairs.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from pydantic import NonNegativeInt, PositiveInt
+
+from configs import storage
+from configs.alignment import PreferenceRule
+from data_loaders.dataset import SequenceDataset, Slices, event_columns
+from data_loaders.exchange import Progress, map_parts, quiet
+from data_loaders.manifest import (
+    MANIFEST,
+    FileEntry,
+    Sealed,
+    read_manifest,
+    read_sealed,
+    seal,
+    write_manifest,
+)
+from data_loaders.sampler import expand_ranges, hash_values
+from models.ops.hashing import mix64
+
+Part = Literal["train", "validation"]
+PARTS: tuple[Part, ...] = ("train", "validation")
+PAIRS_PER_GROUP = 512
+MEND = "run `tandem align RECIPE --force` to write the pairs anew"
+
+
+class PairShard(FileEntry):
+    """A shard of pairs of one part."""
+
+    part: Part
+    row_group_rows: tuple[PositiveInt, ...]
+
+
+class PairManifest(Sealed):
+    """The pairs of a data set under one rule."""
+
+    format: Literal[1] = 1
+    data: str
+    """Fingerprint of the data set."""
+    rule: PreferenceRule
+    seed: NonNegativeInt
+    max_length: PositiveInt
+    validation_share: float
+    num_pairs: PositiveInt
+    """All pairs, of both parts."""
+    num_validation_pairs: NonNegativeInt
+    num_users: PositiveInt
+    """Users with a pair."""
+    num_candidates: PositiveInt
+    """Pairs that the rule allows, before `pairs_per_user`."""
+    user_columns: tuple[str, ...]
+    event_columns: tuple[str, ...]
+    shards: tuple[PairShard, ...]
+    """Training shards first."""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs among the events of n users: indices into their slices, each int64 [P]."""
+
+    user: np.ndarray
+    """0 … n-1."""
+    earlier: np.ndarray
+    """The first of the two events; the context ends before it."""
+    chosen: np.ndarray
+    rejected: np.ndarray
+    candidates: int
+    """C."""
+
+
+def read_pairs(url: str) -> PairManifest:
+    """The manifest of the pairs in directory `url`.
+
+    Raises:
+        ValueError: there is none, or it is damaged.
+    """
+    absent = "so no pairs were written there; run `tandem align RECIPE`"
+    return read_sealed(url, PairManifest, absent=absent, mend=MEND)
+
+
+def select_pairs(slices: Slices, rule: PreferenceRule, seed: int) -> Pairs:
+    """Pairs among whole training prefixes; at most `rule.pairs_per_user` of a user's candidates.
+
+    Which of them is decided by a hash of (seed, user, positions), so it depends neither on how
+    users are sharded nor on the order of the work. Loops over the lags of the window, not events.
+    """
+    lengths = slices.lengths
+    user = np.repeat(np.arange(len(lengths)), lengths)
+    position = np.arange(len(user)) - np.repeat(slices.offsets[:-1], lengths)
+    ratings, items = slices.events["ratings"], slices.events["item_ids"]
+    liked, disliked = ratings >= rule.liked_from, ratings <= rule.disliked_to
+    found: list[np.ndarray] = []
+    for lag in range(1, min(rule.window, len(user))):
+        a, b = slice(None, -lag), slice(lag, None)
+        opposed = (liked[a] & disliked[b]) | (disliked[a] & liked[b])
+        allowed = opposed & (user[a] == user[b]) & (items[a] != items[b])
+        found.append(np.flatnonzero(allowed & (position[a] >= rule.min_context)))
+    lags = np.repeat(np.arange(1, len(found) + 1), np.array([len(f) for f in found], np.int64))
+    earlier = np.concatenate([np.empty(0, np.int64), *found])
+
+    keys = hash_values(slices.rows["user_id"], seed)[user[earlier]] + position[earlier]
+    keys = mix64(mix64(torch.from_numpy(keys)) + torch.from_numpy(lags)).numpy()
+    order = np.lexsort((keys, user[earlier]))
+    counts = np.bincount(user[earlier], minlength=len(lengths))
+    rank = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+    kept = order[rank < rule.pairs_per_user]
+    first, second = earlier[kept], earlier[kept] + lags[kept]
+    return Pairs(
+        user=user[first],
+        earlier=first,
+        chosen=np.where(liked[first], first, second),
+        rejected=np.where(liked[first], second, first),
+        candidates=len(earlier),
+    )
+
+
+def pair_table(slices: Slices, pairs: Pairs, max_length: int) -> pa.Table:
+    """Self-contained rows of the pairs, with the last `max_length` events before each."""
+    length = np.minimum(pairs.earlier - slices.offsets[pairs.user], max_length)
+    context = expand_ranges(pairs.earlier - length, length)
+    offsets = pa.array(np.concatenate([[0], np.cumsum(length)]).astype(np.int32))
+    items = slices.events["item_ids"]
+    columns: dict[str, pa.Array] = {
+        "user_id": pa.array(slices.rows["user_id"][pairs.user]),
+        "length": pa.array(length.astype(np.int32)),
+        "request_timestamp": pa.array(slices.events["timestamps"][pairs.earlier]),
+        "chosen_id": pa.array(items[pairs.chosen]),
+        "rejected_id": pa.array(items[pairs.rejected]),
+    }
+    for name, values in slices.events.items():
+        columns[name] = pa.ListArray.from_arrays(offsets, pa.array(values[context]))
+    for name in slices.rows:
+        if name.startswith("user_") and name != "user_id":
+            columns[name] = pa.array(slices.rows[name][pairs.user])
+    return pa.table(columns)
+
+
+def validation_users(user_ids: np.ndarray, seed: int, share: float) -> np.ndarray:
+    """bool [n]: whose pairs measure preference accuracy and are not trained on."""
+    # The extra key keeps this choice independent of the one among a user's candidates.
+    uniform = (hash_values(user_ids, seed, 1).view(np.uint64) >> np.uint64(11)) / 2.0**53
+    return uniform < share
+
+
+def build_pairs(
+    dataset_url: str,
+    rule: PreferenceRule,
+    output_url: str,
+    *,
+    max_length: int,
+    seed: int,
+    validation_share: float,
+) -> PairManifest:
+    """Write the preference pairs of a prepared data set, a Ray Data task a shard.
+
+    Args:
+        dataset_url: the prepared data set; all nodes must see it, and `output_url`.
+        output_url: directory of the pairs; what it held is replaced.
+        max_length: most events of a context.
+        validation_share: share of users whose pairs are held out.
+
+    Returns:
+        The manifest, which has been written last.
+
+    Raises:
+        ValueError: the data set has no ratings, or no pair to train on.
+    """
+    data = read_manifest(dataset_url)
+    if not data.has_ratings:
+        raise ValueError(
+            f"{dataset_url} has no ratings, so liked and disliked items are unknown; map "
+            "data.source.columns.rating, or set alignment to null"
+        )
+    storage.remove(storage.join(output_url, MANIFEST))
+    task = functools.partial(
+        _write_shard,
+        dataset_url=dataset_url,
+        output_url=output_url,
+        rule=rule,
+        max_length=max_length,
+        seed=seed,
+        validation_share=validation_share,
+    )
+    with quiet():
+        progress = Progress(functools.partial(print, flush=True))
+        reports = map_parts("read preference pairs", progress, len(data.shards), task)
+    totals = {key: sum(r[key] for r in reports) for key in ("users", "candidates", *PARTS)}
+    if totals["train"] == 0:
+        raise ValueError(
+            f"alignment.rule finds no pair to train on in {dataset_url}: {totals['candidates']} "
+            f"pairs of a rating ≥ {rule.liked_from} and one ≤ {rule.disliked_to} within "
+            f"{rule.window} events, {totals['validation']} kept for validation; loosen the rule or "
+            "lower alignment.validation_share"
+        )
+    shards = [PairShard(**entry) for report in reports for entry in report["shards"]]
+    manifest = seal(
+        PairManifest,
+        data=data.fingerprint,
+        rule=rule,
+        seed=seed,
+        max_length=max_length,
+        validation_share=validation_share,
+        num_pairs=totals["train"] + totals["validation"],
+        num_validation_pairs=totals["validation"],
+        num_users=totals["users"],
+        num_candidates=totals["candidates"],
+        user_columns=tuple(f"user_{name}" for name in data.user_features),
+        event_columns=tuple(event_columns(data)),
+        shards=tuple(sorted(shards, key=lambda shard: (PARTS.index(shard.part), shard.path))),
+    )
+    write_manifest(output_url, manifest)
+    return manifest
+
+
+def _write_shard(
+    index: int,
+    *,
+    dataset_url: str,
+    output_url: str,
+    rule: PreferenceRule,
+    max_length: int,
+    seed: int,
+    validation_share: float,
+) -> dict[str, Any]:
+    """Pairs of the users of one shard of sequences; what was written, for the manifest."""
+    dataset = SequenceDataset(dataset_url, cached_row_groups=1)
+    shard = dataset.manifest.shards[index]
+    writers = {part: _PartWriter(f"{part}/part-{index:05d}.parquet", part) for part in PARTS}
+    users = candidates = 0
+    first = shard.first_user_id - 1
+    for rows in shard.row_group_rows:
+        ids = np.arange(first, first + rows)
+        first += rows
+        ends = dataset.lengths(ids).train_end
+        slices = dataset.reader.slices(ids, np.zeros_like(ends), ends)
+        pairs = select_pairs(slices, rule, seed)
+        table = pair_table(slices, pairs, max_length)
+        held_out = validation_users(slices.rows["user_id"], seed, validation_share)[pairs.user]
+        writers["train"].write(table.filter(pa.array(~held_out)))
+        writers["validation"].write(table.filter(pa.array(held_out)))
+        users += len(np.unique(pairs.user))
+        candidates += pairs.candidates
+    counts = {part: writer.rows for part, writer in writers.items()}
+    shards = [writer.commit(output_url) for writer in writers.values() if writer.rows]
+    return {
+        "rows": sum(counts.values()),
+        "users": users,
+        "candidates": candidates,
+        "shards": [entry.model_dump(mode="json") for entry in shards],
+        "train": counts["train"],
+        "validation": counts["validation"],
+    }
+
+
+class _PartWriter:
+    """One file of pairs, compressed in memory as they come, which appears whole or not at all."""
+
+    def __init__(self, path: str, part: Part) -> None:
+        self._path, self._part = path, part
+        self._sink = pa.BufferOutputStream()
+        self._writer: pq.ParquetWriter | None = None
+        self.rows = 0
+
+    def write(self, table: pa.Table) -> None:
+        if not table.num_rows:
+            return
+        if self._writer is None:
+            self._writer = pq.ParquetWriter(
+                self._sink, table.schema, compression="zstd", write_page_checksum=True
+            )
+        self._writer.write_table(table, row_group_size=PAIRS_PER_GROUP)
+        self.rows += table.num_rows
+
+    def commit(self, root: str) -> PairShard:
+        assert self._writer is not None, "an empty part has no file"
+        self._writer.close()
+        data = self._sink.getvalue().to_pybytes()
+        storage.make_directory(storage.join(root, self._part))
+        storage.write_bytes(storage.join(root, self._path), data)
+        metadata = pq.read_metadata(pa.BufferReader(data))
+        groups = (metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
+        return PairShard(
+            path=self._path,
+            rows=self.rows,
+            bytes=len(data),
+            sha256=storage.sha256_bytes(data),
+            part=self._part,
+            row_group_rows=tuple(groups),
+        )

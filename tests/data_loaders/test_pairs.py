@@ -1,0 +1,219 @@
+"""Pairs obey their rule, come out the same however the work is cut, and leak nothing."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from configs.alignment import PreferenceRule
+from data_loaders.dataset import Slices
+from data_loaders.manifest import ShardEntry, build_manifest, read_manifest, write_manifest
+from data_loaders.pairs import (
+    PairManifest,
+    build_pairs,
+    pair_table,
+    read_pairs,
+    select_pairs,
+    validation_users,
+)
+from data_loaders.shards import write_table
+from data_loaders.synthetic import write_synthetic
+
+RULE = PreferenceRule(window=6, pairs_per_user=4, min_context=2)
+Users = list[list[tuple[int, float]]]
+
+ratings_strategy = st.sampled_from([1.0, 2.0, 3.0, 4.0, 5.0, float("nan")])
+users_strategy = st.lists(
+    st.lists(st.tuples(st.integers(1, 6), ratings_strategy), max_size=12), max_size=5
+)
+
+
+def slices_of(users: Users, first_user: int = 1) -> Slices:
+    lengths = [len(user) for user in users]
+    events = [event for user in users for event in user]
+    ids = np.arange(first_user, first_user + len(users))
+    return Slices(
+        sample_ids=ids - 1,
+        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        rows={"user_id": ids},
+        events={
+            "item_ids": np.array([e[0] for e in events], dtype=np.int64),
+            "timestamps": np.arange(len(events), dtype=np.int64),
+            "ratings": np.array([e[1] for e in events], dtype=np.float32),
+        },
+    )
+
+
+def reference(users: Users, rule: PreferenceRule) -> set[tuple[int, int, int]]:
+    """(user, chosen, rejected) as positions among all events, from the rule's words."""
+    found, start = set(), 0
+    for number, user in enumerate(users):
+        for i, (item_i, rating_i) in enumerate(user):
+            for j, (item_j, rating_j) in enumerate(user):
+                liked, disliked = rating_i >= rule.liked_from, rating_j <= rule.disliked_to
+                near = abs(i - j) < rule.window and min(i, j) >= rule.min_context
+                if liked and disliked and near and item_i != item_j:
+                    found.add((number, start + i, start + j))
+        start += len(user)
+    return found
+
+
+@given(users=users_strategy, window=st.integers(1, 13), min_context=st.integers(1, 5))
+@settings(deadline=None, max_examples=200)
+def test_every_pair_of_the_rule_is_a_candidate(users: Users, window: int, min_context: int) -> None:
+    rule = PreferenceRule(window=window, pairs_per_user=1000, min_context=min_context)
+    pairs = select_pairs(slices_of(users), rule, seed=0)
+    found = list(
+        zip(pairs.user.tolist(), pairs.chosen.tolist(), pairs.rejected.tolist(), strict=True)
+    )
+    expected = reference(users, rule)
+    assert len(found) == pairs.candidates == len(expected) and set(found) == expected
+    assert pairs.earlier.tolist() == np.minimum(pairs.chosen, pairs.rejected).tolist()
+
+
+@given(users=users_strategy, cap=st.integers(1, 5), seed=st.integers(0, 9))
+@settings(deadline=None)
+def test_the_cap_keeps_the_same_pairs_however_users_are_grouped(
+    users: Users, cap: int, seed: int
+) -> None:
+    rule = PreferenceRule(window=8, pairs_per_user=cap, min_context=1)
+    together = pair_table(slices_of(users), select_pairs(slices_of(users), rule, seed), 3)
+    alone = []
+    for number, user in enumerate(users):
+        slices = slices_of([user], first_user=number + 1)
+        pairs = select_pairs(slices, rule, seed)
+        assert len(pairs.user) == min(cap, pairs.candidates)
+        alone += pair_table(slices, pairs, 3).drop_columns(["timestamps"]).to_pylist()
+    kept = together.drop_columns(["timestamps"]).to_pylist()
+    for row in (*kept, *alone):
+        row.pop("request_timestamp")  # slices_of numbers times over all events
+    assert repr(kept) == repr(alone)  # repr, because of NaN
+
+
+def test_seeds_choose_other_pairs_and_other_validation_users() -> None:
+    users = [[(item + 1, 5.0 if item % 2 else 1.0) for item in range(40)] for _ in range(20)]
+    rule = PreferenceRule(pairs_per_user=3)
+    first, second = (select_pairs(slices_of(users), rule, seed).chosen for seed in (0, 1))
+    assert first.tolist() != second.tolist()
+    ids = np.arange(1, 5001)
+    held = [validation_users(ids, seed, 0.2) for seed in (0, 1)]
+    assert all(abs(h.mean() - 0.2) < 0.02 for h in held) and (held[0] != held[1]).any()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data")
+    write_synthetic(
+        str(path), 60, 40, 20, 5, num_shards=2, rows_per_group=8, empty_shards=1, actions=True
+    )
+    return path
+
+
+def build(data: Path, output: Path, rule: PreferenceRule = RULE, seed: int = 1) -> PairManifest:
+    return build_pairs(str(data), rule, str(output), max_length=7, seed=seed, validation_share=0.25)
+
+
+@pytest.fixture(scope="module")
+def built(data: Path, tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> Path:
+    path = tmp_path_factory.mktemp("pairs")
+    build(data, path)
+    return path
+
+
+def test_rows_are_what_the_log_says(data: Path, built: Path) -> None:
+    manifest = read_pairs(str(built))
+    users = {
+        row["user_id"]: row
+        for shard in read_manifest(str(data)).shards
+        for row in pq.read_table(data / shard.path).to_pylist()
+    }
+    per_user: dict[int, int] = {}
+    parts: dict[str, set[int]] = {"train": set(), "validation": set()}
+    for shard in manifest.shards:
+        rows = pq.read_table(built / shard.path).to_pylist()
+        assert len(rows) == shard.rows == sum(shard.row_group_rows)
+        for row in rows:
+            user = users[row["user_id"]]
+            parts[shard.part].add(row["user_id"])
+            per_user[row["user_id"]] = per_user.get(row["user_id"], 0) + 1
+            at = user["timestamps"].index(row["request_timestamp"])  # times are distinct here
+            begin = max(at - 7, 0)
+            assert row["length"] == at - begin and at >= RULE.min_context
+            for name in ("item_ids", "timestamps", "ratings", "action_ids", "side_genre"):
+                assert row[name] == user[name][begin:at]
+            assert row["user_segment"] == user["user_segment"]
+            later = range(at + 1, min(at + RULE.window, user["train_end"]))
+            here = (user["item_ids"][at], user["ratings"][at])
+            others = [(user["item_ids"][j], user["ratings"][j]) for j in later]
+            pair = {row["chosen_id"], row["rejected_id"]}
+            assert any(
+                {here[0], item} == pair
+                and {here[1] >= 4, rating >= 4} == {True, False}
+                and {here[1] <= 2, rating <= 2} == {True, False}
+                for item, rating in others
+            )
+    counts = [sum(s.rows for s in manifest.shards if s.part == part) for part in parts]
+    assert manifest.num_pairs == sum(counts) and manifest.num_validation_pairs == counts[1] > 0
+    assert not parts["train"] & parts["validation"]
+    assert len(per_user) == manifest.num_users
+    assert max(per_user.values()) == RULE.pairs_per_user
+    assert manifest.num_candidates > manifest.num_pairs
+    order = [shard.part for shard in manifest.shards]
+    assert order == sorted(order)  # "train" < "validation"
+
+
+def _with_other_futures(data: Path, copy: Path) -> None:
+    """The same data set, but every validation and test event is another one."""
+    manifest = read_manifest(str(data))
+    shards = []
+    for shard in manifest.shards:
+        table = pq.read_table(data / shard.path)
+        rows = table.to_pylist()
+        for row in rows:
+            for name, other in (("item_ids", 7), ("ratings", 5.0), ("side_genre", 3)):
+                held = len(row[name]) - row["train_end"]
+                row[name][row["train_end"] :] = [other] * held
+            for index in range(row["train_end"], row["length"]):
+                row["timestamps"][index] += 12345
+        changed = pa.Table.from_pylist(rows, schema=table.schema)
+        entry = write_table(str(copy), shard.path, changed, rows_per_group=8)
+        shards.append(ShardEntry(**(shard.model_dump() | entry.model_dump())))
+    content = manifest.model_dump(exclude={"fingerprint", "shards"})
+    write_manifest(str(copy), build_manifest(**content, shards=shards))
+
+
+def test_no_validation_or_test_event_is_used(data: Path, built: Path, tmp_path: Path) -> None:
+    _with_other_futures(data, tmp_path / "data")
+    other = build(tmp_path / "data", tmp_path / "pairs")
+    assert other.shards == read_pairs(str(built)).shards  # same bytes, by their hashes
+
+
+def test_building_again_gives_the_same_pairs(data: Path, built: Path, tmp_path: Path) -> None:
+    first = read_pairs(str(built))
+    assert build(data, tmp_path) == first
+    assert build(data, tmp_path, seed=2).fingerprint != first.fingerprint
+
+
+def test_nothing_to_prefer_is_said(data: Path, tmp_path: Path, local_ray: None) -> None:
+    rule = PreferenceRule(min_context=10_000)
+    with pytest.raises(ValueError, match="alignment.rule finds no pair to train on.*loosen"):
+        build(data, tmp_path / "pairs", rule)
+    write_synthetic(str(tmp_path / "plain"), 10, 10, 5, 0, ratings=False)
+    with pytest.raises(ValueError, match="has no ratings.*data.source.columns.rating"):
+        build(tmp_path / "plain", tmp_path / "pairs")
+    with pytest.raises(ValueError, match="no pairs were written there"):
+        read_pairs(str(tmp_path / "pairs"))
+
+
+def test_a_corrupt_shard_stops_the_build_in_one_sentence(tmp_path: Path, local_ray: None) -> None:
+    write_synthetic(str(tmp_path / "data"), 30, 20, 20, 0)
+    file = tmp_path / "data" / "sequences" / "part-00001.parquet"
+    damaged = bytearray(file.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    file.write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"part-00001\.parquet is .*damaged.*--force"):
+        build(tmp_path / "data", tmp_path / "pairs")
