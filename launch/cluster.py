@@ -22,6 +22,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from launch.address import protect_token, refuse_open
 from launch.console import Console
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
@@ -50,7 +51,8 @@ def connect(cluster: ClusterConfig) -> Iterator[None]:
     if not embedded and not in_ray_job:  # a submitted job has shipped the code already
         runtime_env["working_dir"] = str(PROJECT_ROOT)
         runtime_env["excludes"] = SHIPPED_EXCLUDES
-    _refuse_open_address(cluster.address)
+    if cluster.address not in ("local", "auto"):
+        refuse_open(cluster.address, "cluster.address")
     options: dict[str, Any] = {}
     if embedded:
         options = {"num_cpus": cluster.data_cpus, "include_dashboard": False}
@@ -67,23 +69,12 @@ def connect(cluster: ClusterConfig) -> Iterator[None]:
             f"cluster.address={cluster.address!r}: no Ray cluster answers there ({error}); "
             "start one with `ray start --head`, or use cluster.address=local"
         ) from error
+    protect_token()
     _quiet_data_progress()
     try:
         yield
     finally:
         ray.shutdown()
-
-
-def _refuse_open_address(address: str) -> None:
-    host = address.removeprefix("ray://").rsplit(":", 1)[0].strip("[]")
-    if host in ("local", "auto", "localhost", "::1") or host.startswith("127."):
-        return
-    if os.environ.get("RAY_AUTH_MODE") != "token":
-        raise ValueError(
-            f"cluster.address={address!r} is not on this machine's loopback and RAY_AUTH_MODE is "
-            "not 'token': anyone who reaches that port can run code; start the cluster with "
-            "RAY_AUTH_MODE=token and set it here, too"
-        )
 
 
 def _quiet_data_progress() -> None:

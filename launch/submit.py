@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -117,9 +118,10 @@ class Job:
         return 130
 
     def _wants_stop(self) -> bool:
-        if not click.get_text_stream("stdin").isatty():
+        if not sys.stdin.isatty():
             return True
-        return click.confirm(f"stop job {self.job_id}?", default=True, err=True)
+        click.echo(f"stop job {self.job_id}? [Y/n] ", nl=False, err=True)
+        return not sys.stdin.readline().strip().lower().startswith("n")
 
 
 def start(
@@ -200,8 +202,8 @@ def _parse_environment(environment: Sequence[str]) -> dict[str, str]:
             raise ValueError(f"--env {text!r} must read NAME=VALUE")
         if SECRET.search(name):
             raise ValueError(
-                f"--env {name} looks like a credential, and a job's variables are shown to everyone "
-                "on the cluster: set it in the environment of the nodes instead"
+                f"--env {name} looks like a credential, and a job's variables are no secret on the "
+                "cluster: set it in the environment of the nodes instead"
             )
         variables[name] = value
     return variables
