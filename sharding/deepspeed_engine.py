@@ -1,18 +1,32 @@
-"""The dense half under DeepSpeed ZeRO 0-3."""
+"""The dense half under DeepSpeed ZeRO 0-3 with AdamW."""
 
-from collections.abc import Mapping, Sequence
+import importlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from configs.training import OptimizerConfig, TrainingConfig
-from sharding.process_group import DistributedContext
+from sharding.dense_state import FlatGroup, flat_groups, publish_weights
+from sharding.process_group import DistributedContext, hush_libraries
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
 FullState = dict[str, dict[str, Tensor]]
 """Parameter name → {"weight", "exp_avg", "exp_avg_sq"}, fp32 and of the parameter's full shape."""
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+BUCKET = 50_000_000  # elements reduced or gathered at once, at most
+
 
 class DenseEngine:
-    """A module whose parameters, gradients and AdamW state DeepSpeed partitions over ranks."""
+    """A module whose AdamW state, gradients and parameters DeepSpeed partitions over ranks.
+
+    Weights, gradients and moments are float32; `bf16` precision is the forward's autocast.
+    """
 
     def __init__(
         self,
@@ -21,32 +35,204 @@ class DenseEngine:
         training: TrainingConfig,
         ctx: DistributedContext,
     ) -> None:
-        raise NotImplementedError
+        self.stage = int(training.zero_stage)
+        self.names = tuple(name for name, _ in module.named_parameters())
+        self.num_parameters = sum(parameter.numel() for parameter in module.parameters())
+        self._clip_norm = optimizer.clip_norm
+        self._ctx = ctx
+        module.to(ctx.device)
+        self._adam = torch.optim.AdamW(
+            module.parameters(),
+            lr=optimizer.lr,
+            betas=optimizer.betas,
+            eps=optimizer.eps,
+            weight_decay=optimizer.weight_decay,
+            fused=True,
+        )
+        self._engine = self._initialize(module)
+        self._groups = flat_groups(self._engine, self.stage)
+        covered = {slot.name for group in self._groups for slot in group.slots}
+        assert covered == set(self.names), "DeepSpeed partitions every parameter"
+
+    def _initialize(self, module: nn.Module) -> "DeepSpeedEngine":
+        """Wrap the module, keeping DeepSpeed from compiling anything and from talking."""
+        # Imported here: it settles on an accelerator at import, which `current_context` chooses.
+        import deepspeed
+        import deepspeed.ops
+        from deepspeed.ops.op_builder.all_ops import ALL_OPS
+
+        hush_libraries()
+        if self._ctx.device.type == "cpu":
+            # Its CPU backend would build a shared-memory all-reduce (40 s of g++, and a stale lock
+            # hangs it) that only inference uses; ranks talk gloo.
+            deepspeed.ops.__compatible_ops__ = dict.fromkeys(ALL_OPS, False)
+        _import_without_compiling("deepspeed.runtime.zero.muon.muon_optimizer")
+        engine, *_ = deepspeed.initialize(
+            model=module, optimizer=self._adam, config=self._config(), dist_init_required=False
+        )
+        return engine
+
+    def _config(self) -> dict[str, Any]:
+        bucket = min(self.num_parameters + -self.num_parameters % 8, BUCKET)
+        zero: dict[str, Any] = {
+            "stage": self.stage,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+            "overlap_comm": self._ctx.device.type == "cuda",
+        }
+        clip = self._clip_norm if self._clip_norm is not None and self.stage > 0 else 0.0
+        return {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": clip,
+            "zero_optimization": zero,
+            "steps_per_print": None,
+            "wall_clock_breakdown": False,
+            "timers": {"throughput": {"enabled": False, "synchronized": False}},
+        }
+
+    def __call__(self, *args: Any) -> Any:
+        """Forward of the module. Collective under ZeRO 3."""
+        return self._engine(*args)
+
+    @property
+    def module(self) -> nn.Module:
+        """The wrapped module; under ZeRO 3 its parameters are partitioned."""
+        module = self._engine.module
+        assert isinstance(module, nn.Module)
+        return module
+
+    def train(self, mode: bool) -> None:
+        """Training or evaluation mode of the module."""
+        if self.module.training != mode:
+            self._engine.train(mode)
+
+    @contextmanager
+    def accumulate(self, *, deferred: bool) -> Iterator[None]:
+        """Surrounds the forward and backward passes of one step.
+
+        Deferred, gradients stay local until the end and are reduced once, in the order of the
+        parameters. ZeRO 2 and 3 otherwise reduce them as they appear, which asks that every rank's
+        backward reaches every parameter in the same order: not so where a rank has no data.
+        """
+        if self.stage == 0 or not (deferred or self.stage == 1):
+            yield
+            return
+        with self._engine.coalesce_grad_reduction():
+            yield
+            if self.stage < 3:
+                for parameter in self.module.parameters():
+                    if parameter.grad is None:
+                        parameter.grad = torch.zeros_like(parameter)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add a micro batch's gradient; `last` marks the final one of the step. Collective."""
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss)
+
+    def step(self, lr: float) -> Tensor:
+        """Update with the mean gradient over ranks; the norm before clipping. Collective."""
+        for group in self._adam.param_groups:
+            group["lr"] = lr
+        norm = None
+        if self.stage == 0:
+            limit = float("inf") if self._clip_norm is None else self._clip_norm
+            norm = nn.utils.clip_grad_norm_(self.module.parameters(), limit)
+        self._engine.step()
+        if norm is None:
+            norm = self._engine.get_global_grad_norm()
+        return torch.as_tensor(norm)
 
     @property
     def adam_step(self) -> int:
         """Updates made so far, as AdamW's bias correction counts them."""
-        raise NotImplementedError
-
-    def full_state(self) -> FullState:
-        """Every parameter's fp32 weight and Adam moments, whole, on every rank. Collective.
-
-        Copies on the CPU; moments are zeros before the first step.
-        """
-        raise NotImplementedError
-
-    def load_full_state(
-        self, state: Mapping[str, Mapping[str, Tensor]], adam_step: int
-    ) -> None:
-        """Restore what `full_state` gave, under any ZeRO stage and world size. Collective.
-
-        A parameter without moments (weights only) starts with zero moments; pass adam_step=0 then.
-        """
-        raise NotImplementedError
+        state = self._adam.state.get(self._groups[0].master)
+        return int(state["step"]) if state else 0
 
     def full_weights(self) -> dict[str, Tensor]:
-        """Every parameter's fp32 weight, whole, on every rank. Collective."""
-        raise NotImplementedError
+        """Every parameter's fp32 weight, whole, on the CPU of every rank. Collective."""
+        return {
+            name: value.cpu() for group in self._groups for name, value in group.whole(group.master)
+        }
+
+    def full_state(self) -> FullState:
+        """Every parameter's fp32 weight and Adam moments, whole, on the CPU of every rank.
+
+        Moments are zeros before the first step. Collective.
+        """
+        full: FullState = {name: {"weight": value} for name, value in self.full_weights().items()}
+        for group in self._groups:
+            state = self._adam.state.get(group.master)
+            for key in MOMENTS:
+                local = state[key] if state else torch.zeros_like(group.master)
+                for name, value in group.whole(local):
+                    full[name][key] = value.cpu()
+        return full
+
+    def load_full_state(self, state: Mapping[str, Mapping[str, Tensor]], adam_step: int) -> None:
+        """Restore what `full_state` gave, under any ZeRO stage and world size. Collective.
+
+        Parameters without moments (weights only) start with zero moments; pass adam_step=0 then.
+
+        Raises:
+            ValueError: the state is of another model: a parameter is missing, or has another shape.
+        """
+        self._check(state)
+        with torch.no_grad():
+            for group in self._groups:
+                weights = {slot.name: state[slot.name]["weight"] for slot in group.slots}
+                group.master.view(-1).copy_(group.part(weights))
+                self._load_moments(group, state, adam_step)
+        publish_weights(self._engine, self.stage)
+
+    def _load_moments(
+        self, group: FlatGroup, state: Mapping[str, Mapping[str, Tensor]], adam_step: int
+    ) -> None:
+        if adam_step == 0:
+            self._adam.state.pop(group.master, None)
+            return
+        moments = {
+            key: group.part(
+                {
+                    slot.name: state[slot.name][key]
+                    for slot in group.slots
+                    if key in state[slot.name]
+                }
+            ).view_as(group.master)
+            for key in MOMENTS
+        }
+        step = torch.tensor(float(adam_step), device=group.master.device)
+        self._adam.state[group.master] = {"step": step, **moments}
+
+    def _check(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        shapes = {slot.name: slot.shape for group in self._groups for slot in group.slots}
+        missing, unknown = (
+            sorted(shapes.keys() - state.keys()),
+            sorted(state.keys() - shapes.keys()),
+        )
+        if missing or unknown:
+            raise ValueError(
+                f"the checkpoint is of another model: it lacks the parameters {missing} and has "
+                f"{unknown}; load it with the recipe that wrote it"
+            )
+        for name, shape in shapes.items():
+            found = state[name]["weight"].shape
+            if found != shape:
+                raise ValueError(
+                    f"the checkpoint is of another model: parameter {name!r} is {tuple(found)} "
+                    f"there and {tuple(shape)} here; load it with the recipe that wrote it"
+                )
 
 
-__all__ = ["DenseEngine", "FullState", "Sequence"]
+def _import_without_compiling(module: str) -> None:
+    """Import a module whose decorators call torch.compile, leaving its functions eager.
+
+    DeepSpeed's ZeRO imports its Muon optimizer, which loads the whole compiler (2.5 s of every
+    worker's start) for functions that AdamW never calls.
+    """
+    compile_function = torch.compile
+    torch.compile = lambda function=None, **_: function if function else lambda same: same
+    try:
+        importlib.import_module(module)
+    finally:
+        torch.compile = compile_function

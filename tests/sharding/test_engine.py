@@ -1,0 +1,207 @@
+"""The dense half under every ZeRO stage: alike in training, exact in state."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from configs.training import OptimizerConfig, TrainingConfig
+from sharding.deepspeed_engine import DenseEngine, FullState
+from sharding.process_group import current_context
+from tests.harness import run_ranks
+
+STAGES = [0, 1, 2, 3]
+BATCH = 12  # rows of a global batch
+
+
+class Tower(nn.Module):
+    """Odd sizes: no parameter's element count divides by two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.first = nn.Linear(5, 7)
+        self.norm = nn.LayerNorm(7)
+        self.second = nn.Linear(7, 3)
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        hidden = self.norm(torch.tanh(self.first(x)))
+        return ((self.second(hidden) * self.scale - y) ** 2).sum()
+
+
+def data(step: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(BATCH, 5, generator=generator), torch.randn(BATCH, 3, generator=generator)
+
+
+def make_engine(stage: int, clip: float | None = None) -> DenseEngine:
+    return DenseEngine(
+        Tower(),
+        OptimizerConfig(lr=0.05, weight_decay=0.01, clip_norm=clip),
+        TrainingConfig(zero_stage=stage),
+        current_context("cpu"),
+    )
+
+
+def share(values: Tensor, rank: int, world_size: int, one_rank_only: bool) -> Tensor:
+    """This rank's rows of a global batch."""
+    if one_rank_only:
+        return values if rank == 0 else values[:0]
+    return values[rank::world_size]
+
+
+def train(engine: DenseEngine, steps: range, micro: int = 1, one_rank_only: bool = False) -> list:
+    """Gradient norm of each step."""
+    ctx = engine._ctx
+    norms = []
+    for step in steps:
+        x, y = (share(v, ctx.rank, ctx.world_size, one_rank_only) for v in data(step))
+        with engine.accumulate(deferred=one_rank_only):
+            pieces = list(zip(x.tensor_split(micro), y.tensor_split(micro), strict=True))
+            for at, piece in enumerate(pieces):
+                loss = engine(*piece) * ctx.world_size / BATCH
+                engine.backward(loss, last=at == micro - 1)
+        norms.append(float(engine.step(0.05 / (step + 1))))
+    return norms
+
+
+def trained(stage: int, micro: int, clip: float | None, one_rank_only: bool) -> tuple:
+    engine = make_engine(stage, clip)
+    norms = train(engine, range(3), micro, one_rank_only)
+    return norms, engine.full_state(), engine.adam_step
+
+
+def reference(clip: float | None) -> tuple[list, dict[str, Tensor]]:
+    tower = Tower()
+    adam = torch.optim.AdamW(
+        tower.parameters(), lr=0.05, betas=(0.9, 0.98), eps=1e-8, weight_decay=0.01
+    )
+    norms = []
+    for step in range(3):
+        adam.param_groups[0]["lr"] = 0.05 / (step + 1)
+        adam.zero_grad()
+        (tower(*data(step)) / BATCH).backward()
+        limit = float("inf") if clip is None else clip
+        norms.append(float(nn.utils.clip_grad_norm_(tower.parameters(), limit)))
+        adam.step()
+    return norms, {name: p.detach() for name, p in tower.named_parameters()}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    ("world_size", "micro", "clip", "one_rank_only"),
+    [(1, 1, None, False), (2, 1, None, False), (2, 3, 0.5, False), (2, 2, None, True)],
+)
+def test_every_stage_equals_plain_adamw(
+    stage: int, world_size: int, micro: int, clip: float | None, one_rank_only: bool
+) -> None:
+    want_norms, want = reference(clip)
+    for norms, state, adam_step in run_ranks(
+        world_size, trained, stage, micro, clip, one_rank_only
+    ):
+        assert adam_step == 3
+        assert norms == pytest.approx(want_norms, rel=1e-5)
+        for name, weight in want.items():
+            torch.testing.assert_close(state[name]["weight"], weight, rtol=1e-5, atol=1e-6)
+
+
+def continued(stage: int, saved: FullState, adam_step: int) -> tuple[FullState, FullState, Tensor]:
+    """Load into a fresh engine: its state, its state two steps on, and a forward after loading."""
+    engine = make_engine(stage)
+    engine.load_full_state(saved, adam_step)
+    loaded = engine.full_state()
+    with torch.no_grad():
+        loss = engine(*data(9))
+    train(engine, range(3, 5))
+    return loaded, engine.full_state(), loss
+
+
+def uninterrupted(stage: int) -> tuple[FullState, FullState, Tensor]:
+    engine = make_engine(stage)
+    train(engine, range(3))
+    middle = engine.full_state()
+    with torch.no_grad():
+        loss = engine(*data(9))
+    train(engine, range(3, 5))
+    return middle, engine.full_state(), loss
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_state_round_trip_continues_bit_for_bit(stage: int) -> None:
+    middle, end, loss = run_ranks(2, uninterrupted, stage)[0]
+    for loaded, finished, loss_after in run_ranks(2, continued, stage, middle, 3):
+        assert torch.equal(loss, loss_after)
+        for name, parts in middle.items():
+            for key, value in parts.items():
+                assert torch.equal(value, loaded[name][key]), (name, key)
+                assert torch.equal(end[name][key], finished[name][key]), (name, key)
+
+
+@pytest.mark.parametrize(("written", "read", "ranks"), [(1, 3, 1), (3, 2, 3), (2, 0, 1)])
+def test_state_moves_between_stages_and_world_sizes(written: int, read: int, ranks: int) -> None:
+    middle, end, _ = run_ranks(2, uninterrupted, written)[0]
+    for loaded, finished, _ in run_ranks(ranks, continued, read, middle, 3):
+        for name, parts in middle.items():
+            for key, value in parts.items():
+                assert torch.equal(value, loaded[name][key]), (name, key)
+                torch.testing.assert_close(
+                    end[name][key], finished[name][key], rtol=1e-5, atol=1e-6
+                )
+
+
+def weights_only(stage: int) -> tuple[FullState, Tensor, int]:
+    engine = make_engine(stage)
+    train(engine, range(1))
+    other = {name: {"weight": torch.full_like(v, 0.1)} for name, v in engine.full_weights().items()}
+    engine.load_full_state(other, 0)
+    with torch.no_grad():
+        return engine.full_state(), engine(*data(9)), engine.adam_step
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_weights_alone_reset_the_optimizer(stage: int) -> None:
+    state, loss, adam_step = run_ranks(2, weights_only, stage)[0]
+    tower = Tower()
+    nn.init.constant_(tower.scale, 0.1)
+    for parameter in tower.parameters():
+        nn.init.constant_(parameter, 0.1)
+    assert adam_step == 0
+    torch.testing.assert_close(loss, tower(*data(9)).detach())
+    for parts in state.values():
+        assert not parts["exp_avg"].any()
+        assert (parts["weight"] == 0.1).all()
+
+
+def wrong_state() -> str:
+    engine = make_engine(1)
+    state = engine.full_state()
+    state["first.weight"]["weight"] = torch.zeros(2, 2)
+    with pytest.raises(ValueError) as wrong_shape:
+        engine.load_full_state(state, 0)
+    del state["norm.bias"]
+    with pytest.raises(ValueError) as missing:
+        engine.load_full_state(state, 0)
+    return str(wrong_shape.value) + str(missing.value)
+
+
+def test_a_state_of_another_model_is_refused() -> None:
+    message = run_ranks(1, wrong_state)[0]
+    assert "'first.weight' is (2, 2) there and (7, 5) here" in message
+    assert "norm.bias" in message
+
+
+def quiet_start() -> dict[str, bool]:
+    import sys
+
+    make_engine(1)
+    from torch.utils import cpp_extension
+
+    return {
+        "built": "deepspeed.ops.op_builder.cpu.comm" in sys.modules
+        and hasattr(torch.ops.deepspeed, "inference_all_reduce_"),
+        "extensions": bool(cpp_extension.JIT_EXTENSION_VERSIONER.entries),
+    }
+
+
+def test_nothing_is_compiled_at_start() -> None:
+    assert not any(run_ranks(1, quiet_start)[0].values())
