@@ -187,14 +187,14 @@ def build_pairs(
             "data.source.columns.rating, or set alignment to null"
         )
     storage.remove(storage.join(output_url, MANIFEST))
+    settings: dict[str, Any] = {
+        "rule": rule,
+        "max_length": max_length,
+        "seed": seed,
+        "validation_share": validation_share,
+    }
     task = functools.partial(
-        _write_shard,
-        dataset_url=dataset_url,
-        output_url=output_url,
-        rule=rule,
-        max_length=max_length,
-        seed=seed,
-        validation_share=validation_share,
+        _write_shard, dataset_url=dataset_url, output_url=output_url, **settings
     )
     with quiet():
         progress = Progress(functools.partial(print, flush=True))
@@ -211,10 +211,7 @@ def build_pairs(
     manifest = seal(
         PairManifest,
         data=data.fingerprint,
-        rule=rule,
-        seed=seed,
-        max_length=max_length,
-        validation_share=validation_share,
+        **settings,
         num_pairs=totals["train"] + totals["validation"],
         num_validation_pairs=totals["validation"],
         num_users=totals["users"],

@@ -66,28 +66,25 @@ def write_synthetic(
         _write_shard(url, index, table.slice(first, last - first), first + 1, rows_per_group)
         for index, (first, last) in enumerate(itertools.pairwise(bounds))
     )
-    vocabularies = {}
+    vocabularies: dict[str, list[str]] = {}
     if features:
         vocabularies["user_segment"] = [f"stride {stride}" for stride in STRIDES]
         vocabularies["side_genre"] = [f"genre {genre}" for genre in range(GENRES)]
     if actions:
         vocabularies["actions"] = list(ACTIONS)
+    kept = int(users["length"].sum())
     manifest = build_manifest(
         name="synthetic",
         num_users=num_users,
         num_items=num_items,
-        num_events=int(users["length"].sum()),
+        num_events=kept,
         user_features={"segment": len(STRIDES)} if features else {},
         side_features={"genre": GENRES} if features else {},
         actions=len(ACTIONS) if actions else 0,
         has_ratings=ratings,
         split=LeaveLastOut(),
         counts=EventCounts(
-            read=int(users["length"].sum()),
-            kept=int(users["length"].sum()),
-            quarantined={},
-            below_min_rating=0,
-            core_removed=0,
+            read=kept, kept=kept, quarantined={}, below_min_rating=0, core_removed=0
         ),
         length_histogram=_histogram(users["length"]),
         shards=shards,
