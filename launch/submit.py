@@ -62,8 +62,8 @@ class Job:
         try:
             asyncio.run(self._print_log())
         except KeyboardInterrupt:
-            return self._interrupted(on_interrupt)
-        return self._exit_code()
+            return self.interrupted(on_interrupt)
+        return self.exit_code()
 
     async def _print_log(self) -> None:
         """A broken connection is made again; the server then starts from the first line."""
@@ -79,7 +79,7 @@ class Job:
                     printed = max(printed, position)
                     silent_since = time.monotonic()
                     click.echo(new, nl=False)
-                if self._status().is_terminal():
+                if self.status().is_terminal():
                     return
             except (RuntimeError, ClientError, OSError) as error:
                 problem = " ".join(str(error).split())
@@ -90,10 +90,10 @@ class Job:
                 )
             await asyncio.sleep(RECONNECT_S)
 
-    def _status(self) -> JobStatus:
+    def status(self) -> JobStatus:
         return self._client.get_job_status(self.job_id)
 
-    def _exit_code(self) -> int:
+    def exit_code(self) -> int:
         info = self._client.get_job_info(self.job_id)
         if info.status == JobStatus.SUCCEEDED:
             return 0
@@ -103,7 +103,7 @@ class Job:
             return 1
         return 128 - code if code < 0 else code or 1
 
-    def _interrupted(self, choice: OnInterrupt) -> int:
+    def interrupted(self, choice: OnInterrupt) -> int:
         click.echo(err=True)
         if choice == "ask":
             choice = "stop" if self._wants_stop() else "leave"
@@ -112,9 +112,9 @@ class Job:
             return 130
         self._client.stop_job(self.job_id)
         limit = time.monotonic() + STOP_WAIT_S
-        while not self._status().is_terminal() and time.monotonic() < limit:
+        while not self.status().is_terminal() and time.monotonic() < limit:
             time.sleep(0.2)
-        click.echo(f"job {self.job_id}: {self._status().value}", err=True)
+        click.echo(f"job {self.job_id}: {self.status().value}", err=True)
         return 130
 
     def _wants_stop(self) -> bool:

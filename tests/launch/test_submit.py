@@ -1,0 +1,110 @@
+"""Submitting: what travels, what is refused, and a real job server that runs it."""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from configs.load import load_recipe
+from launch import cli, submit
+from tests.integration.jobs import write_recipe
+
+
+def test_what_travels_is_our_packages_and_the_resolved_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_recipe(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    overrides = ["output=here", "data.source.url=events.csv", "seed=8"]
+    overrides.append("data.source.item_text={url: titles.csv, format: csv}")
+    loaded = load_recipe(recipe, overrides)
+    folder = tmp_path / "staged"
+    submit.stage(loaded, folder)
+    assert {path.name for path in folder.iterdir()} == {*submit.PACKAGES, submit.RECIPE_FILE}
+    assert not list(folder.rglob("__pycache__"))
+    assert list(folder.glob("configs/recipes/quickstart.yaml"))
+    assert list(folder.glob("models/ops/csrc/*.cpp"))
+    there = load_recipe(folder / submit.RECIPE_FILE).recipe
+    assert there.seed == 8 and there.cluster.address == "auto"
+    assert there.output == str(tmp_path / "here")
+    assert there.data.source.kind == "csv" and there.data.source.item_text is not None
+    assert there.data.source.url == str(tmp_path / "events.csv")
+    assert there.data.source.item_text.url == str(tmp_path / "titles.csv")
+
+
+def test_urls_travel_as_they_are() -> None:
+    overrides = ["output=memory://bucket/run", "data.source.url=memory://bucket/raw"]
+    there = submit.on_cluster(load_recipe("quickstart", overrides).recipe)
+    assert (there.output, there.data.source.url) == ("memory://bucket/run", "memory://bucket/raw")
+
+
+@pytest.mark.parametrize("text", ["A", "1A=2", "=2", "AWS_SECRET_ACCESS_KEY=x", "MY_TOKEN=x"])
+def test_bad_variables_and_credentials_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="--env"):
+        submit.start(load_recipe("quickstart"), "http://127.0.0.1:1", environment=[text])
+
+
+def test_open_and_dead_addresses_are_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    loaded = load_recipe("quickstart")
+    with pytest.raises(ValueError, match="RAY_AUTH_MODE=token"):
+        submit.start(loaded, "http://192.0.2.1:8265")
+    with pytest.raises(ValueError, match=r"must be the job server's http://HOST:8265"):
+        submit.start(loaded, "ray://127.0.0.1:10001")
+    with pytest.raises(ValueError, match=r"no Ray job server answers at http://127\.0\.0\.1:1 "):
+        submit.start(loaded, "http://127.0.0.1:1")
+
+
+@pytest.fixture(scope="module")
+def job_server() -> Iterator[str]:
+    """A Ray head with its job server, in processes of its own."""
+    from ray.cluster_utils import Cluster
+
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", path)
+        cluster = Cluster(
+            initialize_head=True,
+            head_node_args={"num_cpus": 2, "include_dashboard": True, "dashboard_port": 0},
+        )
+    try:
+        yield f"http://{cluster.head_node.webui_url}"
+    finally:
+        cluster.shutdown()
+
+
+@pytest.mark.slow
+def test_a_submitted_job_runs_and_its_exit_code_comes_back(
+    tmp_path: Path, job_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Ray prefers this to the address it is given; ours wins.
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:1")
+    recipe = str(write_recipe(tmp_path))
+    good = ["submit", recipe, "--address", job_server, "--until", "prepare", "--env", "HELLO=1"]
+    result = CliRunner().invoke(cli.main, good)
+    assert result.exit_code == 0, result.output
+    assert "prepare: done in" in result.stdout and "submitted raysubmit" in result.stderr
+    assert (tmp_path / "run" / "data" / "manifest.json").exists()
+    bad = [*good, "data.source.columns.item=itm", f"output={tmp_path / 'other'}"]
+    result = CliRunner().invoke(cli.main, bad)
+    assert result.exit_code == 2, result.output
+    assert "error: " in result.stdout and "itm" in result.stdout
+    assert not (tmp_path / "other" / "data" / "manifest.json").exists()
+
+
+@pytest.mark.slow
+def test_a_job_can_be_left_and_stopped(tmp_path: Path, job_server: str) -> None:
+    path = write_recipe(tmp_path)
+    settings = yaml.safe_load(path.read_text())
+    settings["training"]["epochs"] = 100_000
+    path.write_text(yaml.safe_dump(settings))
+    job = submit.start(load_recipe(path), job_server)
+    assert job.interrupted("leave") == 130
+    assert not job.status().is_terminal()
+    assert job.interrupted("stop") == 130
+    assert job.status().value == "STOPPED"
+    assert job.exit_code() == 143
