@@ -34,10 +34,12 @@ class HSTU(SequenceModel):
 
     def forward(self, batch: JaggedBatch, embeddings: dict[str, Tensor], step_seed: int) -> Tensor:
         check_lengths(batch, self.max_positions)
-        keys = token_keys(step_seed, 0, batch.sample_ids, batch.offsets) if self.training else None
-        x = self.sequence_input(batch, embeddings, keys)
+        dropout_keys = None
+        if self.training:
+            dropout_keys = token_keys(step_seed, 0, batch.sample_ids, batch.offsets)
+        x = self.sequence_input(batch, embeddings, dropout_keys)
         for block in self.blocks:
-            x = block(x, batch, keys)
+            x = block(x, batch, dropout_keys)
         return l2_normalize(x)
 
     def item_keys(self, item_embeddings: Tensor) -> Tensor:

@@ -38,8 +38,8 @@ class HSTUBlock(nn.Module):
         nn.init.xavier_uniform_(self.output.weight)
         nn.init.zeros_(self.output.bias)
 
-    def forward(self, x: Tensor, batch: JaggedBatch, keys: Tensor | None) -> Tensor:
-        """[T, D] → [T, D]; `keys` [T] switch dropout on."""
+    def forward(self, x: Tensor, batch: JaggedBatch, dropout_keys: Tensor | None) -> Tensor:
+        """[T, D] → [T, D]; `dropout_keys` [T] switch dropout on."""
         projected = F.silu(plain_layer_norm(x) @ self.uvqk)
         u, v, q, k = projected.split(self.widths, dim=-1)
         attended = hstu_attention(
@@ -55,8 +55,8 @@ class HSTUBlock(nn.Module):
         )
         # The norm runs over all heads together, as the public model does.
         gated = u * plain_layer_norm(attended.flatten(1))
-        if keys is not None:
-            gated = keyed_dropout(gated, keys, self.dropout, self.salt)
+        if dropout_keys is not None:
+            gated = keyed_dropout(gated, dropout_keys, self.dropout, self.salt)
         return self.output(gated) + x
 
 

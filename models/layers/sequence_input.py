@@ -35,9 +35,9 @@ class SequenceInput(nn.Module):
         nn.init.trunc_normal_(self.positions, std=std, a=-2 * std, b=2 * std)
 
     def forward(
-        self, batch: JaggedBatch, embeddings: dict[str, Tensor], keys: Tensor | None
+        self, batch: JaggedBatch, embeddings: dict[str, Tensor], dropout_keys: Tensor | None
     ) -> Tensor:
-        """[T, D] in the dtype of the positions; `keys` [T] switch dropout on."""
+        """[T, D] in the dtype of the positions; `dropout_keys` [T] switch dropout on."""
         total = batch.num_tokens
         x = embeddings[self.token_tables[0]]
         for name in self.token_tables[1:]:
@@ -50,7 +50,9 @@ class SequenceInput(nn.Module):
         places = positions_in_sequence(batch.offsets, total)
         x = x * math.sqrt(self.width) + F.embedding(places, self.positions)
         x = x.to(self.positions.dtype)
-        return x if keys is None else keyed_dropout(x, keys, self.dropout, self.salt)
+        return (
+            x if dropout_keys is None else keyed_dropout(x, dropout_keys, self.dropout, self.salt)
+        )
 
 
 def check_lengths(batch: JaggedBatch, max_length: int) -> None:

@@ -30,16 +30,20 @@ class TransformerBlock(nn.Module):
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
 
-    def forward(self, x: Tensor, batch: JaggedBatch, keys: Tensor | None) -> Tensor:
-        """[T, D] → [T, D]; `keys` [T] switch dropout on."""
+    def forward(self, x: Tensor, batch: JaggedBatch, dropout_keys: Tensor | None) -> Tensor:
+        """[T, D] → [T, D]; `dropout_keys` [T] switch dropout on."""
         q, k, v = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
         attended = self.output(causal_attention(q, k, v, batch.offsets).flatten(1))
-        x = x + self._drop(attended, keys, 0)
-        hidden = self._drop(self.expand(self.feedforward_norm(x)).relu(), keys, 1)
-        return x + self._drop(self.contract(hidden), keys, 2)
+        x = x + self._drop(attended, dropout_keys, 0)
+        hidden = self._drop(self.expand(self.feedforward_norm(x)).relu(), dropout_keys, 1)
+        return x + self._drop(self.contract(hidden), dropout_keys, 2)
 
-    def _drop(self, x: Tensor, keys: Tensor | None, site: int) -> Tensor:
-        return x if keys is None else keyed_dropout(x, keys, self.dropout, self.salt + site)
+    def _drop(self, x: Tensor, dropout_keys: Tensor | None, site: int) -> Tensor:
+        return (
+            x
+            if dropout_keys is None
+            else keyed_dropout(x, dropout_keys, self.dropout, self.salt + site)
+        )
 
 
 def transformer_block_flops(config: SASRecConfig, mean_length: float) -> float:

@@ -90,7 +90,8 @@ class PreferenceLoss(nn.Module):
 
     def weight(self, inputs: PreferenceInputs) -> Tensor:
         """Number of pairs."""
-        return torch.tensor(float(inputs.pairs.batch.num_sequences))
+        batch = inputs.pairs.batch
+        return torch.tensor(float(batch.num_sequences), device=batch.item_ids.device)
 
     def forward(
         self,

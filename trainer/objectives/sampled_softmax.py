@@ -58,10 +58,7 @@ def sampled_softmax(
         groups, negatives = torch.zeros_like(positives), negatives[None]
     elif shared == "sequence":
         groups = segment_ids(offsets, queries.shape[0])
-    correction = None
-    if negative_logq is not None:
-        spread = negative_logq.expand(negatives.shape).flatten()
-        correction = keys.new_zeros(keys.shape[0]).index_put((negatives.flatten(),), spread)
+    correction = None if negative_logq is None else _of_keys(negative_logq, negatives, keys)
     return sampled_softmax_loss(
         queries, keys, positives, negatives, temperature, groups=groups, correction=correction
     )
@@ -126,6 +123,14 @@ def _sequence_scores(queries: Tensor, keys: Tensor, offsets: Tensor, negatives: 
         padded.unflatten(0, (most, _BLOCK_TOKENS)), F.embedding(rows, keys).transpose(1, 2)
     )
     return scores.flatten(0, 1).index_select(0, place)
+
+
+def _of_keys(negative_logq: Tensor, negatives: Tensor, keys: Tensor) -> Tensor:
+    """The correction of each row of `keys`, [U]; rows that are no negatives do not matter."""
+    if negative_logq.dim() == 0:
+        return negative_logq.expand(keys.shape[0])
+    spread = negative_logq.expand(negatives.shape).flatten()
+    return keys.new_zeros(keys.shape[0]).index_put((negatives.flatten(),), spread)
 
 
 def _of_tokens(values: Tensor, shared: Sharing, offsets: Tensor, scores: Tensor) -> Tensor:

@@ -95,6 +95,15 @@ def test_a_rank_without_data_takes_part(
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
+def test_rows_of_other_micro_batches_change_nothing(objective: Objective) -> None:
+    module, leaves = build(objective), tables()
+    inputs = inputs_of(objective, make_batch([6, 8], NUM_ITEMS, user_features={"age": 4}))
+    alone = run_loss(module, inputs, leaves).loss_sum
+    among = run_loss(module, inputs, leaves, others=[0, 1, 3, 4]).loss_sum
+    torch.testing.assert_close(among, alone, atol=0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_every_parameter_and_table_learns(objective: Objective) -> None:
     module = build(objective)
     leaves = tables()

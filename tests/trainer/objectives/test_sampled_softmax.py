@@ -94,9 +94,9 @@ def test_equals_loops_with_gradients(
     logq = {"no": None, "scalar": per_key[0], "each": per_key[negatives]}[corrected]
     weights = torch.rand(len(positives), generator=torch.Generator().manual_seed(seed + 2))
 
-    fast = [queries.clone().requires_grad_(), keys.clone().requires_grad_()]
+    fast = queries.clone().requires_grad_(), keys.clone().requires_grad_()
     losses = implementation(*fast, offsets, positives, negatives, shared, 0.2, logq)
-    exact = [queries.double().requires_grad_(), keys.double().requires_grad_()]
+    exact = queries.double().requires_grad_(), keys.double().requires_grad_()
     expected = by_loops(*exact, offsets, positives, negatives, shared, 0.2, logq)
     torch.testing.assert_close(losses.double(), expected, atol=2e-5, rtol=1e-5)
 
@@ -129,9 +129,12 @@ def test_the_product_path_never_holds_rows_of_every_position(shared: Sharing) ->
     """Nothing as large as [T, R, D] is kept for the backward pass."""
     queries, keys, offsets, positives, negatives = make([200] * 10, shared, 16, 50, 32, 0)
     sizes: list[int] = []
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda x: (sizes.append(x.numel()), x)[1], lambda x: x
-    ):
+
+    def record(saved: Tensor) -> Tensor:
+        sizes.append(saved.numel())
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda x: x):
         sampled_softmax_by_products(
             queries.requires_grad_(), keys, offsets, positives, negatives, shared, 0.1
         )
