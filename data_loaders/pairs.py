@@ -23,6 +23,7 @@ from data_loaders.dataset import SequenceDataset, Slices, event_columns
 from data_loaders.exchange import Progress, map_parts, quiet
 from data_loaders.manifest import (
     MANIFEST,
+    DatasetManifest,
     FileEntry,
     Sealed,
     read_manifest,
@@ -199,16 +200,25 @@ def build_pairs(
     with quiet():
         progress = Progress(functools.partial(print, flush=True))
         reports = map_parts("read preference pairs", progress, len(data.shards), task)
+    manifest = _summary(data, reports, settings)
+    write_manifest(output_url, manifest)
+    return manifest
+
+
+def _summary(
+    data: DatasetManifest, reports: list[dict[str, Any]], settings: dict[str, Any]
+) -> PairManifest:
     totals = {key: sum(r[key] for r in reports) for key in ("users", "candidates", *PARTS)}
     if totals["train"] == 0:
+        rule = settings["rule"]
         raise ValueError(
-            f"alignment.rule finds no pair to train on in {dataset_url}: {totals['candidates']} "
-            f"pairs of a rating ≥ {rule.liked_from} and one ≤ {rule.disliked_to} within "
-            f"{rule.window} events, {totals['validation']} kept for validation; loosen the rule or "
-            "lower alignment.validation_share"
+            f"alignment.rule finds no pair to train on: {totals['candidates']} pairs of a rating "
+            f"≥ {rule.liked_from} and one ≤ {rule.disliked_to} within {rule.window} events, "
+            f"{totals['validation']} of them kept for validation; loosen the rule or lower "
+            "alignment.validation_share"
         )
     shards = [PairShard(**entry) for report in reports for entry in report["shards"]]
-    manifest = seal(
+    return seal(
         PairManifest,
         data=data.fingerprint,
         **settings,
@@ -220,8 +230,6 @@ def build_pairs(
         event_columns=tuple(event_columns(data)),
         shards=tuple(sorted(shards, key=lambda shard: (PARTS.index(shard.part), shard.path))),
     )
-    write_manifest(output_url, manifest)
-    return manifest
 
 
 def _write_shard(

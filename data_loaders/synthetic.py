@@ -66,12 +66,7 @@ def write_synthetic(
         _write_shard(url, index, table.slice(first, last - first), first + 1, rows_per_group)
         for index, (first, last) in enumerate(itertools.pairwise(bounds))
     )
-    vocabularies: dict[str, list[str]] = {}
-    if features:
-        vocabularies["user_segment"] = [f"stride {stride}" for stride in STRIDES]
-        vocabularies["side_genre"] = [f"genre {genre}" for genre in range(GENRES)]
-    if actions:
-        vocabularies["actions"] = list(ACTIONS)
+    vocabularies = _vocabularies(features, actions)
     kept = int(users["length"].sum())
     manifest = build_manifest(
         name="synthetic",
@@ -211,6 +206,16 @@ def _write_items(
         }
     )
     return _write(url, "items/part-00000.parquet", table, 65536)
+
+
+def _vocabularies(features: bool, actions: bool) -> dict[str, list[str]]:
+    values: dict[str, list[str]] = {}
+    if features:
+        values["user_segment"] = [f"stride {stride}" for stride in STRIDES]
+        values["side_genre"] = [f"genre {genre}" for genre in range(GENRES)]
+    if actions:
+        values["actions"] = list(ACTIONS)
+    return values
 
 
 def _write_vocabulary(url: str, name: str, values: list[str]) -> FileEntry:
