@@ -44,7 +44,7 @@ def full_softmax_by_chunks(
 
 
 def _chunk_losses(queries: Tensor, keys: Tensor, positives: Tensor, temperature: float) -> Tensor:
-    logits = queries @ keys.T / temperature
+    logits = (queries @ keys.T).float() / temperature  # float32 also where autocast rounds products
     return F.cross_entropy(logits, positives.clamp(min=-1), ignore_index=-1, reduction="none")
 
 
@@ -52,4 +52,4 @@ def _chunk_losses(queries: Tensor, keys: Tensor, positives: Tensor, temperature:
 def log_partition(queries: Tensor, keys: Tensor, temperature: float, chunk_tokens: int) -> Tensor:
     """log Σ_e exp(query · key_e / τ) of each query over all keys: [T], without gradient."""
     chunks = queries.split(chunk_tokens)
-    return torch.cat([torch.logsumexp(q @ keys.T / temperature, dim=-1) for q in chunks])
+    return torch.cat([torch.logsumexp((q @ keys.T).float() / temperature, dim=-1) for q in chunks])

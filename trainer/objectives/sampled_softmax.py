@@ -78,7 +78,8 @@ def sampled_softmax_by_products(
     valid = positives >= 0
     positives = positives.clamp(min=0)
     positive_scores = (queries * F.embedding(positives, keys)).sum(-1) / temperature
-    scores = negative_scores(queries, keys, offsets, negatives, shared) / temperature
+    # Autocast may have rounded the products; everything after them is float32.
+    scores = negative_scores(queries, keys, offsets, negatives, shared).float() / temperature
     if negative_logq is not None:
         scores = scores - _of_tokens(negative_logq.expand(negatives.shape), shared, offsets, scores)
     collides = _of_tokens(negatives, shared, offsets, scores) == positives[:, None]

@@ -113,6 +113,26 @@ def test_every_parameter_and_table_learns(objective: Objective) -> None:
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("config", [HSTU, SASREC])
+@pytest.mark.parametrize("fused", [True, False])
+def test_under_autocast_the_loss_is_float32_and_near(
+    objective: Objective, config: Model, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not fused:
+        monkeypatch.setattr("trainer.objectives.sampled_softmax.runs_fused", lambda *_: False)
+        monkeypatch.setattr("models.ops.native.runs_native", lambda *_: False)
+    module, leaves = build(objective, config).train(), tables()
+    inputs = inputs_of(objective, make_batch([6, 14], NUM_ITEMS, user_features={"age": 4}))
+    exact = run_loss(module, inputs, leaves).loss_sum
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = run_loss(module, inputs, leaves).loss_sum
+    rough.backward()
+    assert rough.dtype == torch.float32
+    torch.testing.assert_close(rough, exact, atol=0, rtol=0.02)
+    assert leaves["item"].grad is not None and leaves["item"].grad.dtype == torch.float32
+
+
 def test_required_ids_are_one_lookup_of_history_positives_and_negatives() -> None:
     batch = make_batch([3, 2], NUM_ITEMS, user_features={"age": 4})
     inputs = inputs_of(OBJECTIVES[0], batch)
