@@ -64,7 +64,7 @@ def fetch(remote: RemoteFile, directory: Path, say: Say) -> Path:
     """
     directory.mkdir(parents=True, exist_ok=True)
     target = directory / remote.file
-    if target.exists() and _mismatch(target, remote.checksum) is None:
+    if target.exists() and mismatch(target, remote.checksum) is None:
         return target
     problems = []
     for address in remote.addresses:
@@ -74,14 +74,14 @@ def fetch(remote: RemoteFile, directory: Path, say: Say) -> Path:
                 fcntl.flock(lock, fcntl.LOCK_EX)  # two runs of one user share the cache
                 say(f"  downloading {address}")
                 _download(address, partial)
-                mismatch = _mismatch(partial, remote.checksum)
-                if mismatch is None:
+                wrong = mismatch(partial, remote.checksum)
+                if wrong is None:
                     partial.replace(target)
                     return target
             partial.unlink()
-            problems.append(f"{address}: {mismatch}")
+            problems.append(f"{address}: {wrong}")
         except (OSError, http.client.HTTPException) as error:
-            problems.append(f"{address}: {getattr(error, 'reason', None) or error}")
+            problems.append(f"{address}: {error}")
             if partial.exists() and not partial.stat().st_size:
                 partial.unlink()
     raise UnavailableError("; ".join(problems) or "it has no address")
@@ -130,7 +130,7 @@ def _tag(address: str) -> str:
     return hashlib.sha256(address.encode()).hexdigest()[:8]
 
 
-def _mismatch(path: Path, checksum: str | None) -> str | None:
+def mismatch(path: Path, checksum: str | None) -> str | None:
     """What is wrong with the file, None if nothing is."""
     if checksum is None:
         return None

@@ -165,6 +165,6 @@ def _users_error(error: Exception) -> Exception:
     while cause is not None:
         inner = getattr(cause, "cause", None) or cause.__cause__
         if type(cause) is ValueError:
-            return ValueError(str(cause))
+            return ValueError(str(cause).partition("\n")[0])  # Ray appends advice about retries
         cause = inner
     return error

@@ -4,11 +4,13 @@ A copy is a directory of Parquet files. `get` makes one from the publisher's fil
 already holds the files is used as it is.
 """
 
+import tarfile
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from configs import storage
@@ -22,9 +24,20 @@ from data_loaders.download import (
     cache_directory,
     fetch,
     fetch_wheel,
+    mismatch,
 )
 from data_loaders.shards import write_table
 
+_DAMAGE = (
+    KeyError,
+    EOFError,
+    OSError,
+    zlib.error,
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    ValueError,
+)
+"""What converters raise at a file that is not what its publisher offers."""
 Converter = Callable[[Mapping[str, Path]], public_formats.Tables]
 _GROUPLENS = "https://files.grouplens.org/datasets/movielens"
 _AMAZON = "http://snap.stanford.edu/data/amazon/productGraph/categoryFiles"
@@ -117,12 +130,12 @@ def _make_copy(entry: PublicSet, url: str, say: Say) -> None:
     paths, convert, origin = _obtain(entry, url, cache, say)
     try:
         tables = convert(paths)
-    except (KeyError, EOFError, OSError, pa.ArrowException) as error:
+    except _DAMAGE as error:
         for path in paths.values():
             path.unlink()
         raise ValueError(
-            f"{entry.name}: {sorted(paths)} from {origin} cannot be read ({error}); the damaged "
-            "download was deleted, run the command again"
+            f"{entry.name}: {sorted(paths)} from {origin} cannot be read ({error}); it was removed "
+            f"from {cache}: run the command again, or put a good copy into {url}"
         ) from error
     record = {name: storage.sha256_file(str(path)) for name, path in paths.items()}
     storage.make_directory(url)
@@ -165,6 +178,9 @@ def _given(remote: RemoteFile, url: str, cache: Path) -> Path | None:
     cache.mkdir(parents=True, exist_ok=True)
     fs, path = storage.filesystem(source)
     fs.get_file(path, str(cache / remote.file))
+    wrong = mismatch(cache / remote.file, remote.checksum)
+    if wrong is not None:
+        raise ValueError(f"{source} is damaged: {wrong}; replace or delete it")
     return cache / remote.file
 
 

@@ -173,7 +173,7 @@ def kuairand_pure(files: Mapping[str, Path]) -> Tables:
                 tables[features[name]] = table
     missing = sorted((logs - set(events)) | (set(features.values()) - set(tables)))
     if missing:
-        raise ValueError(f"KuaiRand-Pure.tar.gz lacks {missing}; download it again")
+        raise ValueError(f"it lacks {missing}")
     joined = pa.concat_tables([events[name] for name in sorted(events)], promote_options="default")
     return {**tables, "events.parquet": joined}
 

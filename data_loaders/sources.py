@@ -7,9 +7,13 @@ CSV, TSV, JSON lines and Parquet on any fsspec URL; a directory or a glob names 
 import csv
 import difflib
 import io
+import socket
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from gzip import BadGzipFile
 from typing import IO, Any, Literal
 
 import numpy as np
@@ -110,21 +114,32 @@ def read_chunk(files: TableFiles, chunk: Chunk) -> Iterator[RawRows]:
     Raises:
         ValueError: the file is not what its format says.
     """
-    with _open(chunk, compressed=files.format != "parquet") as stream:
-        try:
-            match files.format:
-                case "parquet":
-                    yield from _read_parquet(files, chunk, stream)
-                case "csv":
-                    yield from _read_csv(files, stream)
-                case "jsonl":
-                    yield from _read_jsonl(files, stream)
-        except (pa.ArrowException, UnicodeDecodeError, EOFError) as error:
-            detail = str(error).splitlines()[0]
-            raise ValueError(
-                f"{chunk.url} cannot be read as {files.format} ({detail}); mend the file or leave "
-                f"it out of {files.place}"
-            ) from error
+    with _readable(files, chunk), _open(chunk, compressed=files.format != "parquet") as stream:
+        match files.format:
+            case "parquet":
+                yield from _read_parquet(files, chunk, stream)
+            case "csv":
+                yield from _read_csv(files, stream)
+            case "jsonl":
+                yield from _read_jsonl(files, stream)
+
+
+@contextmanager
+def _readable(files: TableFiles, chunk: Chunk) -> Iterator[None]:
+    """Turns what a bad file raises into a sentence."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{chunk.url} is not to be seen on {socket.gethostname()}; put the files of "
+            f"{files.place} on storage that all nodes see"
+        ) from error
+    except (pa.ArrowException, UnicodeDecodeError, EOFError, BadGzipFile, zlib.error) as error:
+        detail = str(error).splitlines()[0]
+        raise ValueError(
+            f"{chunk.url} cannot be read as {files.format} ({detail}); mend the file or leave "
+            f"it out of {files.place}"
+        ) from error
 
 
 def missing_column(files: TableFiles, url: str, place: str, column: str, has: Sequence[str]) -> str:
@@ -166,7 +181,7 @@ def _plan_file(files: TableFiles, file: int, fs: Any, path: str, name: str) -> l
         return []
     if files.format == "parquet":
         return _plan_parquet(files, whole)
-    with _open(whole, compressed=True) as stream:
+    with _readable(files, whole), _open(whole, compressed=True) as stream:
         head = stream.read(HEAD_BYTES)
     if not head.strip():
         return []
@@ -207,13 +222,8 @@ def _check_types(files: TableFiles, url: str, schema: pa.Schema) -> None:
 
 
 def _plan_parquet(files: TableFiles, whole: Chunk) -> list[Chunk]:
-    with _open(whole, compressed=False) as stream:
-        try:
-            parquet = pq.ParquetFile(stream)
-        except (pa.ArrowException, OSError) as error:
-            raise ValueError(
-                f"{whole.url} is not a Parquet file; leave it out of {files.place}"
-            ) from error
+    with _readable(files, whole), _open(whole, compressed=False) as stream:
+        parquet = pq.ParquetFile(stream)
         _check_columns(files, whole.url, parquet.schema_arrow.names)
         _check_types(files, whole.url, parquet.schema_arrow)
         metadata = parquet.metadata

@@ -1,0 +1,163 @@
+"""Typing of events and the reasons of the quarantine."""
+
+from datetime import UTC, datetime
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from configs.data import CleaningConfig, ColumnMap
+from data_loaders.events import (
+    REASONS,
+    EventRules,
+    as_text,
+    date_us,
+    first_of_duplicates,
+    malformed_rows,
+    parse_number,
+    parse_time,
+    quarantined,
+    render_time,
+    type_events,
+)
+
+YEAR_2020 = 1_577_836_800
+RULES = EventRules.of(ColumnMap(rating="rating", action="kind"), "s", CleaningConfig())
+
+
+def _column(values: list[object], kind: pa.DataType | None = None) -> pa.ChunkedArray:
+    return pa.chunked_array([pa.array(values, kind)])
+
+
+def test_each_row_has_the_first_reason_that_applies() -> None:
+    good = {"user": "u", "item": "i", "timestamp": str(YEAR_2020), "rating": "4.5", "kind": "like"}
+    rows = {
+        "": good,
+        "null_user": good | {"user": None, "item": None},
+        "null_item": good | {"item": ""},
+        "null_timestamp": good | {"timestamp": "NaN", "rating": "?"},
+        "unparsable_timestamp": good | {"timestamp": "yesterday"},
+        "impossible_timestamp": good | {"timestamp": "-5"},
+        "unparsable_rating": good | {"rating": "five"},
+    }
+    raw = pa.table(
+        {name: pa.array([row[name] for row in rows.values()], pa.string()) for name in good}
+    )
+    events, code = type_events(raw, RULES)
+    assert [REASONS[c] for c in code] == list(rows)
+    assert events.slice(0, 1).to_pylist() == [
+        {"user": "u", "item": "i", "time": YEAR_2020 * 10**6, "rating": 4.5, "action": "like"}
+    ]
+
+
+def test_a_rating_may_be_absent() -> None:
+    raw = pa.table(
+        {"user": ["u"], "item": ["i"], "timestamp": [YEAR_2020], "rating": [None], "kind": ["x"]}
+    )
+    events, code = type_events(raw, RULES)
+    assert code.tolist() == [0] and np.isnan(events["rating"].to_numpy()[0])
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.floats(allow_nan=False, allow_infinity=False, width=64) | st.none()))
+def test_numbers_survive_as_text(values: list[float | None]) -> None:
+    texts = [None if value is None else repr(value) for value in values]
+    parsed, null, bad = parse_number(_column(texts, pa.string()))
+    assert not bad.any() and null.tolist() == [value is None for value in values]
+    assert [None if n else v for v, n in zip(parsed.tolist(), null, strict=True)] == values
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.text(max_size=6)))
+def test_text_is_a_number_only_if_python_agrees(texts: list[str]) -> None:
+    _, null, bad = parse_number(_column(texts, pa.string()))
+    for text, is_null, is_bad in zip(texts, null, bad, strict=True):
+        if not is_null and not is_bad:
+            float(text)  # must not raise
+
+
+@pytest.mark.parametrize(
+    ("values", "unit", "expected"),
+    [
+        ([YEAR_2020, None], "s", [YEAR_2020 * 10**6, None]),
+        (["1577836800.25", "x"], "s", [YEAR_2020 * 10**6 + 250_000, None]),
+        ([YEAR_2020 * 1000 + 7], "ms", [(YEAR_2020 * 1000 + 7) * 1000]),
+        ([YEAR_2020 * 10**6 + 7], "us", [YEAR_2020 * 10**6 + 7]),
+        (["2020-01-01T00:00:00Z", "2020-01-01 01:00:00+01:00", "2020-13-01"], "iso8601",
+         [YEAR_2020 * 10**6, YEAR_2020 * 10**6, None]),
+        (["2020-01-01", None, ""], "iso8601", [YEAR_2020 * 10**6, None, None]),
+        ([datetime(2020, 1, 1, tzinfo=UTC), None], "s", [YEAR_2020 * 10**6, None]),
+    ],
+)  # fmt: skip
+def test_times_in_every_unit(values: list[object], unit: str, expected: list[int | None]) -> None:
+    time, null, bad = parse_time(_column(values), unit)  # type: ignore[arg-type]
+    absent = null | bad
+    assert [None if a else int(t) for t, a in zip(time, absent, strict=True)] == expected
+
+
+def test_a_time_beyond_int64_is_impossible_and_does_not_wrap() -> None:
+    raw = pa.table({"user": ["u"] * 2, "item": ["i"] * 2, "timestamp": [1e30, -1e30]})
+    rules = EventRules.of(ColumnMap(), "s", CleaningConfig())
+    assert [REASONS[c] for c in type_events(raw, rules)[1]] == ["impossible_timestamp"] * 2
+
+
+@pytest.mark.parametrize("unit", ["s", "ms", "us", "iso8601"])
+def test_rendered_times_parse_back(unit: str) -> None:
+    time = np.array([YEAR_2020 * 10**6, YEAR_2020 * 10**6 + 5_000_000])
+    back, null, bad = parse_time(pa.chunked_array([render_time(time, unit)]), unit)  # type: ignore[arg-type]
+    assert back.tolist() == time.tolist() and not null.any() and not bad.any()
+
+
+def test_ids_read_alike_whatever_stores_them() -> None:
+    assert as_text(_column([1, 20], pa.int32())).to_pylist() == ["1", "20"]
+    assert as_text(_column([1.0, None, 2.5, float("nan")])).to_pylist() == ["1", None, "2.5", None]
+    assert as_text(_column([1.0, 3.0], pa.float32())).to_pylist() == ["1", "3"]
+    encoded = pa.chunked_array([pa.array(["b", "a", "b"]).dictionary_encode()])
+    assert as_text(encoded).to_pylist() == ["b", "a", "b"]
+    assert as_text(_column([True], pa.bool_())).to_pylist() == ["true"]
+    assert as_text(_column([b"x"], pa.binary())).to_pylist() == ["x"]
+    with pytest.raises(ValueError, match="plain values"):
+        as_text(_column([[1]]))
+
+
+def test_quarantine_holds_raw_text_and_reason() -> None:
+    raw = pa.table({"user": pa.array([None], pa.int64()), "item": [7]})
+    table = quarantined(raw, np.array(["log.csv"], object), np.array(["null_user"], object))
+    assert table.to_pylist() == [
+        {"user": None, "item": "7", "source_file": "log.csv", "reason": "null_user"}
+    ]
+    lines = malformed_rows(["user", "item"], "log.csv", ("a,b,c",))
+    assert lines.schema == table.schema
+    assert lines.to_pylist()[0]["user"] == "a,b,c"
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.lists(
+        st.tuples(*(st.integers(0, 2) for _ in range(3)), st.integers(0, 3), st.integers(0, 9)),
+        max_size=40,
+        unique_by=lambda row: row[3:],
+    )
+)
+def test_first_of_duplicates_equals_a_loop(rows: list[tuple[int, ...]]) -> None:
+    frame = pd.DataFrame(rows, columns=["user", "item", "time", "file", "position"])
+    columns = {name: pa.array(frame[name].to_list(), pa.int64()) for name in frame}
+    columns["user"] = columns["user"].cast(pa.string())
+    columns["item"] = columns["item"].cast(pa.string())
+    expected = []
+    for user, item, time, *place in rows:
+        rivals = [other[3:] for other in rows if other[:3] == (user, item, time)]
+        expected.append(tuple(place) == min(rivals))
+    assert first_of_duplicates(pa.table(columns)).tolist() == expected
+
+
+def test_dates_of_the_recipe() -> None:
+    assert date_us("2020-01-01", "x") == YEAR_2020 * 10**6
+    assert date_us(YEAR_2020, "x") == YEAR_2020 * 10**6
+    with pytest.raises(ValueError, match=r"data.cleaning.latest='soon' is no ISO date"):
+        EventRules.of(ColumnMap(), "s", CleaningConfig(latest="soon"))
+    with pytest.raises(ValueError, match="must lie after data.cleaning.earliest"):
+        EventRules.of(ColumnMap(), "s", CleaningConfig(latest="1980-01-01"))

@@ -1,0 +1,196 @@
+"""Every format gives the same columns; what is wrong with a file is said before any work."""
+
+import gzip
+import json
+from pathlib import Path
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from configs.data import CsvSource, PublicSource
+from data_loaders import jsonl, sources
+from data_loaders.sources import TableFiles, plan, positions, read_chunk, source_signature
+
+COLUMNS = {"data.source.columns.user": "user", "data.source.columns.item": "item"}
+
+
+def _files(url: Path | str, kind: str, **options: object) -> TableFiles:
+    return TableFiles(
+        url=str(url), format=kind, columns=COLUMNS, place="data.source.url", **options
+    )  # type: ignore[arg-type]
+
+
+def _read(files: TableFiles) -> tuple[list[tuple[object, ...]], list[str]]:
+    """(user, item, file, position) of all rows, and malformed lines."""
+    rows, malformed = [], []
+    for chunk in plan(files):
+        for raw in read_chunk(files, chunk):
+            users, items = raw.table["user"].to_pylist(), raw.table["item"].to_pylist()
+            place = positions(raw).tolist()
+            rows += list(zip(users, items, [chunk.file] * len(users), place, strict=True))
+            malformed += list(raw.malformed)
+    return rows, malformed
+
+
+def test_csv_keeps_text_as_it_stands(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text('item,extra,user\n007,x,"a, b"\n1.50,y,\n"two\nlines",z,c\n')
+    rows, malformed = _read(_files(path, "csv"))
+    assert rows == [("a, b", "007", 0, 0), (None, "1.50", 0, 1), ("c", "two\nlines", 0, 2)]
+    assert not malformed
+
+
+def test_csv_sets_malformed_lines_aside(tmp_path: Path) -> None:
+    path = tmp_path / "a.tsv"
+    path.write_text("user\titem\n1\t2\n1\t2\t3\n4\t5\nalone\n")
+    rows, malformed = _read(_files(path, "csv", separator="\t"))
+    assert [row[:2] for row in rows] == [("1", "2"), ("4", "5")]
+    assert malformed == ["1\t2\t3", "alone"]
+
+
+def test_header_names_columns_of_a_file_without_one(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("1,10,5\n2,20,4\n")
+    rows, _ = _read(_files(path, "csv", header=("user", "item", "rating")))
+    assert [row[:2] for row in rows] == [("1", "10"), ("2", "20")]
+    with pytest.raises(ValueError, match="no header line, name its columns in data.source.header"):
+        plan(_files(path, "csv"))
+    with pytest.raises(ValueError, match=r"header names 2 columns, but .*a.csv has 3"):
+        plan(_files(path, "csv", header=("user", "item")))
+
+
+def test_missing_column_is_named_with_what_there_is_and_the_nearest(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("users,item_id\n1,2\n")
+    with pytest.raises(ValueError) as error:
+        plan(_files(path, "csv"))
+    message = str(error.value)
+    assert "data.source.columns.user='user' is not a column of" in message
+    assert "a.csv" in message and "['users', 'item_id']" in message
+    assert message.endswith("did you mean 'users'?")
+    with pytest.raises(ValueError, match="is ';' the right separator"):
+        path.write_text("user,item,timestamp,rating\n1,2,3,4\n")
+        plan(_files(path, "csv", separator=";"))
+
+
+def test_directory_and_glob_name_files_in_name_order(tmp_path: Path) -> None:
+    for name in ("b.csv", "a.csv", "sub/c.csv", "_SUCCESS", ".hidden.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"user,item\n{name},1\n")
+    assert [(r[0], r[2]) for r in _read(_files(tmp_path, "csv"))[0]] == [
+        ("a.csv", 0),
+        ("b.csv", 1),
+        ("sub/c.csv", 2),
+    ]
+    found = plan(_files(tmp_path / "*.csv", "csv"))
+    assert [chunk.name for chunk in found] == ["a.csv", "b.csv"]
+    with pytest.raises(ValueError, match="names no file"):
+        plan(_files(tmp_path / "*.tsv", "csv"))
+
+
+def test_empty_files_are_no_rows(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("")
+    (tmp_path / "b.csv").write_text("user,item\n")
+    (tmp_path / "c.csv").write_text("user,item\n1,2\n")
+    assert [row[:3] for row in _read(_files(tmp_path, "csv"))[0]] == [("1", "2", 2)]
+
+
+def test_compressed_text_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv.gz"
+    path.write_bytes(gzip.compress(b"user,item\n1,2\n"))
+    assert _read(_files(path, "csv"))[0] == [("1", "2", 0, 0)]
+    path.write_bytes(gzip.compress(b"user,item\n1,2\n" * 1000)[:-20])
+    with pytest.raises(ValueError, match=r"a.csv.gz cannot be read as csv"):
+        _read(_files(path, "csv"))
+
+
+def test_text_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes("user,item\nJosé,1\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"a.csv cannot be read as csv .*UTF8"):
+        _read(_files(path, "csv"))
+
+
+def test_json_lines_across_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "BLOCK_BYTES", 64)
+    path = tmp_path / "a.jsonl"
+    lines = [json.dumps({"user": n, "item": f"2024-01-{n % 28 + 1:02d}"}) for n in range(50)]
+    path.write_text("\n".join([*lines[:20], "", "{broken", *lines[20:]]))  # no newline at the end
+    rows, malformed = _read(_files(path, "jsonl"))
+    assert [str(row[0]) for row in rows] == [str(n) for n in range(50)]
+    assert [row[1] for row in rows] == [f"2024-01-{n % 28 + 1:02d}" for n in range(50)]
+    places = [row[3] for row in rows]
+    assert places == sorted(set(places))
+    assert malformed == ["{broken"]
+
+
+def test_json_lines_of_mixed_types_become_text() -> None:
+    table, malformed = jsonl.parse(
+        b'{"a": 1}\n{"a": "x", "b": 2.5}\n[1]\n{"b": null}\n', ["a", "b"]
+    )
+    assert table.to_pydict() == {"a": ["1", "x", None], "b": [None, "2.5", None]}
+    assert malformed == ("[1]",)
+
+
+def test_json_column_that_no_line_has(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"user": 1}\n{"user": 2, "itemid": 3}\n')
+    with pytest.raises(ValueError, match=r"columns.item='item' is not .*did you mean 'itemid'"):
+        plan(_files(path, "jsonl"))
+
+
+def test_parquet_is_cut_at_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "CHUNK_ROWS", 20)
+    table = pa.table({"user": list(range(45)), "item": ["x"] * 45})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=10)
+    files = _files(tmp_path / "a.parquet", "parquet")
+    assert [(c.row_groups, c.first_row) for c in plan(files)] == [
+        ((0, 1), 0),
+        ((2, 3), 20),
+        ((4,), 40),
+    ]
+    assert [(row[0], row[3]) for row in _read(files)[0]] == [(n, n) for n in range(45)]
+
+
+def test_parquet_that_is_none_or_nested_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    path.write_bytes(b"PAR1 but not really")
+    with pytest.raises(ValueError, match=r"a.parquet cannot be read as parquet"):
+        plan(_files(path, "parquet"))
+    pq.write_table(pa.table({"user": [[1]], "item": [1]}), path)
+    with pytest.raises(ValueError, match=r"columns.user='user' has type list"):
+        plan(_files(path, "parquet"))
+
+
+def test_memory_files_travel_with_their_chunk() -> None:
+    fs = fsspec.filesystem("memory")
+    fs.pipe("/logs/a.csv", b"user,item\n1,2\n")
+    files = _files("memory://logs/*.csv", "csv")
+    [chunk] = plan(files)
+    fs.rm("/logs", recursive=True)
+    assert [raw.table.to_pylist() for raw in read_chunk(files, chunk)] == [
+        [{"user": "1", "item": "2"}]
+    ]
+
+
+def test_file_that_another_node_does_not_see(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("user,item\n1,2\n")
+    files = _files(path, "csv")
+    [chunk] = plan(files)
+    path.unlink()
+    with pytest.raises(ValueError, match="storage that all nodes see"):
+        list(read_chunk(files, chunk))
+
+
+def test_signature_changes_with_the_files(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("user,item\n1,2\n")
+    source = CsvSource(url=str(tmp_path))
+    before = source_signature(source, source.url)
+    assert before == source_signature(source, source.url)
+    path.write_text("user,item\n1,2\n3,4\n")
+    assert source_signature(source, source.url) != before
+    assert source_signature(PublicSource(name="ml-100k"), "anywhere") == ["ml-100k"]
