@@ -153,7 +153,7 @@ def install_runtime(device: str) -> None:
     except InstallError as error:
         raise InstallError(
             f"pip finds no {torch} (the {device} build) in the places it is configured to look; "
-            f"set {INDEX_VARIABLE} to a package index that has it (README, Installation) "
+            f"set {INDEX_VARIABLE} to a package index that has it (README, Two commands) "
             f"and run make again"
         ) from error
     pip("-r", str(lock))

@@ -35,9 +35,11 @@ RECIPE_FILE = "submitted.yaml"
 ADDRESS_VARIABLES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
 """Ray prefers these to the address it is given."""
 SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|(^|_)KEY($|_)", re.IGNORECASE)
+AGENT_WAIT_S = 60.0
 RECONNECT_S = 2.0
 LOST_AFTER_S = 120.0
 STOP_WAIT_S = 30.0
+STOPPED_CODE = 130
 OnInterrupt = Literal["ask", "stop", "leave"]
 
 
@@ -54,7 +56,7 @@ class Job:
         there is no terminal to ask on.
 
         Returns:
-            the job's exit code; 130 after Ctrl-C.
+            the job's exit code (128 + n for signal n); 130 after Ctrl-C or when it was stopped.
 
         Raises:
             ValueError: the job server was lost for two minutes.
@@ -68,54 +70,55 @@ class Job:
     async def _print_log(self) -> None:
         """A broken connection is made again; the server then starts from the first line."""
         printed = 0
-        silent_since = time.monotonic()
+        lost_since: float | None = None
         while True:
             position = 0
-            problem = "it closed the log early"
             try:
                 async for text in self._client.tail_job_logs(self.job_id):
-                    new = text[max(0, printed - position) :]
+                    click.echo(text[max(0, printed - position) :], nl=False)
                     position += len(text)
                     printed = max(printed, position)
-                    silent_since = time.monotonic()
-                    click.echo(new, nl=False)
                 if self.status().is_terminal():
                     return
+                lost_since = None
             except (RuntimeError, ClientError, OSError) as error:
-                problem = " ".join(str(error).split())
-            if time.monotonic() - silent_since > LOST_AFTER_S:
-                raise ValueError(
-                    f"lost the job server ({problem}); job {self.job_id} may go on: see "
-                    f"`ray job logs {self.job_id} --follow`"
-                )
+                lost_since = lost_since or time.monotonic()
+                if time.monotonic() - lost_since > LOST_AFTER_S:
+                    raise ValueError(
+                        f"lost the job server ({' '.join(str(error).split())}); the job may go on: "
+                        f"see `ray job logs {self.job_id} --follow`"
+                    ) from error
             await asyncio.sleep(RECONNECT_S)
 
     def status(self) -> JobStatus:
+        """What the job server says of the job now."""
         return self._client.get_job_status(self.job_id)
 
     def exit_code(self) -> int:
+        """The ended job's exit code; says on stderr what went wrong."""
         info = self._client.get_job_info(self.job_id)
         if info.status == JobStatus.SUCCEEDED:
             return 0
-        code = info.driver_exit_code
         click.secho(f"job {self.job_id} {info.status.value}: {info.message}", fg="red", err=True)
-        if code is None:
-            return 1
-        return 128 - code if code < 0 else code or 1
+        if info.status == JobStatus.STOPPED:
+            return STOPPED_CODE
+        code = info.driver_exit_code or 1  # a job that never got to run has none
+        return 128 - code if code < 0 else code
 
     def interrupted(self, choice: OnInterrupt) -> int:
+        """What Ctrl-C does while the log is followed; 130."""
         click.echo(err=True)
         if choice == "ask":
             choice = "stop" if self._wants_stop() else "leave"
         if choice == "leave":
             click.echo(f"the job goes on; stop it with `ray job stop {self.job_id}`", err=True)
-            return 130
+            return STOPPED_CODE
         self._client.stop_job(self.job_id)
         limit = time.monotonic() + STOP_WAIT_S
         while not self.status().is_terminal() and time.monotonic() < limit:
             time.sleep(0.2)
         click.echo(f"job {self.job_id}: {self.status().value}", err=True)
-        return 130
+        return STOPPED_CODE
 
     def _wants_stop(self) -> bool:
         if not sys.stdin.isatty():
@@ -151,15 +154,26 @@ def start(
     command = [python, "-m", "launch.cli", "run", RECIPE_FILE, *options]
     with tempfile.TemporaryDirectory(prefix="tandem-submit-") as folder:
         stage(loaded, Path(folder))
+        submission = {
+            "entrypoint": shlex.join(command),
+            "runtime_env": {"working_dir": folder, "env_vars": variables},
+            "metadata": {"recipe": loaded.recipe.name},
+        }
+        return Job(client, _submit(client, submission, address))
+
+
+def _submit(client: JobSubmissionClient, submission: dict[str, Any], address: str) -> str:
+    """The job's id. A cluster that has just started is asked again until its agent is there."""
+    limit = time.monotonic() + AGENT_WAIT_S
+    while True:
         try:
-            job_id = client.submit_job(
-                entrypoint=shlex.join(command),
-                runtime_env={"working_dir": folder, "env_vars": variables},
-                metadata={"recipe": loaded.recipe.name},
-            )
+            return str(client.submit_job(**submission))
         except RuntimeError as error:
-            raise ValueError(f"the cluster at {address} refused the job: {error}") from error
-    return Job(client, job_id)
+            if "No available agent" in str(error) and time.monotonic() < limit:
+                time.sleep(RECONNECT_S)
+                continue
+            reason = " ".join(str(error).split())
+            raise ValueError(f"the cluster at {address} refused the job: {reason}") from error
 
 
 def stage(loaded: LoadedRecipe, folder: Path) -> None:
