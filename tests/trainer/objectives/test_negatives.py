@@ -105,6 +105,28 @@ def test_log_expected_counts() -> None:
             draw_negatives(kind, batch, 3, 0, 0, pool)
 
 
+@pytest.mark.parametrize("negatives", ["uniform", "in_batch", "mixed"])
+def test_corrected_sums_estimate_the_catalogue_without_bias(negatives: str) -> None:
+    """Mean over 400 steps of Σ_r exp(s_r) / E[count_r] is Σ_e exp(s_e) over all items."""
+    config = SampledSoftmaxConfig(
+        num_negatives=32, shared="batch", negatives=negatives, logq_correction=True
+    )
+    generator = torch.Generator().manual_seed(0)
+    masses = torch.rand(NUM_ITEMS + 1, generator=generator) + 0.1
+    counts = torch.randint(1, 50, (NUM_ITEMS + 1,), generator=generator)
+    counts[0] = 0
+    batch, sums = make_batch([1], NUM_ITEMS), []
+    for step in range(400):
+        pool = torch.multinomial(counts.float(), 32, replacement=True, generator=generator)
+        inputs = draw_negatives(config, batch, NUM_ITEMS, 0, step, pool, counts)
+        assert inputs.negative_ids is not None and inputs.negative_logq is not None
+        sums.append((masses[inputs.negative_ids] / inputs.negative_logq.exp()).sum())
+    estimates = torch.stack(sums)
+    error = (estimates.mean() - masses[1:].sum()).abs()
+    assert error < 4 * estimates.std() / 400**0.5
+    assert error / masses[1:].sum() < 0.05
+
+
 def test_full_softmax_draws_nothing() -> None:
     inputs = draw_negatives(FullSoftmaxConfig(), make_batch([4], NUM_ITEMS), NUM_ITEMS, 0, 7)
     assert inputs.negative_ids is None and inputs.negative_logq is None
