@@ -4,6 +4,7 @@ import importlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -230,9 +231,9 @@ def _import_without_compiling(module: str) -> None:
     DeepSpeed's ZeRO imports its Muon optimizer, which loads the whole compiler (2.5 s of every
     worker's start) for functions that AdamW never calls.
     """
-    compile_function = torch.compile
-    torch.compile = lambda function=None, **_: function if function else lambda same: same
-    try:
+
+    def leave(function: Any = None, **_: Any) -> Any:
+        return function if function is not None else leave
+
+    with mock.patch.object(torch, "compile", leave):
         importlib.import_module(module)
-    finally:
-        torch.compile = compile_function

@@ -6,7 +6,7 @@ file alone knows. Shape legend: W ranks, P elements of a rank's partition.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -116,6 +116,7 @@ def _slots(
 ) -> tuple[Slot, ...]:
     slots: list[Slot] = []
     offset = 0
+    parameter: Any  # DeepSpeed hangs its bookkeeping on parameters
     for parameter in group:
         shape = torch.Size(parameter.ds_shape) if sliced else parameter.shape
         length = parameter.partition_numel() if sliced else parameter.numel()

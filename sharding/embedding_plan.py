@@ -272,7 +272,7 @@ def _planner_choice(
             for name, kinds in allowed.items()
         },
     )
-    sharders: list[ModuleSharder[torch.nn.Module]] = [EmbeddingCollectionSharder()]  # type: ignore[list-item]
+    sharders: list[ModuleSharder[torch.nn.Module]] = [EmbeddingCollectionSharder()]
     try:
         plan = planner.plan(model, sharders)
     except PlannerError as error:
@@ -280,7 +280,7 @@ def _planner_choice(
             f"the tables {sorted(allowed)} do not fit {world_size} ranks "
             f"({str(error).splitlines()[0]}); add workers, or raise sharding.hbm_gb"
         ) from error
-    return {name: sharding for module in plan.plan.values() for name, sharding in module.items()}  # type: ignore[attr-defined]
+    return {name: sharding for module in plan.plan.values() for name, sharding in module.items()}
 
 
 def _topology(config: ShardingConfig, world_size: int, device: str) -> Topology:

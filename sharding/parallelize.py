@@ -1,101 +1,308 @@
 """Where the sparse and the dense half meet: one training step over both.
 
-Shape legend: n ids of one table in one micro batch, T tokens, D width.
+Shape legend: n requested ids, U distinct ids of a step, T tokens, D width.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
-from torch import Tensor
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from configs.recipe import Recipe
-from configs.training import OptimizerConfig
+from configs.training import OptimizerConfig, ScheduleConfig
 from models.base import SequenceModel, TableSpec
 from models.batch import JaggedBatch
 from sharding.deepspeed_engine import DenseEngine
-from sharding.embedding_shard import ShardedTables
+from sharding.distinct import distinct_ids
+from sharding.embedding_plan import Shard, TablePlan, plan_tables
+from sharding.embedding_shard import ShardedTables, initialize_rows
+from sharding.loss_module import LossModule, LossOutput
 from sharding.process_group import DistributedContext
 
+__all__ = ["LossModule", "LossOutput", "ParallelModel", "StepResult", "parallelize"]
 
-@dataclass(frozen=True)
-class LossOutput:
-    """What a loss module returns for a micro batch."""
-
-    loss_sum: Tensor
-    """Scalar, sum over the micro batch's valid terms."""
-    metrics: dict[str, Tensor]
-    """Scalar sums that are divided by the global weight."""
-
-
-class LossModule(Protocol):
-    """An nn.Module that turns looked-up embeddings into a loss; `inputs` has `.to(device)`."""
-
-    model: SequenceModel
-
-    def required_ids(self, inputs: Any) -> dict[str, dict[str, Tensor]]:
-        """Table → feature → int64 ids (any shape) whose rows `forward` wants; ids may repeat."""
-
-    def weight(self, inputs: Any) -> Tensor:
-        """Scalar count of valid terms, known before the forward."""
-
-    def forward(
-        self, inputs: Any, rows: dict[str, Tensor], index: dict[str, dict[str, Tensor]]
-    ) -> LossOutput:
-        """Loss of one micro batch.
-
-        Args:
-            inputs: what `required_ids` was given.
-            rows: table → [U, D], the distinct rows of the whole step; the row of id 0 is zeros.
-            index: table → feature → positions in `rows`, shaped like the feature's ids.
-        """
+Rows = dict[str, Tensor]
+"""Table → rows [U, D]."""
+Index = dict[str, dict[str, Tensor]]
+"""Table → feature → positions in the table's rows."""
+NAMED_SAMPLES = 64  # sample ids in an error message
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step, over all ranks."""
+    """One optimizer step, over all ranks. Reading a number waits for the device."""
 
     step: int
     """Steps done, this one included."""
-    loss: float
-    metrics: dict[str, float]
-    weight: float
-    sparse_grad_norm: float
-    dense_grad_norm: float
     lr: float
     sparse_lr: float
+    _names: tuple[str, ...]
+    _totals: Tensor
+    """[3 + metrics]: weight, squared norm of the rows' gradient, loss, metrics."""
+    _dense_grad_norm: Tensor
+
+    @property
+    def weight(self) -> float:
+        """Valid terms of the global batch."""
+        return float(self._totals[0])
+
+    @property
+    def sparse_grad_norm(self) -> float:
+        """Norm of the looked-up rows' gradient before clipping, over all ranks."""
+        return math.sqrt(float(self._totals[1]))
+
+    @property
+    def dense_grad_norm(self) -> float:
+        """Norm of the dense half's gradient before clipping."""
+        return float(self._dense_grad_norm)
+
+    @property
+    def loss(self) -> float:
+        """Mean over valid terms."""
+        return float(self._totals[2]) / max(self.weight, 1.0)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Means over valid terms."""
+        values = (self._totals[3:] / self._totals[0].clamp(min=1.0)).tolist()
+        return dict(zip(self._names, values, strict=True))
+
+
+class ReplicatedTable(nn.Module):
+    """A small table in the dense half, under its AdamW. Row 0 stays zero."""
+
+    def __init__(self, spec: TableSpec, seed: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(spec.num_rows, spec.width))
+        with torch.no_grad():
+            whole = Shard(0, 0, 0, spec.num_rows, spec.width)
+            initialize_rows(self.weight, spec, whole, seed)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Rows [n, D] of ids [n]."""
+        return F.embedding(ids, self.weight, padding_idx=0)
+
+
+class DenseHalf(nn.Module):
+    """What DeepSpeed wraps: the loss module and the replicated tables.
+
+    One forward serves every use, because ZeRO 3 gathers parameters only there.
+    """
+
+    def __init__(
+        self, loss_module: LossModule, replicated: Sequence[TablePlan], autocast: bool, seed: int
+    ) -> None:
+        super().__init__()
+        assert isinstance(loss_module, nn.Module)
+        self.loss_module = loss_module
+        self.tables = nn.ModuleDict(
+            {table.spec.name: ReplicatedTable(table.spec, seed) for table in replicated}
+        )
+        self._autocast = autocast
+
+    def forward(
+        self, use: Callable[..., Any], ids: Mapping[str, Tensor], rows: Rows, *args: Any
+    ) -> Any:
+        """`use(self, all rows, *args)`, where `rows` lacks the replicated tables' rows of `ids`."""
+        rows = rows | {name: table(ids[name]) for name, table in self.tables.items() if name in ids}
+        device = next(iter(ids.values())).device
+        with torch.autocast(device.type, torch.bfloat16, enabled=self._autocast):
+            return use(self, rows, *args)
+
+    def loss(self, rows: Rows, inputs: Any, index: Index) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and metrics of a micro batch (a tuple: DeepSpeed looks for tensors in it)."""
+        output = self.loss_module(inputs, rows, index)
+        loss = output.loss_sum
+        if not loss.requires_grad:  # a rank without data whose loss is a constant still takes part
+            loss = loss + 0.0 * torch.stack([value.sum() for value in rows.values()]).sum()
+        return loss, {name: value.detach() for name, value in output.metrics.items()}
+
+    def query(self, rows: Rows, batch: JaggedBatch, index: Mapping[str, Tensor]) -> Tensor:
+        """Queries [T, D] of the model."""
+        embeddings = {name: F.embedding(index[name], rows[name]) for name in index}
+        queries: Tensor = self.loss_module.model(batch, embeddings, 0)
+        return queries.float()
+
+    def item_keys(self, rows: Rows) -> Tensor:
+        """Keys [U, D] of item rows."""
+        return self.loss_module.model.item_keys(rows["item"]).float()
+
+    def own_rows(self, rows: Rows) -> Rows:
+        """The rows themselves."""
+        return rows
 
 
 class ParallelModel:
     """A loss module with its tables and its dense engine."""
 
-    tables: ShardedTables
-    engine: DenseEngine
-    ctx: DistributedContext
-    step: int
-    """Optimizer steps done; a checkpoint restores it by assignment."""
+    def __init__(
+        self,
+        dense: DenseHalf,
+        tables: ShardedTables,
+        engine: DenseEngine,
+        ctx: DistributedContext,
+        schedule: Callable[[int], float],
+        peaks: tuple[float, float],
+    ) -> None:
+        self.tables = tables
+        self.engine = engine
+        self.ctx = ctx
+        self.step = 0
+        """Optimizer steps done; a checkpoint restores it by assignment."""
+        self._dense = dense
+        self._loss: LossModule = dense.loss_module
+        self._schedule = schedule
+        self._lr, self._sparse_lr = peaks
+        self._sparse_clip = tables.plan.optimizer.clip_norm
+        self._num_rows = {t.spec.name: t.spec.num_rows for t in tables.plan.tables}
+        _check_halves(dense, tables, engine)
+
+    @property
+    def model(self) -> SequenceModel:
+        """The sequence model inside the loss module."""
+        return self._loss.model
 
     def train_step(
         self, micro_inputs: Sequence[Any], sample_ids: Sequence[int] | None = None
     ) -> StepResult:
         """One update of both halves from this rank's micro batches. Collective.
 
-        Every rank passes the same number of micro batches. `sample_ids` are named when the loss
-        is not finite; nothing is updated then.
-        """
-        raise NotImplementedError
+        Every rank passes the same number of micro batches, at least one, empty where it has less.
+        The gradient is that of sum(loss) / (global weight), so neither world size nor accumulation
+        changes it. `sample_ids` are named in the error if something is not finite.
 
-    def lookup(self, ids: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Rows [n, D] of any tables, sharded or replicated, without gradient. Collective."""
-        raise NotImplementedError
+        Raises:
+            RuntimeError: the loss or its gradient is not finite (on CUDA: a device-side assert);
+                no weight has changed then.
+        """
+        micro = [inputs.to(self.ctx.device) for inputs in micro_inputs]
+        weights = torch.stack([self._loss.weight(inputs) for inputs in micro]).double()
+        # Global weight, and how many micro batches of any rank are empty.
+        shared = torch.stack([weights.sum(), (weights == 0).sum().double()])
+        wait = self.ctx.all_reduce_sum_later(shared)
+        self.engine.train(True)
+        distinct, index = self._distinct([self._loss.required_ids(inputs) for inputs in micro])
+        rows = self._sharded_rows(distinct)
+        leaves = {name: value.detach().requires_grad_() for name, value in rows.items()}
+        wait()
+        totals, names = self._backward(micro, distinct, leaves, index, shared)
+        self._check_finite(totals, sample_ids)
+        factor = self._schedule(self.step)
+        self._update_tables(rows, leaves, factor * self._sparse_lr, totals[1])
+        norm = self.engine.step(factor * self._lr)
+        self.step += 1
+        lr, sparse_lr = factor * self._lr, factor * self._sparse_lr
+        return StepResult(self.step, lr, sparse_lr, names, totals, norm)
+
+    def _distinct(self, required: Sequence[Index]) -> tuple[dict[str, Tensor], list[Index]]:
+        """Distinct ids of every table over all micro batches, and each one's positions."""
+        distinct: dict[str, Tensor] = {}
+        index: list[Index] = [{} for _ in required]
+        for name in required[0]:
+            ids = [values for wanted in required for values in wanted[name].values()]
+            distinct[name], positions = distinct_ids(name, ids, self._num_rows[name])
+            places = iter(positions)
+            for at, wanted in enumerate(required):
+                index[at][name] = {feature: next(places) for feature in wanted[name]}
+        return distinct, index
+
+    def _sharded_rows(self, distinct: Mapping[str, Tensor]) -> Rows:
+        """Rows of every sharded table that `distinct` names; the lookup covers all of them."""
+        nothing = torch.zeros(0, dtype=torch.int64, device=self.ctx.device)
+        rows = self.tables.lookup({n: distinct.get(n, nothing) for n in self.tables.names})
+        return {name: value for name, value in rows.items() if name in distinct}
+
+    def _backward(
+        self,
+        micro: Sequence[Any],
+        distinct: Mapping[str, Tensor],
+        leaves: Rows,
+        index: Sequence[Index],
+        shared: Tensor,
+    ) -> tuple[Tensor, tuple[str, ...]]:
+        """Forward and backward of all micro batches; local sums as `StepResult` has them."""
+        # Both halves average over ranks: undo that, and divide by the global weight instead.
+        scale = (self.ctx.world_size / shared[0].clamp(min=1.0)).float()
+        sums: list[Tensor] = []
+        names: tuple[str, ...] = ()
+        with self.engine.accumulate(deferred=bool(shared[1] > 0)):
+            for at, inputs in enumerate(micro):
+                # A copy of the leaves: ZeRO 3 replaces tensors inside the arguments of a forward.
+                loss, metrics = self.engine(
+                    DenseHalf.loss, distinct, dict(leaves), inputs, index[at]
+                )
+                names = tuple(sorted(metrics))
+                sums.append(torch.stack([loss.detach(), *(metrics[name] for name in names)]))
+                self.engine.backward(loss * scale, last=at == len(micro) - 1)
+        squares = [grad.square().sum() for grad in _row_gradients(leaves, distinct).values()]
+        square = torch.stack(squares).sum() if squares else scale.new_zeros(())
+        local = torch.stack([scale.new_zeros(()), square / self.ctx.world_size**2])
+        totals = torch.cat([local, torch.stack(sums).float().sum(0)]).double()
+        totals[0] = shared[0]
+        return totals, names
+
+    def _check_finite(self, totals: Tensor, sample_ids: Sequence[int] | None) -> None:
+        """Sum `totals` over ranks in place, and stop every rank if something is not finite."""
+        mine = totals.isfinite().all()
+        weight = totals[0].clone()
+        self.ctx.all_reduce_sum(totals)
+        totals[0] = weight
+        samples = "unknown" if sample_ids is None else _name_samples(sample_ids)
+        place = f"step {self.step + 1}: the loss or its gradient is not finite on"
+        mend = "nothing was updated; lower training.optimizer.lr or inspect these samples"
+        torch._assert_async(mine, f"{place} rank {self.ctx.rank} (samples {samples}); {mend}")
+        torch._assert_async(
+            totals.isfinite().all(), f"{place} another rank, whose error names the samples"
+        )
+
+    def _update_tables(self, rows: Rows, leaves: Rows, lr: float, square: Tensor) -> None:
+        """The one fused update of a step."""
+        if not rows:
+            return
+        grads = [leaf.grad for leaf in leaves.values()]
+        if self._sparse_clip is not None:
+            factor = (self._sparse_clip / (square.sqrt() + 1e-6)).clamp(max=1.0).float()
+            for grad in grads:
+                grad.mul_(factor)
+        self.tables.set_lr(lr)
+        torch.autograd.backward([rows[name] for name in leaves], grads)
+
+    def lookup(self, ids: Mapping[str, Tensor]) -> Rows:
+        """Rows [n, D] of any tables, sharded or replicated, without gradient. Collective.
+
+        Every rank names the same tables; n may differ and be 0.
+        """
+        rows, index = self._evaluate(DenseHalf.own_rows, ids)
+        return {name: F.embedding(index[name], rows[name]) for name in ids}
 
     def query(self, batch: JaggedBatch) -> Tensor:
-        """Queries [T, D] float32 of the model in eval mode. Collective."""
-        raise NotImplementedError
+        """Queries [T, D] float32 of the model in evaluation mode. Collective."""
+        batch = batch.to(self.ctx.device)
+        ids = self.model.input_ids(batch)
+        queries: Tensor = self._evaluate(DenseHalf.query, ids, batch)[0]
+        return queries
 
     def item_keys(self, ids: Tensor) -> Tensor:
         """Keys [n, D] float32 of items [n]. Collective."""
-        raise NotImplementedError
+        keys, index = self._evaluate(DenseHalf.item_keys, {"item": ids.to(self.ctx.device)})
+        return F.embedding(index["item"], keys)
+
+    @torch.no_grad()
+    def _evaluate(
+        self, use: Callable[..., Any], ids: Mapping[str, Tensor], *args: Any
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """`use` of the rows of `ids` in evaluation mode, and positions of `ids` in the rows."""
+        self.engine.train(False)
+        required: Index = {name: {"ids": v.to(self.ctx.device)} for name, v in ids.items()}
+        distinct, [index] = self._distinct([required])
+        positions = {name: features["ids"] for name, features in index.items()}
+        rows = self._sharded_rows(distinct)
+        extra = (positions,) if use is DenseHalf.query else ()
+        return self.engine(use, distinct, rows, *args, *extra), positions
 
 
 def parallelize(
@@ -108,5 +315,73 @@ def parallelize(
     optimizer: OptimizerConfig,
     sparse_lr: float,
 ) -> ParallelModel:
-    """Shard the tables, wrap the dense half, and join them."""
-    raise NotImplementedError
+    """Shard the tables, wrap the dense half, and join them. Collective.
+
+    Args:
+        loss_module: the objective with its model; weights of rank 0 are what training starts from.
+        specs: tables that the model describes.
+        recipe: placements, ZeRO stage, precision, and the seed of the tables' first values.
+        ctx: this rank.
+        total_steps: optimizer steps of the whole run, for the schedule.
+        optimizer: AdamW of the dense half, and the schedule of both.
+        sparse_lr: peak learning rate of the sharded tables.
+
+    Raises:
+        ValueError: the tables do not fit, or are too large to replicate.
+    """
+    plan = plan_tables(specs, recipe.sharding, ctx.world_size, ctx.device.type)
+    tables = ShardedTables(plan, recipe.sharding.optimizer, ctx, recipe.seed)
+    autocast = recipe.training.precision == "bf16"
+    dense = DenseHalf(loss_module, plan.replicated, autocast, recipe.seed)
+    engine = DenseEngine(dense, optimizer, recipe.training, ctx)
+    return ParallelModel(
+        dense,
+        tables,
+        engine,
+        ctx,
+        schedule=lambda step: learning_rate_factor(optimizer.schedule, step, total_steps),
+        peaks=(optimizer.lr, sparse_lr),
+    )
+
+
+def learning_rate_factor(schedule: ScheduleConfig, step: int, total_steps: int) -> float:
+    """Share of the peak learning rate at update `step` (0 is the first)."""
+    warmup = schedule.warmup_steps
+    if step < warmup:
+        return (step + 1) / warmup
+    match schedule.kind:
+        case "constant":
+            return 1.0
+        case "cosine":
+            progress = min((step - warmup) / max(total_steps - warmup, 1), 1.0)
+            share = 0.5 * (1.0 + math.cos(math.pi * progress))
+            return schedule.final_ratio + (1.0 - schedule.final_ratio) * share
+
+
+def _row_gradients(leaves: Rows, distinct: Mapping[str, Tensor]) -> Rows:
+    """Gradient of every table's rows: zeros where there is none, and for id 0."""
+    grads: Rows = {}
+    for name, leaf in leaves.items():
+        if leaf.grad is None:
+            leaf.grad = torch.zeros_like(leaf)
+        first = leaf.grad[:1]  # ids are sorted
+        first.masked_fill_((distinct[name][:1] == 0).unsqueeze(1), 0.0)
+        grads[name] = leaf.grad
+    return grads
+
+
+def _check_halves(dense: DenseHalf, tables: ShardedTables, engine: DenseEngine) -> None:
+    """The halves own every table and parameter between them, and nothing twice."""
+    sharded, replicated = set(tables.names), set(dense.tables)
+    planned = {table.spec.name for table in tables.plan.tables}
+    assert not sharded & replicated, "a table lives in both halves"
+    assert sharded | replicated == planned, "a table lives in neither half"
+    memory = {tensor.untyped_storage().data_ptr() for tensor in tables.local_tensors()}
+    for name, parameter in dense.named_parameters():
+        assert parameter.untyped_storage().data_ptr() not in memory, f"{name} is a sharded table"
+    assert {name for name, _ in dense.named_parameters()} == set(engine.names)
+
+
+def _name_samples(sample_ids: Sequence[int]) -> str:
+    shown = ", ".join(str(int(sample)) for sample in sample_ids[:NAMED_SAMPLES])
+    return shown + (", …" if len(sample_ids) > NAMED_SAMPLES else "") if shown else "none"

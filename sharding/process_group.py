@@ -3,6 +3,7 @@
 import logging
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -25,6 +26,14 @@ class DistributedContext:
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in place; returns `tensor`."""
         return self._reduce(tensor, dist.ReduceOp.SUM)
+
+    def all_reduce_sum_later(self, tensor: Tensor) -> Callable[[], object]:
+        """Start a sum over ranks in place; the returned function waits until it is there."""
+        if self.world_size == 1:
+            return lambda: None
+        work = dist.all_reduce(tensor, async_op=True)
+        assert work is not None
+        return work.wait
 
     def all_reduce_max(self, tensor: Tensor) -> Tensor:
         """Maximum over ranks, in place; returns `tensor`."""
