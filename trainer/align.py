@@ -1,5 +1,6 @@
 """Alignment: preference optimisation from a pretrained checkpoint, on the same worker group."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,19 +24,13 @@ from trainer.policy import (
     Say,
     Worker,
     build_sequence_model,
-    parallelize_policy,
     start_worker,
 )
 from trainer.pretrain import (
     NextItemInputsMaker,
-    mean_length,
-    outcome,
-    resume,
-    saver,
-    stage_monitor,
-    stage_stores,
 )
-from trainer.trainer import Limits, Trainer, TrainerState
+from trainer.trainer import Limits, TrainerState
+from trainer.training_stage import TrainingStage
 
 
 def align_worker(settings: dict[str, Any], say: Say) -> dict[str, Any]:
@@ -47,60 +42,41 @@ def align_worker(settings: dict[str, Any], say: Say) -> dict[str, Any]:
         say: prints a line at the driver.
     """
     worker = start_worker(settings, say)
-    recipe = worker.recipe
-    config = recipe.alignment
+    recipe, config = worker.recipe, worker.recipe.alignment
     assert config is not None, "the align stage exists only with an alignment block"
-    model = build_sequence_model(worker)
-    newest, best = stage_stores(worker, "align", settings["fingerprint"], config.checkpoint.keep)
-    limits = Limits(config.epochs, None)
-    with preference_loader(worker, config, settings["pairs"], None, None) as probe:
-        total_steps = limits.total_steps(probe.steps_per_epoch)
-    loss_module = PreferenceLoss(model, config, recipe.objective, worker.num_items)
-    policy = parallelize_policy(
-        worker,
-        model,
-        loss_module,
-        total_steps=total_steps,
-        optimizer=config.optimizer,
+    pairs, reference, start = settings["pairs"], settings["reference"], settings["start"]
+
+    def before(policy: ParallelModel, afresh: bool) -> None:
+        write_reference_once(worker, policy, settings)
+        if afresh:
+            load_policy(worker, policy, start)
+
+    def validator(policy: ParallelModel) -> Callable[[], dict[str, float]]:
+        max_users = config.validation.max_users if config.validation is not None else None
+        rank = validation_ranker(worker, policy, max_users)
+        return lambda: rank() | {"preference_accuracy": preference_accuracy(worker, policy, pairs)}
+
+    with preference_loader(worker, config, pairs, None, TrainerState()) as probe:
+        steps_per_epoch = probe.steps_per_epoch
+    stage = TrainingStage(
+        worker=worker,
+        name="align",
+        fingerprint=settings["fingerprint"],
+        config=config,
+        limits=Limits(config.epochs, None),
         sparse_lr=recipe.sharding.optimizer.lr * config.sparse_lr_ratio,
-    )
-    write_reference_once(worker, policy, settings)
-    info = newest.newest()
-    if info is None:
-        load_policy(worker, policy, settings["start"])
-    state = resume(worker, policy, newest, info)
-    loader = preference_loader(worker, config, settings["pairs"], settings["reference"], state)
-    rank = validation_ranker(
-        worker, policy, config.validation.max_users if config.validation else None
-    )
-
-    def validate() -> dict[str, float]:
-        accuracy = preference_accuracy(worker, policy, settings["pairs"])
-        return rank() | {"preference_accuracy": accuracy}
-
-    trainer = Trainer(
-        model=policy,
-        loader=loader,
-        make_inputs=PreferenceInputsMaker(worker, config),
-        limits=limits,
-        state=state,
-        newest=newest,
-        best=best,
-        checkpoint=config.checkpoint,
-        save=saver(worker, policy, stage=settings["fingerprint"], start=settings["start"]["hash"]),
-        validation=config.validation,
-        validate=validate,
-        log_every=config.log_every_steps,
-        monitor=stage_monitor(
-            worker,
-            policy,
-            "align",
-            settings["fingerprint"],
-            total_steps,
-            loss_module.flops_per_token(mean_length(worker)),
+        loss=PreferenceLoss(
+            build_sequence_model(worker), config, recipe.objective, worker.num_items
         ),
+        steps_per_epoch=steps_per_epoch,
+        loader_at=lambda state: preference_loader(worker, config, pairs, reference, state),
+        make_inputs=PreferenceInputsMaker(worker, config),
+        validator=validator,
+        before=before,
+        measure_start=True,
+        hashes={"start": start["hash"]},
     )
-    return outcome(trainer.train(), newest, best)
+    return stage.fit()
 
 
 def preference_loader(
@@ -108,7 +84,7 @@ def preference_loader(
     config: DPOConfig,
     pairs_url: str,
     reference_url: str | None,
-    state: TrainerState | None,
+    state: TrainerState,
 ) -> PreferenceLoader:
     """The loader of training pairs, at the state's position."""
     return PreferenceLoader(
@@ -119,7 +95,7 @@ def preference_loader(
         seed=worker.recipe.seed,
         rank=worker.ctx.rank,
         world_size=worker.ctx.world_size,
-        state=LoaderState(**state.loader) if state is not None and state.loader else None,
+        state=LoaderState(**state.loader) if state.loader else None,
     )
 
 

@@ -25,8 +25,6 @@ class Step(Protocol):
 class StepLoader(Protocol):
     """An endless, resumable stream of steps."""
 
-    @property
-    def steps_per_epoch(self) -> int: ...
     def __iter__(self) -> Iterator[Any]: ...
     def state(self) -> Any: ...
     def close(self) -> None: ...
@@ -73,26 +71,28 @@ class Trainer:
     model: ParallelModel
     loader: StepLoader
     make_inputs: Callable[[Any], Sequence[Any]]
-    limits: Limits
+    total_steps: int
     state: TrainerState
     newest: CheckpointStore
     best: CheckpointStore
     checkpoint: CheckpointConfig
     save: Callable[[CheckpointStore, dict[str, Any]], CheckpointInfo]
     validation: ValidationConfig | None
-    validate: Callable[[], dict[str, float]] | None
+    validate: Callable[[], dict[str, float]]
+    measure_start: bool
+    """Validate before the first step; that value is shown and never selected."""
     log_every: int
     monitor: StageMonitor | None
     """Rank 0 only."""
 
     def train(self) -> TrainerState:
         """Train to the end; the state says what was selected. Collective."""
-        total = self.limits.total_steps(self.loader.steps_per_epoch)
         try:
+            if self.measure_start and self.model.step == 0:
+                self._measure_start()
             if not self.state.finished:
                 for batches in self.loader:
-                    self._one_step(batches, total)
-                    if self.state.finished:
+                    if self._one_step(batches):
                         break
         finally:
             self.loader.close()
@@ -100,18 +100,28 @@ class Trainer:
                 self.monitor.close()
         return self.state
 
-    def _one_step(self, batches: Any, total: int) -> None:
+    def _measure_start(self) -> None:
+        if self.validation is None:
+            return
+        metrics = self.validate()
+        if self.monitor is not None:
+            name = self.validation.metric
+            self.monitor.log_validation(0, metrics, f"at the start: {name} {metrics[name]:.4f}")
+
+    def _one_step(self, batches: Any) -> bool:
+        """Train, validate and save as due; whether training has ended."""
         result = self.model.train_step(self.make_inputs(batches), batches.sample_ids)
         step, epoch = self.model.step, batches.epoch
         self.state.loader = self.loader.state().to_dict()
-        self._log(result, step, epoch, total)
-        last = step >= total
+        self._log(result, step, epoch, batches.global_tokens)
+        last = step >= self.total_steps
         self.state.finished = last
         with self.monitor.paused() if self.monitor is not None else nullcontext():
             if last or (batches.last_of_epoch and self._validates_after(epoch)):
                 self._validate(step, epoch)
             if self.state.finished or self._saves_after(step, epoch, batches.last_of_epoch):
                 self._save(self.newest)
+        return self.state.finished
 
     def _validates_after(self, epoch: int) -> bool:
         return self.validation is not None and (epoch + 1) % self.validation.every_epochs == 0
@@ -127,18 +137,18 @@ class Trainer:
             self.monitor.flush()
         self.save(store, self.state.to_dict())
 
-    def _log(self, result: StepResult, step: int, epoch: int, total: int) -> None:
+    def _log(self, result: StepResult, step: int, epoch: int, tokens: int) -> None:
         if self.monitor is None:
             return
-        self.monitor.add_tokens(int(result.weight))
-        if step % self.log_every and step != total:
+        self.monitor.add_tokens(tokens)
+        if step % self.log_every and step != self.total_steps:
             return
         values = {"lr": result.lr, "sparse_lr": result.sparse_lr}
         values |= {"dense_grad_norm": result.dense_grad_norm} | result.metrics
         self.monitor.log_step(step, epoch, result.loss, values)
 
     def _validate(self, step: int, epoch: int) -> None:
-        if self.validation is None or self.validate is None:
+        if self.validation is None:
             return
         metrics = self.validate()
         value = metrics[self.validation.metric]

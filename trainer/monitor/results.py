@@ -127,9 +127,30 @@ def library_versions() -> dict[str, str]:
     return found
 
 
-def write_results(url: str, results: Results) -> None:
-    """Write `results.json`, whole or not at all."""
+def write_results(
+    url: str, recipe: Recipe, measured: Mapping[str, Any], pairs: Mapping[str, Any] | None
+) -> Results:
+    """Write `results.json`, whole or not at all.
+
+    Args:
+        url: of the file.
+        recipe: the resolved recipe.
+        measured: what the evaluation answered: `models` and `protocol`.
+        pairs: counts of the alignment's `pairs` and `validation_pairs`, if there was one.
+    """
+    results = Results(
+        name=recipe.name,
+        seed=recipe.seed,
+        protocol=measured["protocol"],
+        recipe=recipe.model_dump(mode="json"),
+        versions=library_versions(),
+        models=measured["models"],
+        preferences=None
+        if pairs is None
+        else PreferenceCounts(pairs=pairs["pairs"], validation_pairs=pairs["validation_pairs"]),
+    )
     write_json(url, results.model_dump(mode="json"))
+    return results
 
 
 def read_results(url: str) -> Results:
@@ -137,48 +158,40 @@ def read_results(url: str) -> Results:
     return _parsed(Results, url)
 
 
-class NamedItem(Config):
-    """An item of the catalogue."""
-
-    item: str
-    """Raw id."""
-    title: str = ""
-
-    @property
-    def label(self) -> str:
-        """The title, or the raw id where the catalogue has none."""
-        return self.title or f"item {self.item}"
-
-
-class ScoredItem(NamedItem):
-    """A recommended item."""
-
-    score: FiniteFloat
-
-
 class UserRecommendations(Config):
-    """What one user is offered."""
+    """What one user is offered; `items`, `titles` and `scores` are parallel, best first."""
 
     user: str
-    history: tuple[NamedItem, ...]
-    """Newest first."""
-    recommended: tuple[ScoredItem, ...]
-    """Best first."""
+    history: tuple[str, ...]
+    """Titles of the last events, oldest first."""
+    items: tuple[str, ...]
+    """Raw ids."""
+    titles: tuple[str, ...]
+    """Empty where the catalogue has none."""
+    scores: tuple[FiniteFloat, ...]
+
+    @model_validator(mode="after")
+    def _columns_are_parallel(self) -> "UserRecommendations":
+        if not len(self.items) == len(self.titles) == len(self.scores):
+            raise ValueError(f"items, titles and scores of user {self.user!r} differ in number")
+        return self
+
+    def newest(self) -> tuple[str, ...]:
+        """Titles of the last events, newest first."""
+        return tuple(title or "(no title)" for title in reversed(self.history))
+
+    def offers(self) -> tuple[tuple[str, float], ...]:
+        """What to call each recommended item (its title, or its id), and its score."""
+        labels = [
+            title or f"item {item}" for item, title in zip(self.items, self.titles, strict=True)
+        ]
+        return tuple(zip(labels, self.scores, strict=True))
 
 
 class Recommendations(Config):
     """Content of `recommendations.json`."""
 
-    model: str
-    """Which model recommends: `aligned`, `pretrained`."""
-    history: Literal["liked", "recent"]
-    """What the shown history is: items rated as liked, or simply the last ones."""
     users: tuple[UserRecommendations, ...]
-
-
-def write_recommendations(url: str, recommendations: Recommendations) -> None:
-    """Write `recommendations.json`, whole or not at all."""
-    write_json(url, recommendations.model_dump(mode="json"))
 
 
 def read_recommendations(url: str) -> Recommendations:
@@ -227,7 +240,7 @@ def compare(before: Results, after: Results, part: Part = "test") -> tuple[Chang
         for model in before.ordered_models()
         if model in after.models
         for metric, value in before.metrics(model, part).items()
-        if metric in after.metrics(model, part)
+        if metric in after.metrics(model, part) and not metric.startswith("users")
     )
     if not changes:
         raise ValueError(

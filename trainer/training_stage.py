@@ -1,0 +1,134 @@
+"""What pretraining and alignment share: stores, resume, monitor, and the outcome of a stage."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from configs.alignment import DPOConfig
+from configs.training import TrainingConfig
+from sharding.checkpoint import CheckpointInfo, CheckpointStore
+from sharding.parallelize import ParallelModel
+from trainer.monitor.stage_monitor import StageMonitor
+from trainer.objectives.dpo import PreferenceLoss
+from trainer.objectives.next_item import NextItemLoss
+from trainer.policy import Worker, checkpoint_reference, parallelize_policy, provenance
+from trainer.trainer import Limits, StepLoader, Trainer, TrainerState
+
+
+@dataclass(frozen=True)
+class TrainingStage:
+    """One training stage on this rank; `fit` runs it from where its checkpoints stand."""
+
+    worker: Worker
+    name: str
+    fingerprint: str
+    """Of the stage's settings and inputs; keys its checkpoints and metrics."""
+    config: TrainingConfig | DPOConfig
+    limits: Limits
+    sparse_lr: float
+    loss: NextItemLoss | PreferenceLoss
+    steps_per_epoch: int
+    loader_at: Callable[[TrainerState], StepLoader]
+    """The stage's loader at the position of a state."""
+    make_inputs: Callable[[Any], Sequence[Any]]
+    validator: Callable[[ParallelModel], Callable[[], dict[str, float]]]
+    before: Callable[[ParallelModel, bool], None] | None = None
+    """Called with the policy, and whether it starts afresh, before a checkpoint is loaded."""
+    measure_start: bool = False
+    """Validate before the first step, so that the stage's effect can be told."""
+    hashes: dict[str, str] = field(default_factory=dict)
+    """Further hashes that travel with the checkpoints."""
+
+    def fit(self) -> dict[str, Any]:
+        """Train to the end; the outputs name the selected checkpoint. Collective."""
+        worker, config, layout = self.worker, self.config, self.worker.layout
+        newest = CheckpointStore(
+            layout.checkpoints(self.name, self.fingerprint), config.checkpoint.keep, worker.ctx
+        )
+        best = CheckpointStore(layout.best(self.name, self.fingerprint), 2, worker.ctx)
+        total_steps = self.limits.total_steps(self.steps_per_epoch)
+        policy = parallelize_policy(
+            worker,
+            self.loss.model,
+            self.loss,
+            total_steps=total_steps,
+            optimizer=config.optimizer,
+            sparse_lr=self.sparse_lr,
+        )
+        info = newest.newest()
+        if self.before is not None:
+            self.before(policy, info is None)
+        state = self._resume(policy, newest, info)
+        trainer = Trainer(
+            model=policy,
+            loader=self.loader_at(state),
+            make_inputs=self.make_inputs,
+            total_steps=total_steps,
+            state=state,
+            newest=newest,
+            best=best,
+            checkpoint=config.checkpoint,
+            save=self._saver(policy),
+            validation=config.validation,
+            validate=self.validator(policy),
+            measure_start=self.measure_start,
+            log_every=config.log_every_steps,
+            monitor=self._monitor(policy, total_steps),
+        )
+        return _outcome(trainer.train(), newest, best)
+
+    def _resume(
+        self, policy: ParallelModel, store: CheckpointStore, info: CheckpointInfo | None
+    ) -> TrainerState:
+        if info is None:
+            return TrainerState()
+        state = TrainerState(**store.load(policy, info))
+        self.worker.tell(f"resuming from step {info.step:,} ({info.url})")
+        return state
+
+    def _saver(
+        self, policy: ParallelModel
+    ) -> Callable[[CheckpointStore, dict[str, Any]], CheckpointInfo]:
+        recipe_json = self.worker.recipe.model_dump(mode="json")
+        fingerprints = provenance(self.worker, stage=self.fingerprint, **self.hashes)
+
+        def save(store: CheckpointStore, state: dict[str, Any]) -> CheckpointInfo:
+            return store.save(policy, policy.step, state, recipe_json, fingerprints)
+
+        return save
+
+    def _monitor(self, policy: ParallelModel, total_steps: int) -> StageMonitor | None:
+        worker = self.worker
+        if worker.ctx.rank != 0:
+            return None
+        manifest, recipe = worker.dataset.manifest, worker.recipe
+        longest = float(recipe.data.loader.max_length)
+        mean_length = min(manifest.num_events / max(manifest.num_users, 1), longest)
+        return StageMonitor(
+            self.name,
+            total_steps=total_steps,
+            start_step=policy.step,
+            directory_url=worker.layout.metrics(self.name, self.fingerprint),
+            forward_flops_per_token=self.loss.flops_per_token(mean_length),
+            world_size=worker.ctx.world_size,
+            device=worker.ctx.device,
+            dtype=torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32,
+            say=worker.say,
+        )
+
+
+def _outcome(state: TrainerState, newest: CheckpointStore, best: CheckpointStore) -> dict[str, Any]:
+    """A training stage's outputs: the checkpoint that later stages start from. Collective."""
+    last = newest.newest()
+    selected = best.newest() if state.best_value is not None else last
+    assert last is not None and selected is not None, "a finished stage has saved"
+    return {
+        "checkpoint": checkpoint_reference(selected),
+        "last_checkpoint": checkpoint_reference(last),
+        "selected_on": "validation" if state.best_value is not None else "last step",
+        "best_value": state.best_value,
+        "best_epoch": state.best_epoch + 1,
+        "steps": last.step,
+    }
