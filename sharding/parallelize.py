@@ -185,17 +185,18 @@ class ParallelModel:
         shared = torch.stack([weights.sum(), (weights == 0).sum().double()])
         wait = self.ctx.all_reduce_sum_later(shared)
         self.engine.train(True)
+        factor = self._schedule(self.step)
+        lr, sparse_lr = factor * self._lr, factor * self._sparse_lr
+        self.tables.set_lr(sparse_lr)  # before the lookup: its kernels keep the rate for the update
         distinct, index = self._distinct([self._loss.required_ids(inputs) for inputs in micro])
         rows = self._sharded_rows(distinct)
         leaves = {name: value.detach().requires_grad_() for name, value in rows.items()}
         wait()
         totals, names = self._backward(micro, distinct, leaves, index, shared)
         self._check_finite(totals, sample_ids)
-        factor = self._schedule(self.step)
-        self._update_tables(rows, leaves, factor * self._sparse_lr, totals[1])
-        norm = self.engine.step(factor * self._lr)
+        self._update_tables(rows, leaves, totals[1])
+        norm = self.engine.step(lr)
         self.step += 1
-        lr, sparse_lr = factor * self._lr, factor * self._sparse_lr
         return StepResult(self.step, lr, sparse_lr, names, totals, norm)
 
     def _distinct(self, required: Sequence[Index]) -> tuple[dict[str, Tensor], list[Index]]:
@@ -259,7 +260,7 @@ class ParallelModel:
             totals.isfinite().all(), f"{place} another rank, whose error names the samples"
         )
 
-    def _update_tables(self, rows: Rows, leaves: Rows, lr: float, square: Tensor) -> None:
+    def _update_tables(self, rows: Rows, leaves: Rows, square: Tensor) -> None:
         """The one fused update of a step."""
         if not rows:
             return
@@ -268,7 +269,6 @@ class ParallelModel:
             factor = (self._sparse_clip / (square.sqrt() + 1e-6)).clamp(max=1.0).float()
             for grad in grads:
                 grad.mul_(factor)
-        self.tables.set_lr(lr)
         torch.autograd.backward([rows[name] for name in leaves], grads)
 
     def lookup(self, ids: Mapping[str, Tensor]) -> Rows:
