@@ -38,7 +38,7 @@ class DPOConfig(Config):
     beta: PositiveFloat = 0.1
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
     supervised_weight: NonNegativeFloat = 1.0
-    """Weight of the next-item loss on the winner and the context; keeps the model from forgetting."""
+    """Weight of the next-item loss on winner and context; keeps the model from forgetting."""
     rule: PreferenceRule = PreferenceRule()
     pairs_per_step: PositiveInt = 256
     """Pairs of a global batch."""

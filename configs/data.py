@@ -128,7 +128,7 @@ class LeaveLastOut(Config):
 
 
 class GlobalTime(Config):
-    """Events from `validation_from` on validate, from `test_from` on test (ISO dates or epoch s)."""
+    """Events from `validation_from` on validate, from `test_from` on test (ISO date or epoch s)."""
 
     kind: Literal["global_time"] = "global_time"
     validation_from: str | float
@@ -150,7 +150,7 @@ class LoaderConfig(Config):
     """Deterministic, elastic batching of user sequences."""
 
     global_batch: PositiveInt = 128
-    """Sequences per optimizer step over all ranks; the order depends on nothing else but the seed."""
+    """Sequences per optimizer step over all ranks; the order depends on it and the seed alone."""
     tokens_per_micro_batch: PositiveInt | None = None
     """Token budget of one rank's micro batch; a step is cut into as many as needed."""
     accumulation: PositiveInt = 1

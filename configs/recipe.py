@@ -64,12 +64,16 @@ def _validation_exists(recipe: Recipe) -> None:
         for name, block in blocks:
             if block is not None:
                 raise ValueError(
-                    f"{name}.validation must be null when "
-                    "data.split.include_validation_in_training is true: no item is left to select on"
+                    f"{name}.validation must be null when data.split.include_validation_in_training "
+                    "is true: no item is left to select on"
                 )
-    if isinstance(split, GlobalTime) and isinstance(split.validation_from, float | int):
-        if isinstance(split.test_from, float | int) and split.test_from <= split.validation_from:
-            raise ValueError("data.split.test_from must lie after data.split.validation_from")
+    if (
+        isinstance(split, GlobalTime)
+        and isinstance(split.validation_from, float | int)
+        and isinstance(split.test_from, float | int)
+        and split.test_from <= split.validation_from
+    ):
+        raise ValueError("data.split.test_from must lie after data.split.validation_from")
 
 
 def _features_are_mapped(recipe: Recipe) -> None:
