@@ -64,8 +64,8 @@ def _validation_exists(recipe: Recipe) -> None:
         for name, block in blocks:
             if block is not None:
                 raise ValueError(
-                    f"{name}.validation must be null when data.split.include_validation_in_training "
-                    "is true: no item is left to select on"
+                    f"{name}.validation must be null when data.split."
+                    "include_validation_in_training is true: no item is left to select on"
                 )
     if (
         isinstance(split, GlobalTime)
