@@ -23,8 +23,7 @@ ITEM_GROUP_ROWS = 4096
 _EMPTY_EVENTS = {
     "user": pa.string(),
     "time": pa.int64(),
-    "file": pa.int64(),
-    "position": pa.int64(),
+    "place": pa.int64(),
 }
 
 
@@ -71,7 +70,7 @@ def shard_step(
     url = job.part("by_user", shard)
     events = read_table(url) if storage.exists(url) else _no_events(job)
     codes, users = dense_codes(events["user"])
-    keys = [events["position"].to_numpy(), events["file"].to_numpy(), events["time"].to_numpy()]
+    keys = [events["place"].to_numpy(), events["time"].to_numpy()]
     events = events.take(pa.array(np.lexsort([*keys, codes])))
     length = np.bincount(codes, minlength=len(users))
     table = _sequences(job, events, users, length, first_user_id, item_offsets)

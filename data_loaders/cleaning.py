@@ -31,7 +31,7 @@ from data_loaders.events import (
 )
 from data_loaders.exchange import PARTITION, Report
 from data_loaders.shards import dense_codes, partition_of, read_table, staged, write_table
-from data_loaders.sources import Chunk, RawRows, TableFiles, positions, read_chunk
+from data_loaders.sources import FILE_SHIFT, Chunk, RawRows, TableFiles, places, read_chunk
 
 Log = CsvSource | JsonlSource | ParquetSource
 
@@ -90,8 +90,7 @@ def read_events(job: Job, files: TableFiles, chunk: Chunk, index: int) -> Report
 
 
 def _placed(typed: pa.Table, chunk: Chunk, raw: RawRows) -> pa.Table:
-    file = pa.array(np.full(typed.num_rows, chunk.file, np.int64))
-    return typed.append_column("file", file).append_column("position", pa.array(positions(raw)))
+    return typed.append_column("place", pa.array(places(chunk, raw)))
 
 
 def load_events(job: Job, url: str, key: str) -> Iterator[pa.Table]:
@@ -125,15 +124,14 @@ def first_item_step(job: Job, names: Sequence[str], partition: int, events: pa.T
 def _quarantine_duplicates(
     job: Job, names: Sequence[str], partition: int, copies: pa.Table
 ) -> dict[str, Any]:
-    order = pc.sort_indices(copies, [("file", "ascending"), ("position", "ascending")])
-    copies = copies.take(order)
+    copies = copies.sort_by("place")
     columns = job.source.columns
     raw = {columns.user: copies["user"], columns.item: copies["item"]}
     raw[columns.timestamp] = render_time(copies["time"].to_numpy(), job.rules.unit)
     if columns.rating is not None:
         raw[columns.rating] = copies["rating"]
     raw |= {column: copies[name] for name, column in job.rules.categories().items()}
-    files = np.asarray(names, dtype=object)[copies["file"].to_numpy()]
+    files = np.asarray(names, dtype=object)[copies["place"].to_numpy() >> FILE_SHIFT]
     table = quarantined(pa.table(raw), files, np.full(len(files), DUPLICATE, object))
     name = f"quarantine/part-duplicates-{partition:05d}.parquet"
     return write_table(job.root, name, table).model_dump()
@@ -188,9 +186,9 @@ def load_side_table(
 def side_step(job: Job, name: str, key: str, partition: int, rows: pa.Table) -> Report:
     """Stage the rows of a side table; of several with one key the first in the files counts."""
     codes, _ = dense_codes(rows[key])
-    order = np.lexsort([rows["position"].to_numpy(), rows["file"].to_numpy(), codes])
+    order = np.lexsort([rows["place"].to_numpy(), codes])
     first = np.ones(len(order), bool)
     first[1:] = codes[order][1:] != codes[order][:-1]
-    kept = rows.take(pa.array(order[first])).drop_columns(["file", "position"])
+    kept = rows.take(pa.array(order[first])).drop_columns(["place"])
     write_table(job.staging, staged(name, partition), kept)
     return {"rows": rows.num_rows}

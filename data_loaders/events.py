@@ -1,7 +1,7 @@
 """Typed events: what is valid, and what goes to the quarantine for which reason.
 
-Columns of an event: `user`, `item` string; `time` int64 microseconds; `file`, `position` int64, its
-place in the log, which orders events of equal time; where mapped, `rating` float32 (NaN: none),
+Columns of an event: `user`, `item` string; `time` int64 microseconds; `place` int64, where it
+stands in the log, which orders events of equal time; where mapped, `rating` float32 (NaN: none),
 `action` and `side_<name>` string.
 """
 
@@ -97,7 +97,7 @@ def type_events(raw: pa.Table, rules: EventRules) -> tuple[pa.Table, np.ndarray]
         raw: the mapped columns as read, n rows.
 
     Returns:
-        Event columns without `file` and `position`, n rows (bad ones hold anything), and int64 [n]
+        Event columns without `place`, n rows (bad ones hold anything), and int64 [n]
         index into REASONS.
     """
     columns = rules.columns
@@ -216,15 +216,25 @@ def render_time(time: np.ndarray, unit: TimestampUnit) -> pa.Array:
 
 def first_of_duplicates(events: pa.Table) -> np.ndarray:
     """bool [n]: of events with equal user, item and time, the one that stands first in the log."""
-    keys = [dense_codes(events["user"])[0], dense_codes(events["item"])[0]]
-    keys.append(events["time"].to_numpy())
-    order = np.lexsort([events["position"].to_numpy(), events["file"].to_numpy(), *keys])
-    same = np.ones(max(len(order) - 1, 0), bool)
-    for key in keys:
-        same &= key[order][1:] == key[order][:-1]
+    users, _ = dense_codes(events["user"])
+    items, catalogue = dense_codes(events["item"])
+    pair, time = users * max(len(catalogue), 1) + items, events["time"].to_numpy()
+    order = np.lexsort([time, pair])
+    tied = order[:-1][_as_before(pair[order], time[order])]
     first = np.ones(len(order), bool)
-    first[order[1:]] = ~same
+    if len(tied):  # rare, so only the groups that have ties are put into the log's order
+        group = np.flatnonzero(np.isin(pair, pair[tied]))
+        group = group[np.lexsort([events["place"].to_numpy()[group], time[group], pair[group]])]
+        first[group[1:][_as_before(pair[group], time[group])]] = False
     return first
+
+
+def _as_before(*keys: np.ndarray) -> np.ndarray:
+    """bool [n-1]: each row but the first has the keys of the row before it."""
+    same = np.ones(max(len(keys[0]) - 1, 0), bool)
+    for key in keys:
+        same &= key[1:] == key[:-1]
+    return same
 
 
 def count_reasons(reasons: pa.Table) -> Mapping[str, int]:

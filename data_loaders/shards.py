@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from configs import storage
@@ -66,7 +67,7 @@ def dense_codes(values: pa.ChunkedArray) -> tuple[np.ndarray, pa.Array]:
         int64 [n] codes in 0…distinct-1, and the distinct strings in byte order.
     """
     encoded = pa.chunked_array(values).combine_chunks().dictionary_encode()
-    order = np.argsort(np.asarray(encoded.dictionary.to_pylist(), dtype=object), kind="stable")
+    order = pc.sort_indices(encoded.dictionary).to_numpy()
     rank = np.empty(len(order), np.int64)
     rank[order] = np.arange(len(order))
     return rank[encoded.indices.to_numpy()], encoded.dictionary.take(pa.array(order))
@@ -74,5 +75,5 @@ def dense_codes(values: pa.ChunkedArray) -> tuple[np.ndarray, pa.Array]:
 
 def lookup(values: pa.ChunkedArray, vocabulary: pa.ChunkedArray) -> np.ndarray:
     """Dense id of each value, int64 [n] in 1…len(vocabulary); 0 where it is null or unknown."""
-    found = pa.compute.index_in(values, value_set=vocabulary).fill_null(-1)
+    found = pc.index_in(values, value_set=vocabulary).fill_null(-1)
     return found.to_numpy().astype(np.int64) + 1

@@ -31,6 +31,8 @@ BLOCK_BYTES = 8 << 20
 CHUNK_ROWS = 1 << 20
 """Rows of Parquet that one task reads, in whole row groups."""
 BATCH_ROWS = 1 << 18
+FILE_SHIFT = 40
+"""A row's place in the log is its file's index times 2**40 plus its row there."""
 Format = Literal["csv", "jsonl", "parquet"]
 
 
@@ -302,6 +304,7 @@ def _read_jsonl(files: TableFiles, stream: IO[bytes]) -> Iterator[RawRows]:
             return
 
 
-def positions(rows: RawRows) -> np.ndarray:
-    """int64 [n] position of each row in its file, for a stable order."""
-    return rows.first_row + np.arange(rows.table.num_rows, dtype=np.int64)
+def places(chunk: Chunk, rows: RawRows) -> np.ndarray:
+    """int64 [n] place of each row in the log; orders rows by file name, then row."""
+    first = (chunk.file << FILE_SHIFT) + rows.first_row
+    return first + np.arange(rows.table.num_rows, dtype=np.int64)

@@ -137,13 +137,13 @@ def test_quarantine_holds_raw_text_and_reason() -> None:
 @settings(deadline=None, max_examples=40)
 @given(
     st.lists(
-        st.tuples(*(st.integers(0, 2) for _ in range(3)), st.integers(0, 3), st.integers(0, 9)),
+        st.tuples(*(st.integers(0, 2) for _ in range(3)), st.integers(0, 99)),
         max_size=40,
         unique_by=lambda row: row[3:],
     )
 )
 def test_first_of_duplicates_equals_a_loop(rows: list[tuple[int, ...]]) -> None:
-    frame = pd.DataFrame(rows, columns=["user", "item", "time", "file", "position"])
+    frame = pd.DataFrame(rows, columns=["user", "item", "time", "place"])
     columns = {name: pa.array(frame[name].to_list(), pa.int64()) for name in frame}
     columns["user"] = columns["user"].cast(pa.string())
     columns["item"] = columns["item"].cast(pa.string())

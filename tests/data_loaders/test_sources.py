@@ -11,7 +11,7 @@ import pytest
 
 from configs.data import CsvSource, PublicSource
 from data_loaders import jsonl, sources
-from data_loaders.sources import TableFiles, plan, positions, read_chunk, source_signature
+from data_loaders.sources import FILE_SHIFT, TableFiles, places, plan, read_chunk, source_signature
 
 COLUMNS = {"data.source.columns.user": "user", "data.source.columns.item": "item"}
 
@@ -23,12 +23,12 @@ def _files(url: Path | str, kind: str, **options: object) -> TableFiles:
 
 
 def _read(files: TableFiles) -> tuple[list[tuple[object, ...]], list[str]]:
-    """(user, item, file, position) of all rows, and malformed lines."""
+    """(user, item, file, row) of all rows, and malformed lines."""
     rows, malformed = [], []
     for chunk in plan(files):
         for raw in read_chunk(files, chunk):
             users, items = raw.table["user"].to_pylist(), raw.table["item"].to_pylist()
-            place = positions(raw).tolist()
+            place = (places(chunk, raw) - (chunk.file << FILE_SHIFT)).tolist()
             rows += list(zip(users, items, [chunk.file] * len(users), place, strict=True))
             malformed += list(raw.malformed)
     return rows, malformed
