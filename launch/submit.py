@@ -5,6 +5,7 @@ project's folder does, and no credentials.
 """
 
 import asyncio
+import logging
 import os
 import re
 import shlex
@@ -35,6 +36,12 @@ RECIPE_FILE = "submitted.yaml"
 ADDRESS_VARIABLES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
 """Ray prefers these to the address it is given."""
 SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|(^|_)KEY($|_)", re.IGNORECASE)
+CHATTY = (
+    "ray._private.runtime_env.packaging",
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray.dashboard.modules.job.sdk",
+)
+"""Loggers of Ray that tell each step of an upload and each closed connection."""
 AGENT_WAIT_S = 60.0
 RECONNECT_S = 2.0
 LOST_AFTER_S = 120.0
@@ -150,6 +157,8 @@ def start(
     refuse_open(address, "--address")
     variables = _parse_environment(environment)
     protect_token()
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(logging.WARNING)
     client = _connect(address)
     command = [python, "-m", "launch.cli", "run", RECIPE_FILE, *options]
     with tempfile.TemporaryDirectory(prefix="tandem-submit-") as folder:

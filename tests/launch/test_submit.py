@@ -1,18 +1,19 @@
 """Submitting: what travels, what is refused, and a real job server that runs it."""
 
 import os
+import signal
 import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 from click.testing import CliRunner
+from ray.job_submission import JobSubmissionClient
 
 from configs.load import load_recipe
 from launch import cli, submit
-from tests.integration.jobs import write_recipe
+from tests.integration.jobs import start, wait_for, write_recipe
 
 
 def test_what_travels_is_our_packages_and_the_resolved_recipe(
@@ -105,14 +106,22 @@ def test_a_submitted_job_runs_and_its_exit_code_comes_back(
 
 
 @pytest.mark.slow
-def test_a_job_can_be_left_and_stopped(tmp_path: Path, job_server: str) -> None:
-    path = write_recipe(tmp_path)
-    settings = yaml.safe_load(path.read_text())
-    settings["training"]["epochs"] = 100_000
-    path.write_text(yaml.safe_dump(settings))
-    job = submit.start(load_recipe(path), job_server)
-    assert job.interrupted("leave") == 130
+def test_ctrl_c_leaves_the_job_or_stops_it(tmp_path: Path, job_server: str) -> None:
+    path = str(write_recipe(tmp_path))
+    endless = "training.epochs=100000"
+    following = start("submit", path, endless, "--address", job_server, "--on-interrupt", "leave")
+    try:
+        first = following.stdout.readline() if following.stdout else ""
+        assert first.startswith("submitted raysubmit_")
+        job = submit.Job(JobSubmissionClient(job_server), first.split()[1])
+        wait_for(lambda: job.status().value == "RUNNING", timeout=60)
+        following.send_signal(signal.SIGINT)
+        rest, _ = following.communicate(timeout=60)
+    finally:
+        following.kill()
+    assert following.returncode == submit.STOPPED_CODE, rest
+    assert f"ray job stop {job.job_id}" in rest
     assert not job.status().is_terminal()
-    assert job.interrupted("stop") == 130
+    assert job.interrupted("ask") == submit.STOPPED_CODE  # no terminal to ask on: stops it
     assert job.status().value == "STOPPED"
     assert job.follow() == submit.STOPPED_CODE
