@@ -182,7 +182,10 @@ def _evaluate_inputs(recipe: Recipe, done: dict[str, Outputs]) -> dict[str, Any]
     return {
         "data": done["prepare"]["data"],
         "policies": {name: entry["hash"] for name, entry in _policies(done).items()},
-        "settings": [*_dump(recipe.evaluation), recipe.data.loader.max_length],
+        "settings": [
+            *_dump(recipe.evaluation, recipe.data.split),
+            recipe.data.loader.max_length,
+        ],
     }
 
 
