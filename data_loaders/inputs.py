@@ -9,6 +9,7 @@ from configs.data import (
     DataConfig,
     GlobalTime,
     ItemText,
+    LeaveLastOut,
     Source,
     UserTable,
 )
@@ -41,7 +42,10 @@ def make_job(config: DataConfig, root: str, source: Log) -> Job:
         if test <= validation:
             raise ValueError("data.split.test_from must lie after data.split.validation_from")
     rules = EventRules.of(source.columns, source.timestamp_unit, config.cleaning)
-    return Job(root, source, config.cleaning, config.split, config.shards, rules)
+    split = config.split
+    if isinstance(split, LeaveLastOut):  # what trains is the loader's matter; the data are the same
+        split = split.model_copy(update={"include_validation_in_training": False})
+    return Job(root, source, config.cleaning, split, config.shards, rules)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from pyarrow import json as arrow_json
 
 
@@ -30,11 +31,22 @@ def parse(data: bytes, names: Sequence[str]) -> tuple[pa.Table, tuple[str, ...]]
         ]
         if dated:  # the parser's guess at dates would rewrite ids that look like one
             table = _parse_block(data, pa.schema([(name, pa.string()) for name in dated]))
+        exact = all(_is_exact(table[n]) for n in names if n in table.column_names)
     except pa.ArrowInvalid:
+        exact = False
+    if not exact:
         return _parse_lines(data, names)
     absent = pa.nulls(table.num_rows, pa.string())
     columns = [table[n] if n in table.column_names else absent for n in names]
     return pa.table(dict(zip(names, columns, strict=True))), ()
+
+
+def _is_exact(column: pa.ChunkedArray) -> bool:
+    """Whether the parser kept all digits; it makes integers beyond int64 doubles."""
+    if not pa.types.is_floating(column.type):
+        return True
+    largest = pc.max(pc.abs(column)).as_py()
+    return largest is None or largest < 2.0**53
 
 
 def _parse_block(data: bytes, schema: pa.Schema | None) -> pa.Table:
@@ -72,4 +84,6 @@ def _object(line: bytes) -> dict[str, Any] | None:
 def _text(value: Any) -> str | None:
     if value is None or isinstance(value, str):
         return value
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     return json.dumps(value)

@@ -20,6 +20,7 @@ from configs.data import (
     GlobalTime,
     ItemText,
     JsonlSource,
+    LeaveLastOut,
     ParquetSource,
     ShardConfig,
     UserTable,
@@ -200,7 +201,11 @@ def test_core_and_ratings_equal_a_loop_and_files_do_not_matter(tmp_path: Path) -
         share = log[len(log) * number // 4 : len(log) * (number + 1) // 4]
         pq.write_table(pa.Table.from_pylist(share), parts / f"{number}.parquet")
     again = _prepare(
-        _config(ParquetSource(url=str(parts), columns=COLUMNS), cleaning=cleaning),
+        _config(
+            ParquetSource(url=str(parts), columns=COLUMNS),
+            cleaning=cleaning,
+            split=LeaveLastOut(include_validation_in_training=True),  # the loader's matter
+        ),
         tmp_path / "data",
     )
     assert again.fingerprint == manifest.fingerprint

@@ -134,6 +134,13 @@ def test_json_lines_of_mixed_types_become_text() -> None:
     assert malformed == ("[1]",)
 
 
+def test_json_ids_beyond_int64_keep_their_digits() -> None:
+    data = b'{"a": 18446744073709551615, "b": 1.0}\n{"a": 18446744073709551614, "b": 2.5}\n'
+    table, _ = jsonl.parse(data, ["a", "b"])
+    assert table["a"].to_pylist() == ["18446744073709551615", "18446744073709551614"]
+    assert table["b"].to_pylist() == ["1", "2.5"]
+
+
 def test_json_column_that_no_line_has(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"user": 1}\n{"user": 2, "itemid": 3}\n')
