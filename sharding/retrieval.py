@@ -12,7 +12,7 @@ items, V items of the catalogue, K results.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,8 @@ TURN = 256
 TILE = 64
 """Matrix sides are multiples of this: kernels for odd edges round differently, and then equal keys
 would score unequally, and ranks would depend on the world size."""
+MAX_CHUNK = 1 << 23
+"""Items scored at once, at most: what float32 counts exactly."""
 _LOW_BITS = (1 << 32) - 1
 
 
@@ -82,8 +84,10 @@ class Catalogue:
         num_items: int,
         chunk: int,
     ) -> None:
-        if num_items < 1 or chunk < 1:
-            raise ValueError(f"num_items={num_items} and chunk={chunk} must be positive")
+        if num_items < 1 or not 1 <= chunk <= MAX_CHUNK:
+            raise ValueError(
+                f"num_items={num_items} must be positive and chunk={chunk} in 1…{MAX_CHUNK}"
+            )
         self._ctx, self._num_items = ctx, num_items
         self._chunk = _rounded_up(chunk)
         share = -(-num_items // ctx.world_size)
@@ -168,9 +172,10 @@ class Catalogue:
         turns = self._turns(queries, offsets[1:], offsets[:0], offsets)
         for source, turn in turns:
             total = torch.full((turn.size,), -torch.inf, device=queries.device)
-            for _, scores in self._scores(turn):
-                scores.div_(temperature)
-                total = torch.logaddexp(total, scores[: turn.size].logsumexp(1))
+            for _, scores in self._scores(replace(turn, queries=turn.queries / temperature)):
+                top = scores.amax(1)
+                part = scores.sub_(top[:, None]).exp_().sum(1).log_().add_(top)
+                total = torch.logaddexp(total, part[: turn.size])
             top = self._ctx.all_reduce_max(total.clone())
             share = self._ctx.all_reduce_sum((total - top).exp_())
             if source == self._ctx.rank:
@@ -213,13 +218,19 @@ class Catalogue:
 
     def _count_better(self, turn: _Turn, target_scores: Tensor) -> Tensor:
         """[r] competing items of this rank's range that come before the target."""
-        target_scores, targets = target_scores[:, None], turn.target_ids[:, None]
-        better = torch.zeros_like(turn.target_ids)
+        targets = turn.target_ids
+        above = target_scores.nextafter(target_scores.new_tensor(torch.inf))
+        better = torch.zeros_like(targets)
         for first, scores in self._scores(turn):
-            rivals = scores[: turn.size]
-            ids = torch.arange(first, first + rivals.shape[1], device=rivals.device)
-            better += (rivals <= target_scores).logical_not_().sum(1)
-            better += (rivals == target_scores).logical_and_(ids < targets).sum(1)
+            rivals, end = scores[: turn.size], first + scores.shape[1]
+            inside = ((targets > first) & (targets < end)).nonzero().squeeze(1)
+            ids = torch.arange(first, end, device=targets.device)
+            equal = rivals[inside] == target_scores[inside, None]
+            better[inside] += (equal & (ids < targets[inside, None])).sum(1)
+            # Equals of a lower id come first: all of the chunk's if it lies before the target.
+            threshold = torch.where(targets >= end, target_scores, above)
+            worse = rivals.lt_(threshold[:, None]).sum(1)
+            better += rivals.shape[1] - worse.to(torch.int64)
         return better
 
     def _best_keys(self, turn: _Turn, k: int) -> Tensor:

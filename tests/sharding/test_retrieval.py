@@ -12,6 +12,7 @@ from torch import Tensor
 from sharding.process_group import DistributedContext, current_context
 from sharding.retrieval import TURN, Catalogue
 from tests.harness import run_ranks
+from tests.sharding.policies import Settings, make_batch, make_policy, train
 
 ALONE = DistributedContext(0, 1, torch.device("cpu"))
 
@@ -185,6 +186,32 @@ def lookups_of_a_rank() -> int:
 
 def test_every_rank_makes_the_same_lookups() -> None:
     assert run_ranks(3, lookups_of_a_rank) == [2, 2, 2]
+
+
+def ask_a_model(variants: list[Settings]) -> None:
+    """Each rank asks for the next items of its own batch's users."""
+    ctx = current_context("cpu")
+    for variant in variants:
+        policy = make_policy(ctx, variant)
+        train(policy, 1)
+        batch = make_batch(5, ctx)
+        queries, keys = policy.query(batch), policy.item_keys(torch.arange(1, 38))
+        catalogue = Catalogue(policy, 37, chunk=7)
+        nothing = batch.item_ids[:0], torch.zeros(len(queries) + 1, dtype=torch.int64)
+        scores = queries @ keys.T
+        own = scores.gather(1, batch.target_ids[:, None] - 1)
+        ranks = 1 + (scores > own).sum(1)
+        assert torch.equal(catalogue.ranks(queries, batch.target_ids, *nothing), ranks)
+        best = scores.topk(5)
+        ids, found = catalogue.top_k(queries, 5, *nothing)
+        assert torch.equal(ids, 1 + best.indices) and torch.allclose(found, best.values)
+        sums = catalogue.log_sum_exp(queries, 0.05)
+        assert torch.allclose(sums, (scores / 0.05).logsumexp(1), rtol=1e-5)
+
+
+def test_a_model_answers_like_its_own_keys() -> None:
+    variants = [Settings(), Settings(placement="replicated", zero_stage=3)]
+    run_ranks(2, ask_a_model, variants)
 
 
 def ask_for_a_bad_target() -> str:
