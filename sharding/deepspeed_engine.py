@@ -27,6 +27,7 @@ class DenseEngine:
     """A module whose AdamW state, gradients and parameters DeepSpeed partitions over ranks.
 
     Weights, gradients and moments are float32; `bf16` precision is the forward's autocast.
+    Clipping is the caller's: all stages alike, and after the gradient is known to be finite.
     """
 
     def __init__(
@@ -39,7 +40,6 @@ class DenseEngine:
         self.stage = int(training.zero_stage)
         self.names = tuple(name for name, _ in module.named_parameters())
         self.num_parameters = sum(parameter.numel() for parameter in module.parameters())
-        self._clip_norm = optimizer.clip_norm
         self._ctx = ctx
         module.to(ctx.device)
         self._adam = torch.optim.AdamW(
@@ -81,11 +81,12 @@ class DenseEngine:
             "allgather_bucket_size": bucket,
             "overlap_comm": self._ctx.device.type == "cuda",
         }
-        clip = self._clip_norm if self._clip_norm is not None and self.stage > 0 else 0.0
+        if self.stage in (1, 2):
+            zero["compute_grad_norm"] = False  # `grad_square` does, and shares its all-reduce
         return {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
-            "gradient_clipping": clip,
+            "gradient_clipping": 0.0,
             "zero_optimization": zero,
             "steps_per_print": None,
             "wall_clock_breakdown": False,
@@ -131,18 +132,29 @@ class DenseEngine:
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss)
 
-    def step(self, lr: float) -> Tensor:
-        """Update with the mean gradient over ranks; the norm before clipping. Collective."""
+    def grad_square(self) -> Tensor:
+        """This rank's part of the squared norm of the mean gradient; sum it over ranks."""
+        square = nn.utils.get_total_norm(self._grads()).square()
+        return square / self._ctx.world_size if self.stage == 0 else square
+
+    def scale_grads(self, factor: Tensor) -> None:
+        """Multiply the gradient by a scalar that is equal on all ranks."""
+        for grad in self._grads():
+            grad.mul_(factor)
+
+    def _grads(self) -> list[Tensor]:
+        """The mean gradient as the coming step uses it: whole (ZeRO 0), or this rank's part."""
+        if self.stage == 0:
+            return [p.grad for p in self.module.parameters() if p.grad is not None]
+        return [
+            grad for group in self._engine.optimizer.averaged_gradients.values() for grad in group
+        ]
+
+    def step(self, lr: float) -> None:
+        """Update with the mean gradient over ranks. Collective."""
         for group in self._adam.param_groups:
             group["lr"] = lr
-        norm = None
-        if self.stage == 0:
-            limit = float("inf") if self._clip_norm is None else self._clip_norm
-            norm = nn.utils.clip_grad_norm_(self.module.parameters(), limit)
         self._engine.step()
-        if norm is None:
-            norm = self._engine.get_global_grad_norm()
-        return torch.as_tensor(norm)
 
     @property
     def adam_step(self) -> int:

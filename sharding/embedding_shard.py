@@ -90,7 +90,7 @@ class ShardedTables:
         return rows
 
     def set_lr(self, lr: float) -> None:
-        """Learning rate of the next fused update."""
+        """Learning rate of the updates of later lookups."""
         if lr != self._lr:
             self._lr = lr
             for group in self._collections:
@@ -216,7 +216,7 @@ class _Collection:
         }
 
     def set_lr(self, lr: float) -> None:
-        """Learning rate of the next fused update."""
+        """Learning rate of the updates of later lookups."""
         fused = self._module.fused_optimizer
         for group in fused.param_groups:
             group["lr"] = lr * self._scale

@@ -42,8 +42,7 @@ class StepResult:
     sparse_lr: float
     _names: tuple[str, ...]
     _totals: Tensor
-    """[3 + metrics]: weight, squared norm of the rows' gradient, loss, metrics."""
-    _dense_grad_norm: Tensor
+    """Weight, squared norms of the dense and of the rows' gradient, loss, then the metrics."""
 
     @property
     def weight(self) -> float:
@@ -53,22 +52,22 @@ class StepResult:
     @property
     def sparse_grad_norm(self) -> float:
         """Norm of the looked-up rows' gradient before clipping, over all ranks."""
-        return math.sqrt(float(self._totals[1]))
+        return math.sqrt(float(self._totals[2]))
 
     @property
     def dense_grad_norm(self) -> float:
         """Norm of the dense half's gradient before clipping."""
-        return float(self._dense_grad_norm)
+        return math.sqrt(float(self._totals[1]))
 
     @property
     def loss(self) -> float:
         """Mean over valid terms."""
-        return float(self._totals[2]) / max(self.weight, 1.0)
+        return float(self._totals[3]) / max(self.weight, 1.0)
 
     @property
     def metrics(self) -> dict[str, float]:
         """Means over valid terms."""
-        values = (self._totals[3:] / self._totals[0].clamp(min=1.0)).tolist()
+        values = (self._totals[4:] / self._totals[0].clamp(min=1.0)).tolist()
         return dict(zip(self._names, values, strict=True))
 
 
@@ -147,6 +146,7 @@ class ParallelModel:
         ctx: DistributedContext,
         schedule: Callable[[int], float],
         peaks: tuple[float, float],
+        clips: tuple[float | None, float | None],
     ) -> None:
         self.tables = tables
         self.engine = engine
@@ -156,8 +156,8 @@ class ParallelModel:
         self._dense = dense
         self._loss: LossModule = dense.loss_module
         self._schedule = schedule
-        self._lr, self._sparse_lr = peaks
-        self._sparse_clip = tables.plan.optimizer.clip_norm
+        self._sparse_lr, self._lr = peaks
+        self._sparse_clip, self._dense_clip = clips
         self._num_rows = {t.spec.name: t.spec.num_rows for t in tables.plan.tables}
         _check_halves(dense, tables, engine)
 
@@ -194,10 +194,12 @@ class ParallelModel:
         wait()
         totals, names = self._backward(micro, distinct, leaves, index, shared)
         self._check_finite(totals, sample_ids)
-        self._update_tables(rows, leaves, totals[1])
-        norm = self.engine.step(lr)
+        self._update_tables(rows, leaves, totals[2])
+        if self._dense_clip is not None:
+            self.engine.scale_grads(_clip_factor(totals[1], self._dense_clip))
+        self.engine.step(lr)
         self.step += 1
-        return StepResult(self.step, lr, sparse_lr, names, totals, norm)
+        return StepResult(self.step, lr, sparse_lr, names, totals)
 
     def _distinct(self, required: Sequence[Index]) -> tuple[dict[str, Tensor], list[Index]]:
         """Distinct ids of every table over all micro batches, and each one's positions."""
@@ -239,25 +241,24 @@ class ParallelModel:
                 names = tuple(sorted(metrics))
                 sums.append(torch.stack([loss.detach(), *(metrics[name] for name in names)]))
                 self.engine.backward(loss * scale, last=at == len(micro) - 1)
-        squares = [grad.square().sum() for grad in _row_gradients(leaves, distinct).values()]
-        square = torch.stack(squares).sum() if squares else scale.new_zeros(())
-        local = torch.stack([scale.new_zeros(()), square / self.ctx.world_size**2])
+        squares = [_row_gradient(leaf, distinct[name]) for name, leaf in leaves.items()]
+        sparse = torch.stack(squares).sum() if squares else scale.new_zeros(())
+        sparse = sparse / self.ctx.world_size**2
+        local = torch.stack([scale.new_zeros(()), self.engine.grad_square(), sparse])
         totals = torch.cat([local, torch.stack(sums).float().sum(0)]).double()
-        totals[0] = shared[0]
+        totals[0] = shared[0] / self.ctx.world_size
         return totals, names
 
     def _check_finite(self, totals: Tensor, sample_ids: Sequence[int] | None) -> None:
         """Sum `totals` over ranks in place, and stop every rank if something is not finite."""
-        mine = totals.isfinite().all()
-        weight = totals[0].clone()
+        mine = totals[2:].isfinite().all()  # the dense gradient is everybody's by now
         self.ctx.all_reduce_sum(totals)
-        totals[0] = weight
         samples = "unknown" if sample_ids is None else _name_samples(sample_ids)
-        place = f"step {self.step + 1}: the loss or its gradient is not finite on"
+        where = f"step {self.step + 1}, rank {self.ctx.rank} (samples {samples})"
         mend = "nothing was updated; lower training.optimizer.lr or inspect these samples"
-        torch._assert_async(mine, f"{place} rank {self.ctx.rank} (samples {samples}); {mend}")
+        torch._assert_async(mine, f"{where}: the loss or its gradient is not finite; {mend}")
         torch._assert_async(
-            totals.isfinite().all(), f"{place} another rank, whose error names the samples"
+            totals.isfinite().all(), f"{where}: what is not finite came from another rank; {mend}"
         )
 
     def _update_tables(self, rows: Rows, leaves: Rows, square: Tensor) -> None:
@@ -266,9 +267,8 @@ class ParallelModel:
             return
         grads = [leaf.grad for leaf in leaves.values()]
         if self._sparse_clip is not None:
-            factor = (self._sparse_clip / (square.sqrt() + 1e-6)).clamp(max=1.0).float()
-            for grad in grads:
-                grad.mul_(factor)
+            factor = _clip_factor(square, self._sparse_clip)
+            grads = [grad * factor for grad in grads if grad is not None]
         torch.autograd.backward([rows[name] for name in leaves], grads)
 
     def lookup(self, ids: Mapping[str, Tensor]) -> Rows:
@@ -340,7 +340,8 @@ def parallelize(
         engine,
         ctx,
         schedule=lambda step: learning_rate_factor(optimizer.schedule, step, total_steps),
-        peaks=(optimizer.lr, sparse_lr),
+        peaks=(sparse_lr, optimizer.lr),
+        clips=(plan.optimizer.clip_norm, optimizer.clip_norm),
     )
 
 
@@ -358,16 +359,18 @@ def learning_rate_factor(schedule: ScheduleConfig, step: int, total_steps: int) 
             return schedule.final_ratio + (1.0 - schedule.final_ratio) * share
 
 
-def _row_gradients(leaves: Rows, distinct: Mapping[str, Tensor]) -> Rows:
-    """Gradient of every table's rows: zeros where there is none, and for id 0."""
-    grads: Rows = {}
-    for name, leaf in leaves.items():
-        if leaf.grad is None:
-            leaf.grad = torch.zeros_like(leaf)
-        first = leaf.grad[:1]  # ids are sorted
-        first.masked_fill_((distinct[name][:1] == 0).unsqueeze(1), 0.0)
-        grads[name] = leaf.grad
-    return grads
+def _row_gradient(leaf: Tensor, ids: Tensor) -> Tensor:
+    """Squared norm of a table's gradient, made zero where there is none and for id 0."""
+    if leaf.grad is None:
+        leaf.grad = torch.zeros_like(leaf)
+    first = leaf.grad[:1]  # ids are sorted
+    first.masked_fill_((ids[:1] == 0).unsqueeze(1), 0.0)
+    return leaf.grad.square().sum()
+
+
+def _clip_factor(square: Tensor, limit: float) -> Tensor:
+    """What a gradient of squared norm `square` is multiplied with."""
+    return (limit / (square.sqrt() + 1e-6)).clamp(max=1.0).float()
 
 
 def _check_halves(dense: DenseHalf, tables: ShardedTables, engine: DenseEngine) -> None:

@@ -34,10 +34,10 @@ def data(step: int) -> tuple[Tensor, Tensor]:
     return torch.randn(BATCH, 5, generator=generator), torch.randn(BATCH, 3, generator=generator)
 
 
-def make_engine(stage: int, clip: float | None = None) -> DenseEngine:
+def make_engine(stage: int) -> DenseEngine:
     return DenseEngine(
         Tower(),
-        OptimizerConfig(lr=0.05, weight_decay=0.01, clip_norm=clip),
+        OptimizerConfig(lr=0.05, weight_decay=0.01),
         TrainingConfig(zero_stage=stage),
         current_context("cpu"),
     )
@@ -50,7 +50,13 @@ def share(values: Tensor, rank: int, world_size: int, one_rank_only: bool) -> Te
     return values[rank::world_size]
 
 
-def train(engine: DenseEngine, steps: range, micro: int = 1, one_rank_only: bool = False) -> list:
+def train(
+    engine: DenseEngine,
+    steps: range,
+    micro: int = 1,
+    one_rank_only: bool = False,
+    clip: float | None = None,
+) -> list:
     """Gradient norm of each step."""
     ctx = engine._ctx
     norms = []
@@ -61,13 +67,17 @@ def train(engine: DenseEngine, steps: range, micro: int = 1, one_rank_only: bool
             for at, piece in enumerate(pieces):
                 loss = engine(*piece) * ctx.world_size / BATCH
                 engine.backward(loss, last=at == micro - 1)
-        norms.append(float(engine.step(0.05 / (step + 1))))
+        norm = ctx.all_reduce_sum(engine.grad_square()).sqrt()
+        norms.append(float(norm))
+        if clip is not None:
+            engine.scale_grads((clip / norm).clamp(max=1.0))
+        engine.step(0.05 / (step + 1))
     return norms
 
 
 def trained(stage: int, micro: int, clip: float | None, one_rank_only: bool) -> tuple:
-    engine = make_engine(stage, clip)
-    norms = train(engine, range(3), micro, one_rank_only)
+    engine = make_engine(stage)
+    norms = train(engine, range(3), micro, one_rank_only, clip)
     return norms, engine.full_state(), engine.adam_step
 
 

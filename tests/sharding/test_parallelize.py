@@ -145,8 +145,8 @@ def poisoned(stage: int) -> tuple[str, bool, bool]:
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_loss_that_is_not_finite_stops_before_any_update(stage: int) -> None:
     first, second = run_ranks(2, poisoned, stage)
-    assert "step 2" in first[0] and "another rank" in first[0]
-    assert "step 2" in second[0] and "samples 1, 3, 5, 7, 9, 11" in second[0]
+    assert "step 2, rank 0" in first[0] and "another rank" in first[0]
+    assert "step 2, rank 1" in second[0] and "samples 1, 3, 5, 7, 9, 11" in second[0]
     for _, same, step_kept in (first, second):
         assert same, "weights changed"
         assert step_kept
