@@ -106,7 +106,8 @@ class Job:
         info = self._client.get_job_info(self.job_id)
         if info.status == JobStatus.SUCCEEDED:
             return 0
-        click.secho(f"job {self.job_id} {info.status.value}: {info.message}", fg="red", err=True)
+        reason = (info.message or "no reason given").partition(", last available logs")[0]
+        click.secho(f"job {self.job_id} {info.status.value}: {reason}", fg="red", err=True)
         if info.status == JobStatus.STOPPED:
             return STOPPED_CODE
         code = info.driver_exit_code or 1  # a job that never got to run has none
