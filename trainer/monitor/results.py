@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal, TypeVar
 
-from pydantic import FiniteFloat, NonNegativeInt, model_validator
+from pydantic import FiniteFloat, NonNegativeInt, ValidationError, model_validator
 
 from configs.base import Config
 from configs.recipe import Recipe
@@ -202,8 +202,11 @@ def read_recommendations(url: str) -> Recommendations:
 def _parsed(kind: type[C], url: str) -> C:
     try:
         return kind.model_validate(read_json(url))
-    except ValueError as error:
-        raise ValueError(f"{url} cannot be read: {error}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "the top"
+        reason = first["msg"].removeprefix("Value error, ")
+        raise ValueError(f"{url} is damaged or foreign at {place}: {reason}") from error
 
 
 class Change(Config):
