@@ -67,7 +67,7 @@ class DenseEngine:
             # Its CPU backend would build a shared-memory all-reduce (40 s of g++, and a stale lock
             # hangs it) that only inference uses; ranks talk gloo.
             deepspeed.ops.__compatible_ops__ = dict.fromkeys(ALL_OPS, False)
-        _import_without_compiling("deepspeed.runtime.zero.muon.muon_optimizer")
+        import_without_compiling("deepspeed.runtime.zero.muon.muon_optimizer")
         engine, *_ = deepspeed.initialize(
             model=module, optimizer=self._adam, config=self._config(), dist_init_required=False
         )
@@ -237,7 +237,7 @@ class DenseEngine:
                 )
 
 
-def _import_without_compiling(module: str) -> None:
+def import_without_compiling(module: str) -> None:
     """Import a module whose decorators call torch.compile, leaving its functions eager.
 
     DeepSpeed's ZeRO imports its Muon optimizer, which loads the whole compiler (2.5 s of every

@@ -17,7 +17,7 @@ from typing import Any
 
 import cloudpickle
 
-PRELOAD = ["torch", "torchrec", "torchrec.distributed", "deepspeed", "tests.harness"]
+PRELOAD = ["torch", "torchrec.distributed.planner", "deepspeed", "tests.preload"]
 
 
 def run_ranks(
@@ -29,9 +29,7 @@ def run_ranks(
     raises or dies fails the call with its traceback or exit code; the other ranks are ended.
     """
     context = multiprocessing.get_context("forkserver")
-    os.environ.update(
-        OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES=""
-    )
+    os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
     context.set_forkserver_preload(PRELOAD)
     directory = tempfile.mkdtemp(prefix="tandem-ranks-")
     processes: list[BaseProcess] = []
@@ -57,9 +55,7 @@ def run_ranks(
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def _collect(
-    processes: list[BaseProcess], pipes: list[Connection], deadline: float
-) -> list[Any]:
+def _collect(processes: list[BaseProcess], pipes: list[Connection], deadline: float) -> list[Any]:
     results: dict[int, Any] = {}
     failures: list[str] = []
     while len(results) < len(pipes) and not failures:

@@ -1,5 +1,7 @@
 """The dense half under every ZeRO stage: alike in training, exact in state."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -75,10 +77,43 @@ def train(
     return norms
 
 
-def trained(stage: int, micro: int, clip: float | None, one_rank_only: bool) -> tuple:
-    engine = make_engine(stage)
-    norms = train(engine, range(3), micro, one_rank_only, clip)
+@dataclass(frozen=True)
+class Case:
+    """A way to train that must not matter."""
+
+    stage: int
+    world_size: int
+    micro: int = 1
+    clip: float | None = None
+    one_rank_only: bool = False
+
+
+CASES = [
+    Case(stage, *options)
+    for stage in STAGES
+    for options in [(1,), (2,), (2, 3, 0.5), (2, 2, None, True)]
+]
+
+
+def trained_all(cases: list[Case]) -> list[tuple]:
+    return [trained(case) for case in cases]
+
+
+def trained(case: Case) -> tuple:
+    engine = make_engine(case.stage)
+    norms = train(engine, range(3), case.micro, case.one_rank_only, case.clip)
     return norms, engine.full_state(), engine.adam_step
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[Case, list[tuple]]:
+    """What every rank found in every case; one start of processes for each world size."""
+    found: dict[Case, list[tuple]] = {}
+    for world_size in (1, 2):
+        cases = [case for case in CASES if case.world_size == world_size]
+        ranks = run_ranks(world_size, trained_all, cases)
+        found |= {case: [rank[at] for rank in ranks] for at, case in enumerate(cases)}
+    return found
 
 
 def reference(clip: float | None) -> tuple[list, dict[str, Tensor]]:
@@ -97,36 +132,22 @@ def reference(clip: float | None) -> tuple[list, dict[str, Tensor]]:
     return norms, {name: p.detach() for name, p in tower.named_parameters()}
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize(
-    ("world_size", "micro", "clip", "one_rank_only"),
-    [(1, 1, None, False), (2, 1, None, False), (2, 3, 0.5, False), (2, 2, None, True)],
-)
-def test_every_stage_equals_plain_adamw(
-    stage: int, world_size: int, micro: int, clip: float | None, one_rank_only: bool
-) -> None:
-    want_norms, want = reference(clip)
-    for norms, state, adam_step in run_ranks(
-        world_size, trained, stage, micro, clip, one_rank_only
-    ):
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_stage_equals_plain_adamw(case: Case, outcomes: dict[Case, list[tuple]]) -> None:
+    want_norms, want = reference(case.clip)
+    for norms, state, adam_step in outcomes[case]:
         assert adam_step == 3
         assert norms == pytest.approx(want_norms, rel=1e-5)
         for name, weight in want.items():
             torch.testing.assert_close(state[name]["weight"], weight, rtol=1e-5, atol=1e-6)
 
 
-def continued(stage: int, saved: FullState, adam_step: int) -> tuple[FullState, FullState, Tensor]:
-    """Load into a fresh engine: its state, its state two steps on, and a forward after loading."""
-    engine = make_engine(stage)
-    engine.load_full_state(saved, adam_step)
-    loaded = engine.full_state()
-    with torch.no_grad():
-        loss = engine(*data(9))
-    train(engine, range(3, 5))
-    return loaded, engine.full_state(), loss
+def uninterrupted_all(stages: list[int]) -> list[tuple[FullState, FullState, Tensor]]:
+    return [uninterrupted(stage) for stage in stages]
 
 
 def uninterrupted(stage: int) -> tuple[FullState, FullState, Tensor]:
+    """State after three steps, after five, and a forward between."""
     engine = make_engine(stage)
     train(engine, range(3))
     middle = engine.full_state()
@@ -136,27 +157,53 @@ def uninterrupted(stage: int) -> tuple[FullState, FullState, Tensor]:
     return middle, engine.full_state(), loss
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_state_round_trip_continues_bit_for_bit(stage: int) -> None:
-    middle, end, loss = run_ranks(2, uninterrupted, stage)[0]
-    for loaded, finished, loss_after in run_ranks(2, continued, stage, middle, 3):
-        assert torch.equal(loss, loss_after)
-        for name, parts in middle.items():
-            for key, value in parts.items():
-                assert torch.equal(value, loaded[name][key]), (name, key)
-                assert torch.equal(end[name][key], finished[name][key]), (name, key)
+def continued_all(
+    states: list[tuple[int, FullState]],
+) -> list[tuple[FullState, FullState, Tensor]]:
+    return [continued(stage, saved) for stage, saved in states]
 
 
-@pytest.mark.parametrize(("written", "read", "ranks"), [(1, 3, 1), (3, 2, 3), (2, 0, 1)])
-def test_state_moves_between_stages_and_world_sizes(written: int, read: int, ranks: int) -> None:
-    middle, end, _ = run_ranks(2, uninterrupted, written)[0]
-    for loaded, finished, _ in run_ranks(ranks, continued, read, middle, 3):
-        for name, parts in middle.items():
-            for key, value in parts.items():
-                assert torch.equal(value, loaded[name][key]), (name, key)
-                torch.testing.assert_close(
-                    end[name][key], finished[name][key], rtol=1e-5, atol=1e-6
-                )
+def continued(stage: int, saved: FullState) -> tuple[FullState, FullState, Tensor]:
+    """The same from a fresh engine that loads the state after three steps."""
+    engine = make_engine(stage)
+    engine.load_full_state(saved, adam_step=3)
+    loaded = engine.full_state()
+    with torch.no_grad():
+        loss = engine(*data(9))
+    train(engine, range(3, 5))
+    return loaded, engine.full_state(), loss
+
+
+@pytest.fixture(scope="module")
+def complete() -> list[tuple[FullState, FullState, Tensor]]:
+    """What two ranks do uninterrupted, by stage."""
+    return run_ranks(2, uninterrupted_all, STAGES)[0]
+
+
+def test_state_round_trip_continues_bit_for_bit(complete: list) -> None:
+    states = [(stage, complete[stage][0]) for stage in STAGES]
+    for rank in run_ranks(2, continued_all, states):
+        for (middle, end, loss), (loaded, finished, loss_after) in zip(complete, rank, strict=True):
+            assert torch.equal(loss, loss_after)
+            for name, parts in middle.items():
+                for key, value in parts.items():
+                    assert torch.equal(value, loaded[name][key]), (name, key)
+                    assert torch.equal(end[name][key], finished[name][key]), (name, key)
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_state_moves_between_stages_and_world_sizes(world_size: int, complete: list) -> None:
+    moves = [(1, 3), (3, 2), (2, 0), (0, 1)]
+    states = [(read, complete[written][0]) for written, read in moves]
+    for rank in run_ranks(world_size, continued_all, states):
+        for (written, _), (loaded, finished, _) in zip(moves, rank, strict=True):
+            middle, end, _ = complete[written]
+            for name, parts in middle.items():
+                for key, value in parts.items():
+                    assert torch.equal(value, loaded[name][key]), (name, key)
+                    torch.testing.assert_close(
+                        end[name][key], finished[name][key], rtol=1e-5, atol=1e-6
+                    )
 
 
 def weights_only(stage: int) -> tuple[FullState, Tensor, int]:
@@ -168,18 +215,20 @@ def weights_only(stage: int) -> tuple[FullState, Tensor, int]:
         return engine.full_state(), engine(*data(9)), engine.adam_step
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_weights_alone_reset_the_optimizer(stage: int) -> None:
-    state, loss, adam_step = run_ranks(2, weights_only, stage)[0]
+def weights_only_all() -> list[tuple[FullState, Tensor, int]]:
+    return [weights_only(stage) for stage in STAGES]
+
+
+def test_weights_alone_reset_the_optimizer() -> None:
     tower = Tower()
-    nn.init.constant_(tower.scale, 0.1)
     for parameter in tower.parameters():
         nn.init.constant_(parameter, 0.1)
-    assert adam_step == 0
-    torch.testing.assert_close(loss, tower(*data(9)).detach())
-    for parts in state.values():
-        assert not parts["exp_avg"].any()
-        assert (parts["weight"] == 0.1).all()
+    for state, loss, adam_step in run_ranks(2, weights_only_all)[0]:
+        assert adam_step == 0
+        torch.testing.assert_close(loss, tower(*data(9)).detach())
+        for parts in state.values():
+            assert not parts["exp_avg"].any()
+            assert (parts["weight"] == 0.1).all()
 
 
 def wrong_state() -> str:

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -44,6 +44,35 @@ def snapshot(policy: ParallelModel) -> dict[str, Tensor]:
     return tables | {name: value for name, value in dense.items() if "loss_module" in name}
 
 
+@dataclass(frozen=True)
+class Case:
+    """A way to run three steps that must not matter."""
+
+    placement: str
+    world_size: int
+    stage: int = 1
+    micro: int = 1
+    deal: str = "dealt"
+    clip: float | None = None
+
+
+CASES = [
+    Case(placement, world_size)
+    for placement in ("row_wise", "table_wise", "column_wise", "replicated")
+    for world_size in (1, 2)
+] + [
+    Case(placement, 2, stage, micro, deal, clip)
+    for placement in ("row_wise", "replicated")
+    for stage in (0, 1, 2, 3)
+    for micro, deal, clip in [(3, "dealt", None), (2, "rank 0 only", 0.05)]
+]
+
+
+def train_all(cases: list[Case]) -> list[tuple]:
+    """Every case in turn, each with a policy of its own."""
+    return [train(case.placement, case.stage, case.micro, case.deal, case.clip) for case in cases]
+
+
 def train(placement, stage: int, micro: int, deal: str, clip: float | None = None) -> tuple:
     policy = toy_policy(toy_recipe(placement, stage), ADAM.model_copy(update={"clip_norm": clip}))
     rank, world_size = policy.ctx.rank, policy.ctx.world_size
@@ -52,6 +81,17 @@ def train(placement, stage: int, micro: int, deal: str, clip: float | None = Non
         result = policy.train_step(micro_batches(rank, world_size, micro, deal, step))
         results.append((result.loss, result.weight, result.metrics["hit"], result.step))
     return results, snapshot(policy)
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[Case, list[tuple]]:
+    """What every rank found in every case; one start of processes for each world size."""
+    found: dict[Case, list[tuple]] = {}
+    for world_size in (1, 2):
+        cases = [case for case in CASES if case.world_size == world_size]
+        ranks = run_ranks(world_size, train_all, cases, timeout=240)
+        found |= {case: [rank[at] for rank in ranks] for at, case in enumerate(cases)}
+    return found
 
 
 def reference(placement, world_size: int, clip: float | None = None) -> tuple:
@@ -78,23 +118,9 @@ def check(found: list, placement, world_size: int, clip: float | None = None) ->
             torch.testing.assert_close(state[name], value, rtol=2e-5, atol=2e-6, msg=name)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("placement", ["row_wise", "table_wise", "column_wise", "replicated"])
-def test_three_steps_equal_plain_pytorch(placement: str, world_size: int) -> None:
-    found = run_ranks(world_size, train, placement, 1, 1, "dealt")
-    check(found, placement, world_size)
-
-
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("placement", ["row_wise", "replicated"])
-@pytest.mark.parametrize(
-    ("micro", "deal", "clip"),
-    [(3, "dealt", None), (2, "rank 0 only", 0.05)],
-)
-def test_neither_stage_nor_accumulation_nor_a_rank_without_data_changes_the_update(
-    stage: int, placement: str, micro: int, deal: str, clip: float | None
-) -> None:
-    check(run_ranks(2, train, placement, stage, micro, deal, clip), placement, 2, clip)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_three_steps_equal_plain_pytorch(case: Case, outcomes: dict[Case, list[tuple]]) -> None:
+    check(outcomes[case], case.placement, case.world_size, case.clip)
 
 
 def test_placements_mix() -> None:
@@ -128,6 +154,10 @@ def test_results_are_those_of_the_global_batch() -> None:
             assert left == pytest.approx(right, rel=1e-5)
 
 
+def poisoned_all() -> list[tuple[str, bool, bool]]:
+    return [poisoned(stage) for stage in (0, 1, 2, 3)]
+
+
 def poisoned(stage: int) -> tuple[str, bool, bool]:
     """A sample of rank 1 has an infinite loss in its second step."""
     policy = toy_policy(toy_recipe("row_wise", stage), ADAM, poisoned=1)
@@ -142,14 +172,14 @@ def poisoned(stage: int) -> tuple[str, bool, bool]:
     return str(error.value), same, policy.step == 1
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_loss_that_is_not_finite_stops_before_any_update(stage: int) -> None:
-    first, second = run_ranks(2, poisoned, stage)
-    assert "step 2, rank 0" in first[0] and "another rank" in first[0]
-    assert "step 2, rank 1" in second[0] and "samples 1, 3, 5, 7, 9, 11" in second[0]
-    for _, same, step_kept in (first, second):
-        assert same, "weights changed"
-        assert step_kept
+def test_loss_that_is_not_finite_stops_before_any_update() -> None:
+    first, second = run_ranks(2, poisoned_all)
+    for stage in (0, 1, 2, 3):
+        assert "step 2, rank 0" in first[stage][0] and "another rank" in first[stage][0]
+        assert "step 2, rank 1 (samples 1, 3, 5, 7, 9, 11)" in second[stage][0]
+        for _, same, step_kept in (first[stage], second[stage]):
+            assert same, "weights changed"
+            assert step_kept
 
 
 def clipped() -> tuple[float, float, float]:

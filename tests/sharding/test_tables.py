@@ -57,28 +57,37 @@ def three_updates(placement: Placement, kind: str, empty_rank: int) -> dict[str,
     return {"rows": seen, "tables": {name: tables.gather(name) for name in tables.names}}
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_three_updates_equal_the_unsharded_reference(
-    world_size: int, placement: Placement, kind: str
+CASES = [
+    *((w, placement, kind, -1) for w in (1, 2) for placement in PLACEMENTS for kind in KINDS),
+    *((2, placement, "rowwise_adagrad", 1) for placement in PLACEMENTS),  # a rank without ids
+    *((4, placement, "rowwise_adagrad", 2) for placement in PLACEMENTS),  # ranks without rows
+]
+
+
+def all_updates(cases: list[tuple]) -> list[dict[str, list]]:
+    return [three_updates(placement, kind, empty) for _, placement, kind, empty in cases]
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[tuple, list]:
+    """What every rank found in every case; one start of processes for each world size."""
+    found: dict[tuple, list] = {}
+    for world_size in (1, 2, 4):
+        cases = [case for case in CASES if case[0] == world_size]
+        ranks = run_ranks(world_size, all_updates, cases)
+        found |= {case: [rank[at] for rank in ranks] for at, case in enumerate(cases)}
+    return found
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_three_updates_equal_the_unsharded_reference(case: tuple, outcomes: dict) -> None:
+    check_three_updates(*case, outcomes[case])
+
+
+def check_three_updates(
+    world_size: int, placement: Placement, kind: str, empty_rank: int, results: list
 ) -> None:
-    check_three_updates(world_size, placement, kind, empty_rank=-1)
-
-
-@pytest.mark.parametrize("placement", PLACEMENTS)
-def test_rank_without_ids_takes_part(placement: Placement) -> None:
-    check_three_updates(2, placement, "rowwise_adagrad", empty_rank=1)
-
-
-@pytest.mark.parametrize("placement", PLACEMENTS)
-def test_more_ranks_than_rows_of_a_table(placement: Placement) -> None:
-    check_three_updates(4, placement, "rowwise_adagrad", empty_rank=2)
-
-
-def check_three_updates(world_size: int, placement: Placement, kind: str, empty_rank: int) -> None:
     optimizer = SparseOptimizerConfig(kind=kind, lr=0.5, eps=1e-3)
-    results = run_ranks(world_size, three_updates, placement, kind, empty_rank)
     for spec in SPECS:
         blocks = min(world_size, spec.width // 4) if placement == "column_wise" else 1
         twin = ReferenceTable(spec, optimizer, seed=7, column_blocks=blocks)
