@@ -60,12 +60,17 @@ def install(dev: bool) -> None:
         print(
             f"install: locked versions for {device} into {VENV.name}/ (a minute or two)", flush=True
         )
+        if done.get("device", device) != device:
+            shutil.rmtree(VENV)  # builds for CPU and CUDA share file names and version numbers
+            done = {}
         make_venv(VENV)
+        done["device"] = device
+        write_stamp(VENV / STAMP, done)
         install_runtime(device)
     if dev and wanted["dev"] != done.get("dev"):
         print("install: linter, type checker, pytest", flush=True)
         pip("--compile", "-r", str(LOCKS / "dev.lock.txt"))
-    (VENV / STAMP).write_text(json.dumps({**done, **wanted}, indent=2) + "\n")
+    write_stamp(VENV / STAMP, {**done, **wanted})
     print(f"install: done in {time.monotonic() - started:.0f} s", flush=True)
 
 
@@ -121,6 +126,13 @@ def read_stamp(path: Path) -> dict[str, str]:
     except (OSError, ValueError):
         return {}
     return recorded if isinstance(recorded, dict) else {}
+
+
+def write_stamp(path: Path, content: dict[str, str]) -> None:
+    """Record what is installed, only ever as a whole file."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.replace(path)
 
 
 def make_venv(path: Path) -> None:

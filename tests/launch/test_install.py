@@ -101,15 +101,15 @@ def test_other_pythons_and_missing_compilers_are_refused(monkeypatch: pytest.Mon
 def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Commands that the installer would run, on an environment of its own."""
     seen: list[str] = []
-    monkeypatch.setattr(install, "VENV", tmp_path)
-    monkeypatch.setattr(install, "make_venv", lambda path: None)
+    monkeypatch.setattr(install, "VENV", tmp_path / "venv")
+    monkeypatch.setattr(install, "make_venv", lambda path: path.mkdir(exist_ok=True))
     monkeypatch.setattr(install, "run", lambda command, what: seen.append(what))
     monkeypatch.setenv(install.DEVICE_VARIABLE, "cpu")
     monkeypatch.delenv(install.INDEX_VARIABLE, raising=False)
     return seen
 
 
-def test_a_second_install_runs_nothing(commands: list[str], tmp_path: Path) -> None:
+def test_a_second_install_runs_nothing(commands: list[str]) -> None:
     install.install(dev=False)
     assert [c for c in commands if "torch==2.13.0+cpu" in c] and "preparing" in commands[-1]
     commands.clear()
@@ -121,23 +121,26 @@ def test_a_second_install_runs_nothing(commands: list[str], tmp_path: Path) -> N
     install.install(dev=False)
     install.install(dev=True)
     assert not commands
-    (tmp_path / install.STAMP).write_text('{"runtime"')
+    (install.VENV / install.STAMP).write_text('{"runtime"')
     install.install(dev=False)
     assert commands
 
 
-def test_a_change_of_device_installs_again(
+def test_a_change_of_device_starts_from_nothing(
     commands: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    install.install(dev=False)
+    install.install(dev=True)
+    (install.VENV / "fbgemm of the other device").touch()
     commands.clear()
     monkeypatch.setenv(install.DEVICE_VARIABLE, "cuda")
-    install.install(dev=False)
+    install.install(dev=True)
     assert any("cuda.lock.txt" in command for command in commands)
+    assert any("dev.lock.txt" in command for command in commands)
+    assert [path.name for path in install.VENV.iterdir()] == [install.STAMP]
 
 
 def test_a_missing_build_of_torch_names_the_variable(
-    commands: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    commands: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(command: list[str], what: str) -> None:
         raise install.InstallError(what)
@@ -145,7 +148,7 @@ def test_a_missing_build_of_torch_names_the_variable(
     monkeypatch.setattr(install, "run", fail)
     with pytest.raises(install.InstallError, match=install.INDEX_VARIABLE):
         install.install(dev=False)
-    assert not (tmp_path / install.STAMP).exists()
+    assert "runtime" not in install.read_stamp(install.VENV / install.STAMP)
 
 
 def test_the_index_variable_reaches_pip(
