@@ -134,3 +134,9 @@ def results(run: Path) -> dict[str, Any]:
     """results.json of a run."""
     value: dict[str, Any] = storage.read_json(str(run / "results.json"))
     return value
+
+
+def measured(run: Path) -> dict[str, Any]:
+    """Metrics of every policy, without the checkpoint's hash, which covers the run's own paths."""
+    models = results(run)["models"]
+    return {n: {k: v for k, v in m.items() if k != "checkpoint"} for n, m in models.items()}

@@ -8,6 +8,7 @@ from tests.integration.jobs import (
     finish,
     kill_everything,
     losses,
+    measured,
     results,
     start,
     wait_for,
@@ -60,4 +61,4 @@ def test_kill_9_of_the_whole_job_then_the_same_command(
     assert "resuming from step" in output
     for stage in ("train", "align"):
         assert losses(tmp_path / "run", stage) == losses(calm[0] / "run", stage)
-    assert results(tmp_path / "run")["models"] == results(calm[0] / "run")["models"]
+    assert measured(tmp_path / "run") == measured(calm[0] / "run")
