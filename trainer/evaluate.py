@@ -125,7 +125,7 @@ def _rank(
     max_users: int | None,
 ) -> dict[str, float]:
     config, ctx = worker.recipe.evaluation, worker.ctx
-    metrics = RankingMetrics(config.ks, head_mask(counts, config.head_share))
+    metrics = RankingMetrics(config.ks, head_mask(counts, config.head_share).to(ctx.device))
     for users in _batches(worker, part, max_users):
         users = users.to(ctx.device)
         queries = query(users)
