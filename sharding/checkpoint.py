@@ -288,7 +288,7 @@ class CheckpointStore:
         try:
             storage.remove(storage.join(self.root, name, MANIFEST))
             storage.remove(storage.join(self.root, name))
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001 - each storage back end raises its own kinds
             _log.warning("%s/%s cannot be removed: %s", self.root, name, error)
 
     def _on_first_rank(self, function: Callable[[], T]) -> T:

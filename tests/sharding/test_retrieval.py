@@ -123,7 +123,7 @@ def test_alone_equals_dense() -> None:
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_sharded_equals_dense(world_size: int) -> None:
-    run_ranks(world_size, explore_on_rank, 60)
+    run_ranks(world_size, explore_on_rank, 40)
 
 
 def equal_keys(world_size: int) -> None:
