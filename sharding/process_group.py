@@ -93,7 +93,7 @@ def current_context(device: Device) -> DistributedContext:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     world_size = dist.get_world_size()
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
-    os.environ.setdefault("DS_ACCELERATOR", device)
+    os.environ["DS_ACCELERATOR"] = device
     # DeepSpeed's CPU accelerator otherwise starts `numactl` in every step to count devices.
     os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
     place = torch.device(device)

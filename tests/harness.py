@@ -64,8 +64,6 @@ def _collect(processes: list[BaseProcess], pipes: list[Connection], deadline: fl
         if not ready:
             late = [rank for rank in range(len(pipes)) if rank not in results]
             raise TimeoutError(f"ranks {late} did not finish in time")
-        if any(not pipe.poll() for pipe in ready):
-            continue
         for pipe in ready:
             rank = pipes.index(pipe)  # type: ignore[arg-type]
             failure = _receive(rank, pipes[rank], processes[rank], results)

@@ -26,6 +26,7 @@ SAMPLES = list(range(12))
 ADAM = OptimizerConfig(lr=0.02, weight_decay=0.01)
 SPARSE = SparseOptimizerConfig(lr=0.3, eps=1e-4)
 STEPS = 3
+POISONS = [(stage, poison) for stage in (0, 1, 2, 3) for poison in ("loss", "gradient")]
 
 
 def micro_batches(rank: int, world_size: int, micro: int, deal: str, step: int) -> list:
@@ -155,12 +156,12 @@ def test_results_are_those_of_the_global_batch() -> None:
 
 
 def poisoned_all() -> list[tuple[str, bool, bool]]:
-    return [poisoned(stage) for stage in (0, 1, 2, 3)]
+    return [poisoned(stage, poison) for stage, poison in POISONS]
 
 
-def poisoned(stage: int) -> tuple[str, bool, bool]:
-    """A sample of rank 1 has an infinite loss in its second step."""
-    policy = toy_policy(toy_recipe("row_wise", stage), ADAM, poisoned=1)
+def poisoned(stage: int, poison: str) -> tuple[str, bool, bool]:
+    """A sample of rank 1 is not finite in its second step."""
+    policy = toy_policy(toy_recipe("row_wise", stage), ADAM, poisoned=1, poison=poison)
     rank, world_size = policy.ctx.rank, policy.ctx.world_size
     clean = [[s for s in SAMPLES if s != 1][rank::world_size], SAMPLES[rank::world_size]]
     policy.train_step([toy_inputs(clean[0], 0)], clean[0])
@@ -172,12 +173,16 @@ def poisoned(stage: int) -> tuple[str, bool, bool]:
     return str(error.value), same, policy.step == 1
 
 
-def test_loss_that_is_not_finite_stops_before_any_update() -> None:
-    first, second = run_ranks(2, poisoned_all)
-    for stage in (0, 1, 2, 3):
-        assert "step 2, rank 0" in first[stage][0] and "another rank" in first[stage][0]
-        assert "step 2, rank 1 (samples 1, 3, 5, 7, 9, 11)" in second[stage][0]
-        for _, same, step_kept in (first[stage], second[stage]):
+def test_what_is_not_finite_stops_before_any_update() -> None:
+    ranks = run_ranks(2, poisoned_all)
+    for (_, poison), *found in zip(POISONS, *ranks, strict=True):
+        messages = [message for message, _, _ in found]
+        assert "step 2, rank 0" in messages[0] and "another rank" in messages[0]
+        assert "step 2, rank 1 (samples 1, 3, 5, 7, 9, 11)" in messages[1]
+        assert "nothing was updated" in messages[1]
+        if poison == "loss":
+            assert "another rank" not in messages[1]
+        for _, same, step_kept in found:
             assert same, "weights changed"
             assert step_kept
 

@@ -65,11 +65,12 @@ class ToyInputs:
 class ToyLoss(nn.Module):
     """Sampled softmax of the next item."""
 
-    def __init__(self, model: ToyModel, poisoned: int | None = None) -> None:
+    def __init__(self, model: ToyModel, poisoned: int | None = None, poison: str = "loss") -> None:
         super().__init__()
         self.model = model
         self.poisoned = poisoned
-        """A sample whose loss is not finite."""
+        """A sample whose `loss`, or only whose dense `gradient`, is not finite."""
+        self.poison = poison
 
     def required_ids(self, inputs: ToyInputs) -> dict[str, dict[str, Tensor]]:
         batch = inputs.batch
@@ -93,7 +94,10 @@ class ToyLoss(nn.Module):
         logits = (queries[:, None] * F.embedding(candidates, keys)).sum(-1)
         losses = -logits.log_softmax(1)[:, 0] * (inputs.batch.target_ids > 0)
         if self.poisoned is not None and (inputs.batch.sample_ids == self.poisoned).any():
-            losses = losses / 0.0
+            if self.poison == "loss":
+                losses = losses / 0.0
+            else:
+                losses = losses + (0.0 * self.model.outer.weight.sum()).sqrt()
         hits = (logits.argmax(1) == 0).float() * (inputs.batch.target_ids > 0)
         return LossOutput(losses.sum(), {"hit": hits.sum()})
 
@@ -161,11 +165,15 @@ def toy_recipe(
 
 
 def toy_policy(
-    recipe: Recipe, adam: OptimizerConfig, poisoned: int | None = None, total_steps: int = 3
+    recipe: Recipe,
+    adam: OptimizerConfig,
+    poisoned: int | None = None,
+    poison: str = "loss",
+    total_steps: int = 3,
 ) -> ParallelModel:
     """The toy model in the current process group."""
     return parallelize(
-        ToyLoss(ToyModel(), poisoned),
+        ToyLoss(ToyModel(), poisoned, poison),
         SPECS,
         recipe,
         current_context("cpu"),
