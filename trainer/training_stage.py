@@ -58,6 +58,7 @@ class TrainingStage:
             sparse_lr=self.sparse_lr,
         )
         info = newest.newest()
+        self._tell_damage(newest, info)
         if self.before is not None:
             self.before(policy, info is None)
         state = self._resume(policy, newest, info)
@@ -78,6 +79,16 @@ class TrainingStage:
             monitor=self._monitor(policy, total_steps),
         )
         return _outcome(trainer.train(), newest, best)
+
+    def _tell_damage(self, store: CheckpointStore, info: CheckpointInfo | None) -> None:
+        """Say what was skipped; refuse to start over silently where nothing else is left."""
+        for sentence in store.skipped:
+            self.worker.tell(sentence)
+        if info is None and store.skipped:
+            raise ValueError(
+                f"every checkpoint of stage {self.name!r} is damaged (first: {store.skipped[0]}); "
+                f"restore one, or begin again with `tandem {self.name} RECIPE --force`"
+            )
 
     def _resume(
         self, policy: ParallelModel, store: CheckpointStore, info: CheckpointInfo | None
