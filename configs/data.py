@@ -1,5 +1,6 @@
 """Where events come from, how they are cleaned, split, stored and batched."""
 
+from datetime import UTC, datetime
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
@@ -16,6 +17,21 @@ PublicName = Literal[
     "kuairand-pure",
 ]
 TimestampUnit = Literal["s", "ms", "us", "iso8601"]
+
+
+def epoch_seconds(value: str | float) -> float:
+    """Seconds since 1970 of an ISO date (UTC unless it says otherwise) or of a number.
+
+    Raises:
+        ValueError: the text is not a date.
+    """
+    if not isinstance(value, str):
+        return float(value)
+    try:
+        date = datetime.fromisoformat(value)
+    except ValueError:
+        raise ValueError(f"{value!r} is not an ISO date such as 2026-01-31") from None
+    return (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
 
 
 class ColumnMap(Config):
@@ -118,6 +134,12 @@ class CleaningConfig(Config):
     item_core: PositiveInt = 1
     """k-core: users with fewer events and items with fewer are removed, repeatedly."""
 
+    @model_validator(mode="after")
+    def _dates_follow(self) -> "CleaningConfig":
+        if epoch_seconds(self.latest) <= epoch_seconds(self.earliest):
+            raise ValueError(f"latest={self.latest!r} must lie after earliest={self.earliest!r}")
+        return self
+
 
 class LeaveLastOut(Config):
     """Per user: the last item is the test, the one before it the validation."""
@@ -133,6 +155,15 @@ class GlobalTime(Config):
     kind: Literal["global_time"] = "global_time"
     validation_from: str | float
     test_from: str | float
+
+    @model_validator(mode="after")
+    def _periods_follow(self) -> "GlobalTime":
+        if epoch_seconds(self.test_from) <= epoch_seconds(self.validation_from):
+            raise ValueError(
+                f"test_from={self.test_from!r} must lie after validation_from="
+                f"{self.validation_from!r}"
+            )
+        return self
 
 
 Split = Annotated[LeaveLastOut | GlobalTime, Field(discriminator="kind")]
@@ -183,5 +214,11 @@ class DataConfig(Config):
             raise ValueError(
                 f"loader.tokens_per_micro_batch={budget} cannot hold one sequence of "
                 f"loader.max_length={self.loader.max_length}; raise the budget or shorten sequences"
+            )
+        if self.loader.cached_row_groups < self.loader.shuffle_window:
+            raise ValueError(
+                f"loader.cached_row_groups={self.loader.cached_row_groups} is below "
+                f"loader.shuffle_window={self.loader.shuffle_window}, so that row groups would be "
+                "read again and again; raise it to the window"
             )
         return self

@@ -7,7 +7,7 @@ from pydantic import Field, NonNegativeInt, model_validator
 from configs.alignment import DPOConfig
 from configs.base import Config
 from configs.cluster import ClusterConfig
-from configs.data import DataConfig, GlobalTime, LeaveLastOut
+from configs.data import DataConfig, LeaveLastOut
 from configs.evaluation import EvaluationConfig, RecommendConfig
 from configs.models import InitConfig, Model
 from configs.objectives import Objective, SampledSoftmaxConfig
@@ -67,13 +67,6 @@ def _validation_exists(recipe: Recipe) -> None:
                     f"{name}.validation must be null when data.split."
                     "include_validation_in_training is true: no item is left to select on"
                 )
-    if (
-        isinstance(split, GlobalTime)
-        and isinstance(split.validation_from, float | int)
-        and isinstance(split.test_from, float | int)
-        and split.test_from <= split.validation_from
-    ):
-        raise ValueError("data.split.test_from must lie after data.split.validation_from")
 
 
 def _features_are_mapped(recipe: Recipe) -> None:
@@ -102,11 +95,12 @@ def _features_are_mapped(recipe: Recipe) -> None:
 
 
 def _metric_is_measured(recipe: Recipe) -> None:
-    allowed = [f"{m}@{k}" for m in ("hr", "ndcg") for k in recipe.evaluation.ks] + ["mrr"]
-    blocks = [("training", recipe.training.validation)]
+    ranking = [f"{m}@{k}" for m in ("hr", "ndcg") for k in recipe.evaluation.ks] + ["mrr"]
+    blocks = [("training", recipe.training.validation, ranking)]
     if recipe.alignment is not None:
-        blocks.append(("alignment", recipe.alignment.validation))
-    for name, block in blocks:
+        allowed = [*ranking, "preference_accuracy"]
+        blocks.append(("alignment", recipe.alignment.validation, allowed))
+    for name, block, allowed in blocks:
         if block is not None and block.metric not in allowed:
             raise ValueError(
                 f"{name}.validation.metric={block.metric!r} is not measured; allowed: {allowed}"

@@ -16,13 +16,16 @@ class SparseOptimizerConfig(Config):
     lr: PositiveFloat = 0.02
     eps: PositiveFloat = 1e-8
     clip_norm: PositiveFloat | None = None
-    """Largest norm of the looked-up embeddings' gradient, over all ranks."""
+    """Largest norm of the looked-up rows' gradient over all ranks; a row that several ranks looked
+    up counts once for each of them."""
 
 
 class ShardingConfig(Config):
     """Plan of all tables; a table that `placement` does not name uses `default`.
 
-    `replicated` puts a table in the dense half, under AdamW, for some million rows at most.
+    `replicated` puts a table in the dense half, under AdamW, for some million rows at most. Under
+    `column_wise`, rowwise_adagrad keeps one accumulator per column block, so that its update
+    depends on the number of ranks; `auto` never chooses it.
     """
 
     default: Placement = "auto"

@@ -153,8 +153,8 @@ def _split(job: Job, time: np.ndarray, length: np.ndarray) -> tuple[np.ndarray, 
         return np.where(splits, length - 2, length), np.where(splits, length - 1, length)
     start = np.cumsum(length) - length
     bounds = (
-        date_us(job.split.validation_from, "data.split.validation_from"),
-        date_us(job.split.test_from, "data.split.test_from"),
+        date_us(job.split.validation_from),
+        date_us(job.split.test_from),
     )
     # Every user has an event, so no segment is empty, which reduceat could not express.
     before = [np.add.reduceat((time < bound).astype(np.int64), start) for bound in bounds]

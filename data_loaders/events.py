@@ -7,14 +7,13 @@ stands in the log, which orders events of equal time; where mapped, `rating` flo
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from configs.data import CleaningConfig, ColumnMap, TimestampUnit
+from configs.data import CleaningConfig, ColumnMap, TimestampUnit, epoch_seconds
 from data_loaders.shards import dense_codes
 
 SECOND = 1_000_000
@@ -48,15 +47,8 @@ class EventRules:
 
     @classmethod
     def of(cls, columns: ColumnMap, unit: TimestampUnit, cleaning: CleaningConfig) -> "EventRules":
-        """Rules of a recipe. Raises ValueError for a date that is none."""
-        earliest = date_us(cleaning.earliest, "data.cleaning.earliest")
-        latest = date_us(cleaning.latest, "data.cleaning.latest")
-        if latest <= earliest:
-            raise ValueError(
-                f"data.cleaning.latest={cleaning.latest!r} must lie after "
-                f"data.cleaning.earliest={cleaning.earliest!r}"
-            )
-        return cls(columns, unit, earliest, latest)
+        """Rules of a recipe."""
+        return cls(columns, unit, date_us(cleaning.earliest), date_us(cleaning.latest))
 
     def wanted(self) -> dict[str, str]:
         """Recipe key → column of the log."""
@@ -75,19 +67,9 @@ class EventRules:
         return action | {f"side_{name}": name for name in self.columns.side_features}
 
 
-def date_us(value: str | float, place: str) -> int:
+def date_us(value: str | float) -> int:
     """Microseconds of an ISO date (UTC unless it says otherwise) or of epoch seconds."""
-    if isinstance(value, int | float):
-        return round(value * SECOND)
-    try:
-        moment = datetime.fromisoformat(value)
-    except ValueError as error:
-        raise ValueError(
-            f"{place}={value!r} is no ISO date; write it like 2024-01-31 or 2024-01-31T12:00:00"
-        ) from error
-    if moment.tzinfo is None:
-        moment = moment.replace(tzinfo=UTC)
-    return round(moment.timestamp() * SECOND)
+    return round(epoch_seconds(value) * SECOND)
 
 
 def type_events(raw: pa.Table, rules: EventRules) -> tuple[pa.Table, np.ndarray]:

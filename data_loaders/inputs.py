@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from configs.data import (
     DataConfig,
-    GlobalTime,
     ItemText,
     LeaveLastOut,
     Source,
@@ -16,7 +15,7 @@ from configs.data import (
 from data_loaders import public
 from data_loaders.cleaning import Job, Log
 from data_loaders.download import Say
-from data_loaders.events import EventRules, date_us
+from data_loaders.events import EventRules
 from data_loaders.sources import Chunk, TableFiles, plan
 
 
@@ -34,13 +33,6 @@ def make_job(config: DataConfig, root: str, source: Log) -> Job:
             f"data.cleaning.min_rating={config.cleaning.min_rating} needs a rating: map "
             "data.source.columns.rating"
         )
-    if isinstance(config.split, GlobalTime):
-        validation, test = (
-            date_us(getattr(config.split, key), f"data.split.{key}")
-            for key in ("validation_from", "test_from")
-        )
-        if test <= validation:
-            raise ValueError("data.split.test_from must lie after data.split.validation_from")
     rules = EventRules.of(source.columns, source.timestamp_unit, config.cleaning)
     split = config.split
     if isinstance(split, LeaveLastOut):  # what trains is the loader's matter; the data are the same

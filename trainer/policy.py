@@ -93,10 +93,10 @@ def parallelize_policy(
         sparse_lr=sparse_lr,
     )
     worker.tell(policy.tables.plan.render())
-    dense = sum(p.numel() for p in model.parameters())
+    training = worker.recipe.training
     worker.tell(
-        f"dense half: {dense:,} parameters, ZeRO {worker.recipe.training.zero_stage}, "
-        f"{worker.recipe.training.precision}, {worker.ctx.world_size} ranks "
+        f"dense half: {policy.engine.num_parameters:,} parameters, ZeRO {training.zero_stage}, "
+        f"{training.precision}, {worker.ctx.world_size} ranks "
         f"({time.monotonic() - started:.1f} s)"
     )
     return policy

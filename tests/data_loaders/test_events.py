@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configs.data import CleaningConfig, ColumnMap
+from configs.data import CleaningConfig, ColumnMap, GlobalTime
 from data_loaders.events import (
     REASONS,
     EventRules,
@@ -155,9 +155,11 @@ def test_first_of_duplicates_equals_a_loop(rows: list[tuple[int, ...]]) -> None:
 
 
 def test_dates_of_the_recipe() -> None:
-    assert date_us("2020-01-01", "x") == YEAR_2020 * 10**6
-    assert date_us(YEAR_2020, "x") == YEAR_2020 * 10**6
-    with pytest.raises(ValueError, match=r"data.cleaning.latest='soon' is no ISO date"):
-        EventRules.of(ColumnMap(), "s", CleaningConfig(latest="soon"))
-    with pytest.raises(ValueError, match="must lie after data.cleaning.earliest"):
-        EventRules.of(ColumnMap(), "s", CleaningConfig(latest="1980-01-01"))
+    assert date_us("2020-01-01") == YEAR_2020 * 10**6
+    assert date_us(YEAR_2020) == YEAR_2020 * 10**6
+    with pytest.raises(ValueError, match="'soon' is not an ISO date"):
+        CleaningConfig(latest="soon")
+    with pytest.raises(ValueError, match="must lie after earliest"):
+        CleaningConfig(latest="1980-01-01")
+    with pytest.raises(ValueError, match="must lie after validation_from"):
+        GlobalTime(validation_from="2020-01-02", test_from="2020-01-01")
