@@ -87,6 +87,11 @@ def _features_are_mapped(recipe: Recipe) -> None:
                 f"model.side_features names {name!r}, which data.source.columns.side_features "
                 f"{list(source.columns.side_features)} does not map"
             )
+    if recipe.data.cleaning.min_rating is not None and source.columns.rating is None:
+        raise ValueError(
+            f"data.cleaning.min_rating={recipe.data.cleaning.min_rating} needs a rating: map "
+            "data.source.columns.rating"
+        )
     if recipe.alignment is not None and source.columns.rating is None:
         raise ValueError(
             "alignment needs liked and disliked items: map data.source.columns.rating, "

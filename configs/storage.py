@@ -10,11 +10,24 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 CHUNK = 4 << 20
+DRIVERS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs"}
+"""What fsspec needs besides itself for a kind of URL."""
 
 
 def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system of `url` and the path inside it."""
-    fs, path = fsspec.core.url_to_fs(url)
+    """The file system of `url` and the path inside it.
+
+    Raises:
+        ValueError: nothing here can open such a URL; the sentence says what to install.
+    """
+    try:
+        fs, path = fsspec.core.url_to_fs(url)
+    except (ImportError, OSError, ValueError) as error:
+        scheme = url.split("://", 1)[0]
+        package = DRIVERS.get(scheme)
+        mend = f"run `.venv/bin/pip install {package}`" if package else "check the address"
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{url!r} cannot be opened ({reason}); {mend}") from error
     return fs, path
 
 
@@ -43,9 +56,19 @@ def exists(url: str) -> bool:
 
 
 def make_directory(url: str) -> None:
-    """Create a directory and its parents."""
+    """Create a directory and its parents.
+
+    Raises:
+        ValueError: it cannot be created there.
+    """
     fs, path = filesystem(url)
-    fs.makedirs(path, exist_ok=True)
+    try:
+        fs.makedirs(path, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ValueError(
+            f"directory {url!r} cannot be created: {reason}; choose another"
+        ) from error
 
 
 def remove(url: str) -> None:

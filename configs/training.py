@@ -1,10 +1,12 @@
 """Optimisation of the dense half, duration, validation and checkpoints."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from configs.base import Config
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ScheduleConfig(Config):
@@ -19,7 +21,7 @@ class OptimizerConfig(Config):
     """AdamW of the dense half (and of replicated tables)."""
 
     lr: PositiveFloat = 1e-3
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[Decay, Decay] = (0.9, 0.98)
     eps: PositiveFloat = 1e-8
     weight_decay: float = Field(0.0, ge=0)
     clip_norm: PositiveFloat | None = None

@@ -24,7 +24,8 @@ def run(
 
     Args:
         until: last stage to run.
-        from_: this stage and those after it run again, even if they are current.
+        from_: this stage and those after it run anew if they had finished; an interrupted one is
+            resumed.
         only: run this one stage; the stages it needs must be current.
         force: run the selected stages again from nothing, discarding their checkpoints.
 
@@ -38,6 +39,10 @@ def run(
             raise ValueError(
                 f"recipe {recipe.name!r} has no stage {wanted!r}: its stages are {list(names)}"
             )
+    if until is not None and from_ is not None and names.index(until) < names.index(from_):
+        raise ValueError(
+            f"--from {from_} comes after --until {until}, so that nothing would run; swap them"
+        )
     _Run(recipe, from_, only, force).execute(names, until or only)
 
 
@@ -58,7 +63,7 @@ class _Run:
         with self._cluster:
             again = False
             for number, name in enumerate(names, 1):
-                again = again or name == self._from or (self._force and self._only is None)
+                again = again or name == self._from
                 if name in needed:
                     self._stage(GRAPH[name], f"[{number}/{len(names)}] {name}", again)
                 if name == last:
@@ -83,9 +88,9 @@ class _Run:
             {"format": RECORD_FORMAT, "stage": stage.name} | stage.inputs(self._recipe, self._done)
         )
         record = self._current_record(stage, fingerprint)
-        forced = self._force and stage.name in (self._only or stage.name)
         selected = self._only in (None, stage.name)
-        if record is not None and not (selected and (again or forced)):
+        anew = selected and (again or self._force)
+        if record is not None and not anew:
             print(f"{label}: unchanged, skipped", flush=True)
             self._done[stage.name] = record["outputs"]
             return
@@ -94,7 +99,7 @@ class _Run:
                 f"stage {self._only!r} needs {stage.name!r}, which has not run with these "
                 f"settings: run `tandem run RECIPE --until {stage.name}` first"
             )
-        if selected and forced:
+        if self._force or record is not None:  # without --force an interrupted stage is resumed
             self._discard(stage.name, fingerprint)
         self._execute(stage, label, fingerprint)
 

@@ -121,7 +121,7 @@ def _align_inputs(recipe: Recipe, done: dict[str, Outputs]) -> dict[str, Any]:
     return {
         "start": done["train"]["checkpoint"]["hash"],
         "data": done["prepare"]["data"],
-        "settings": _dump(recipe.alignment),
+        "settings": _dump(recipe.alignment, recipe.evaluation),
         "train": _train_inputs(recipe, done),
     }
 

@@ -1,6 +1,6 @@
 """What pretraining and alignment share: stores, resume, monitor, and the outcome of a stage."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -115,8 +115,7 @@ class TrainingStage:
         if worker.ctx.rank != 0:
             return None
         manifest, recipe = worker.dataset.manifest, worker.recipe
-        longest = float(recipe.data.loader.max_length)
-        mean_length = min(manifest.num_events / max(manifest.num_users, 1), longest)
+        mean_length = _mean_length(manifest.length_histogram, recipe.data.loader.max_length)
         return StageMonitor(
             self.name,
             total_steps=total_steps,
@@ -130,6 +129,16 @@ class TrainingStage:
         )
 
 
+def _mean_length(histogram: Mapping[int, int], longest: int) -> float:
+    """Length of the sequence that a mean token is in, Σn²/Σn, from users per power-of-two bucket.
+
+    Attention's cost per token grows with this, not with the mean over sequences.
+    """
+    lengths = [(min(1.5 * bucket, longest), users) for bucket, users in histogram.items()]
+    tokens = sum(users * length for length, users in lengths)
+    return sum(users * length**2 for length, users in lengths) / max(tokens, 1.0)
+
+
 def _outcome(state: TrainerState, newest: CheckpointStore, best: CheckpointStore) -> dict[str, Any]:
     """A training stage's outputs: the checkpoint that later stages start from. Collective."""
     last = newest.newest()
@@ -140,6 +149,6 @@ def _outcome(state: TrainerState, newest: CheckpointStore, best: CheckpointStore
         "last_checkpoint": checkpoint_reference(last),
         "selected_on": "validation" if state.best_value is not None else "last step",
         "best_value": state.best_value,
-        "best_epoch": state.best_epoch + 1,
+        "best_epoch": None if state.best_value is None else state.best_epoch + 1,
         "steps": last.step,
     }
