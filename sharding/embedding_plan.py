@@ -20,7 +20,7 @@ from torchrec.distributed.types import ModuleSharder, ParameterSharding
 
 from configs.sharding import Placement, ShardingConfig, SparseOptimizerConfig
 from models.base import TableSpec
-from sharding.process_group import hush_libraries
+from sharding.process_group import DistributedContext, hush_libraries
 
 LANES = 4  # the fused kernels hold rows whose width is a multiple of this
 FLOAT_BYTES = 4
@@ -84,6 +84,15 @@ class TablePlan:
         block = self.shards[0].rows
         row = shard.rank * block
         return Shard(shard.rank, row, column, min(block, self.stored_rows - row), width)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the planner must know of where ranks run; every rank is taken to have the same."""
+
+    memory: int
+    """Bytes that a rank may use for tables."""
+    ranks_per_node: int
 
 
 @dataclass(frozen=True)
@@ -154,8 +163,42 @@ class EmbeddingPlan:
         return "\n".join(text)
 
 
+def agree_on_plan(
+    specs: Sequence[TableSpec], config: ShardingConfig, ctx: DistributedContext
+) -> EmbeddingPlan:
+    """The one plan of a worker group, made by rank 0 for the smallest machine. Collective.
+
+    Ranks that planned for themselves would name different owners wherever their nodes differ, and
+    look up rows that nobody holds.
+
+    Raises:
+        ValueError: as `plan_tables` does, with the same sentence on every rank.
+    """
+    machines = ctx.all_gather_object(_this_machine(config, ctx.world_size, ctx.device.type))
+    smallest = Machine(
+        memory=min(machine.memory for machine in machines),
+        ranks_per_node=min(machine.ranks_per_node for machine in machines),
+    )
+    plan: EmbeddingPlan | None = None
+    failure: str | None = None
+    if ctx.rank == 0:
+        try:
+            plan = plan_tables(specs, config, ctx.world_size, ctx.device.type, smallest)
+        except ValueError as error:
+            failure = str(error)
+    plan, failure = ctx.broadcast_object((plan, failure))
+    if failure is not None:
+        raise ValueError(failure)
+    assert plan is not None
+    return plan
+
+
 def plan_tables(
-    specs: Sequence[TableSpec], config: ShardingConfig, world_size: int, device: str
+    specs: Sequence[TableSpec],
+    config: ShardingConfig,
+    world_size: int,
+    device: str,
+    machine: Machine | None = None,
 ) -> EmbeddingPlan:
     """Place every table; `auto` is the planner's choice of row-wise or table-wise.
 
@@ -164,10 +207,12 @@ def plan_tables(
         config: placements, optimizer and memory limits of the recipe.
         world_size: ranks to plan for; none of them need exist.
         device: `cpu` or `cuda`.
+        machine: where the ranks run; None takes this process's machine for all of them.
 
     Raises:
         ValueError: a table is too large to replicate, or the tables do not fit the ranks.
     """
+    machine = machine or _this_machine(config, world_size, device)
     wanted = {spec.name: config.placement.get(spec.name, config.default) for spec in specs}
     for spec in specs:
         if wanted[spec.name] == "replicated" and spec.num_rows > config.max_replicated_rows:
@@ -179,13 +224,11 @@ def plan_tables(
     chosen = _planner_choice(
         [spec for spec in specs if wanted[spec.name] in ("auto", "table_wise")],
         wanted,
-        config,
-        world_size,
-        device,
+        _topology(machine, world_size, device),
     )
     tables = tuple(_place(spec, wanted[spec.name], chosen, world_size) for spec in specs)
     plan = EmbeddingPlan(tables, world_size, device, config.optimizer)
-    _check_memory(plan, config)
+    _check_memory(plan, machine.memory)
     return plan
 
 
@@ -235,9 +278,7 @@ def _column_shards(spec: TableSpec, world_size: int) -> tuple[Shard, ...]:
 def _planner_choice(
     specs: Sequence[TableSpec],
     wanted: dict[str, Placement],
-    config: ShardingConfig,
-    world_size: int,
-    device: str,
+    topology: Topology,
 ) -> dict[str, ParameterSharding]:
     """What TorchRec's planner decides for tables that the recipe leaves to it, by name."""
     if not specs:
@@ -263,7 +304,7 @@ def _planner_choice(
             device=torch.device("meta"),
         )
     planner = EmbeddingShardingPlanner(
-        topology=_topology(config, world_size, device),
+        topology=topology,
         storage_reservation=FixedPercentageStorageReservation(percentage=0.0),
         constraints={
             name: ParameterConstraints(
@@ -277,21 +318,25 @@ def _planner_choice(
         plan = planner.plan(model, sharders)
     except PlannerError as error:
         raise ValueError(
-            f"the tables {sorted(allowed)} do not fit {world_size} ranks "
+            f"the tables {sorted(allowed)} do not fit {topology.world_size} ranks "
             f"({str(error).splitlines()[0]}); add workers, or raise sharding.hbm_gb"
         ) from error
     return {name: sharding for module in plan.plan.values() for name, sharding in module.items()}
 
 
-def _topology(config: ShardingConfig, world_size: int, device: str) -> Topology:
+def _topology(machine: Machine, world_size: int, device: str) -> Topology:
     """Machines as the planner sees them: memory per rank, ranks per node."""
-    local = min(world_size, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
+    local = min(world_size, machine.ranks_per_node)
     while world_size % local:
         local -= 1
-    limit = _memory_limit(config, device)
     if device == "cuda":
-        return Topology(world_size, device, local_world_size=local, hbm_cap=limit)
-    return Topology(world_size, device, local_world_size=local, ddr_cap=limit)
+        return Topology(world_size, device, local_world_size=local, hbm_cap=machine.memory)
+    return Topology(world_size, device, local_world_size=local, ddr_cap=machine.memory)
+
+
+def _this_machine(config: ShardingConfig, world_size: int, device: str) -> Machine:
+    ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    return Machine(_memory_limit(config, device), ranks_per_node)
 
 
 def _memory_limit(config: ShardingConfig, device: str) -> int:
@@ -303,8 +348,7 @@ def _memory_limit(config: ShardingConfig, device: str) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _check_memory(plan: EmbeddingPlan, config: ShardingConfig) -> None:
-    limit = _memory_limit(config, plan.device)
+def _check_memory(plan: EmbeddingPlan, limit: int) -> None:
     for rank in range(plan.world_size):
         needed = sum(plan.bytes_of_rank(rank))
         if needed > limit:

@@ -18,7 +18,7 @@ from models.base import SequenceModel, TableSpec
 from models.batch import JaggedBatch
 from sharding.deepspeed_engine import DenseEngine
 from sharding.distinct import distinct_ids
-from sharding.embedding_plan import Shard, TablePlan, plan_tables
+from sharding.embedding_plan import Shard, TablePlan, agree_on_plan
 from sharding.embedding_shard import ShardedTables, initialize_rows
 from sharding.loss_module import LossModule, LossOutput
 from sharding.process_group import DistributedContext
@@ -327,9 +327,9 @@ def parallelize(
         sparse_lr: peak learning rate of the sharded tables.
 
     Raises:
-        ValueError: the tables do not fit, or are too large to replicate.
+        ValueError: the tables do not fit, or are too large to replicate; alike on every rank.
     """
-    plan = plan_tables(specs, recipe.sharding, ctx.world_size, ctx.device.type)
+    plan = agree_on_plan(specs, recipe.sharding, ctx)
     tables = ShardedTables(plan, recipe.sharding.optimizer, ctx, recipe.seed)
     autocast = recipe.training.precision == "bf16"
     dense = DenseHalf(loss_module, plan.replicated, autocast, recipe.seed)

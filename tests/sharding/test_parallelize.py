@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import os
 from dataclasses import dataclass, replace
 
 import pytest
@@ -133,6 +134,17 @@ def test_placements_mix() -> None:
         assert [loss for loss, *_ in results] == pytest.approx(losses, rel=1e-5)
         for spec in SPECS:
             torch.testing.assert_close(state[f"table/{spec.name}"], twin.table(spec.name))
+
+
+def train_on_nodes(ranks_per_node: list[int]) -> tuple:
+    """Three steps where this rank's node has the given number of ranks."""
+    os.environ["LOCAL_WORLD_SIZE"] = str(ranks_per_node[int(os.environ["RANK"])])
+    return train("table_wise", 1, 1, "dealt")
+
+
+@pytest.mark.parametrize("ranks_per_node", [[2, 2, 2, 2], [3, 3, 3, 1]], ids=["even", "uneven"])
+def test_nodes_of_any_size_train_alike(ranks_per_node: list[int]) -> None:
+    check(run_ranks(4, train_on_nodes, ranks_per_node), "table_wise", 4)
 
 
 def metrics_of(world_size_free: bool) -> list:

@@ -1,12 +1,16 @@
 """Plans of tables: what goes where, in worlds that do not exist here."""
 
+import os
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.sharding import Placement, ShardingConfig, SparseOptimizerConfig
 from models.base import TableSpec
-from sharding.embedding_plan import EmbeddingPlan, TablePlan, plan_tables
+from sharding.embedding_plan import TablePlan, agree_on_plan, plan_tables
+from sharding.process_group import current_context
+from tests.harness import run_ranks
 
 ITEM = TableSpec("item", 3_500_000, 50, 0.02)
 AGE = TableSpec("user_age", 8, 50, 0.02)
@@ -98,8 +102,32 @@ def test_a_large_table_is_not_replicated() -> None:
         plan_tables([ITEM], config, 2, "cpu")
 
 
-def test_a_plan_is_equal_on_every_rank() -> None:
-    def plan() -> EmbeddingPlan:
-        return plan_tables([ITEM, AGE], ShardingConfig(), 4, "cpu")
+def owners_on_uneven_nodes(world_size: int, ranks_per_node: list[int]) -> list[int]:
+    """Owners of table-wise tables as this rank knows them."""
+    ctx = current_context("cpu")
+    os.environ["LOCAL_WORLD_SIZE"] = str(ranks_per_node[ctx.rank])
+    specs = [TableSpec(f"side_{at}", 1000, 16, 0.02) for at in range(world_size - 1)]
+    plan = agree_on_plan(specs, ShardingConfig(default="table_wise"), ctx)
+    return [table.shards[0].rank for table in plan.tables]
 
-    assert plan() == plan()
+
+def test_ranks_on_uneven_nodes_have_one_plan() -> None:
+    assert (
+        len({tuple(owners) for owners in run_ranks(4, owners_on_uneven_nodes, 4, [3, 3, 3, 1])})
+        == 1
+    )
+
+
+def refused_by_one_machine() -> str:
+    """What this rank says where rank 1 alone is too small for the table."""
+    ctx = current_context("cpu")
+    config = ShardingConfig(default="row_wise", hbm_gb=0.01 if ctx.rank == 1 else None)
+    with pytest.raises(ValueError) as error:
+        agree_on_plan([ITEM], config, ctx)
+    return str(error.value)
+
+
+def test_a_machine_that_is_too_small_is_refused_by_all_ranks_alike() -> None:
+    sentences = run_ranks(2, refused_by_one_machine)
+    assert sentences[0] == sentences[1]
+    assert "more than 10.2 MiB" in sentences[0] and "add workers" in sentences[0]
