@@ -54,6 +54,8 @@ class ItemText(Config):
     url: str
     format: Literal["csv", "jsonl", "parquet"] = "parquet"
     separator: str = ","
+    quoted_newlines: bool = False
+    """As of `data.source` (CSV)."""
     item: str = "item"
     title: str = "title"
 
@@ -64,6 +66,8 @@ class UserTable(Config):
     url: str
     format: Literal["csv", "jsonl", "parquet"] = "parquet"
     separator: str = ","
+    quoted_newlines: bool = False
+    """As of `data.source` (CSV)."""
     user: str = "user"
     features: tuple[str, ...]
 
@@ -85,6 +89,9 @@ class CsvSource(Config):
     separator: str = Field(",", min_length=1, max_length=1)
     header: tuple[str, ...] | None = None
     """Column names where the files have no header line."""
+    quoted_newlines: bool = False
+    """Whether a quoted value may hold line ends. Without it one line is one row and a line with a
+    quote that it does not close is malformed; with it such a quote takes all up to the next one."""
     columns: ColumnMap = ColumnMap()
     timestamp_unit: TimestampUnit = "s"
     item_text: ItemText | None = None

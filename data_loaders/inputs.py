@@ -76,6 +76,7 @@ def _side_input(place: str, table: UserTable | ItemText, names: dict[str, str]) 
         columns={f"{place}.{keys[key]}": column for key, column in names.items()},
         place=f"{place}.url",
         separator=table.separator,
+        quoted_newlines=table.quoted_newlines,
     )
     return Input(files, plan(files), names)
 
@@ -89,4 +90,5 @@ def _log_files(source: Log, rules: EventRules) -> TableFiles:
         place="data.source.url",
         separator=source.separator if source.kind == "csv" else ",",
         header=source.header if source.kind == "csv" else None,
+        quoted_newlines=source.kind == "csv" and source.quoted_newlines,
     )

@@ -4,7 +4,6 @@ CSV, TSV, JSON lines and Parquet on any fsspec URL; a directory or a glob names 
 `plan` looks at headers only, on the driver; `read_chunk` streams rows inside a task.
 """
 
-import csv
 import difflib
 import io
 import socket
@@ -20,11 +19,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.memory import MemoryFileSystem
-from pyarrow import csv as arrow_csv
 
 from configs import storage
 from configs.data import Source
-from data_loaders import jsonl
+from data_loaders import delimited, jsonl
 
 HEAD_BYTES = 1 << 20
 BLOCK_BYTES = 8 << 20
@@ -48,6 +46,8 @@ class TableFiles:
     """Recipe key of `url`."""
     separator: str = ","
     header: tuple[str, ...] | None = None
+    quoted_newlines: bool = False
+    """Whether quoted values of CSV may hold line ends."""
 
     @property
     def names(self) -> list[str]:
@@ -121,7 +121,8 @@ def read_chunk(files: TableFiles, chunk: Chunk) -> Iterator[RawRows]:
             case "parquet":
                 yield from _read_parquet(files, chunk, stream)
             case "csv":
-                yield from _read_csv(files, stream)
+                read = _read_quoted_csv if files.quoted_newlines else _read_csv
+                yield from read(files, stream)
             case "jsonl":
                 yield from _read_jsonl(files, stream)
 
@@ -195,8 +196,7 @@ def _plan_file(files: TableFiles, file: int, fs: Any, path: str, name: str) -> l
 
 
 def _check_header(files: TableFiles, url: str, head: bytes) -> None:
-    first = head.decode("utf-8-sig", errors="replace").splitlines()[0]
-    fields = next(csv.reader([first], delimiter=files.separator))
+    fields = delimited.header_names(head.splitlines()[0], files.separator)
     if files.header is None:
         _check_columns(files, url, fields)
     elif len(fields) != len(files.header):
@@ -259,25 +259,22 @@ def _read_parquet(files: TableFiles, chunk: Chunk, stream: IO[bytes]) -> Iterato
 
 
 def _read_csv(files: TableFiles, stream: IO[bytes]) -> Iterator[RawRows]:
+    row, header = 0, files.header
+    for number, block in enumerate(_line_blocks(stream)):
+        data = block.removeprefix(delimited.BOM) if number == 0 else block
+        if header is None:
+            first = data.splitlines(keepends=True)[0]
+            header = tuple(delimited.header_names(first, files.separator))
+            data = data[len(first) :]
+        table, malformed = delimited.parse(data, header, files.names, files.separator)
+        yield RawRows(table, row, malformed)
+        row += table.num_rows + len(malformed)
+
+
+def _read_quoted_csv(files: TableFiles, stream: IO[bytes]) -> Iterator[RawRows]:
     malformed: list[str] = []
-
-    def set_aside(line: arrow_csv.InvalidRow) -> str:
-        malformed.append(line.text if line.text is not None else "")
-        return "skip"
-
-    # All columns are strings here, so that the quarantine holds what the file holds.
-    reader = arrow_csv.open_csv(
-        stream,
-        arrow_csv.ReadOptions(use_threads=False, block_size=BLOCK_BYTES, column_names=files.header),
-        arrow_csv.ParseOptions(
-            delimiter=files.separator, newlines_in_values=True, invalid_row_handler=set_aside
-        ),
-        arrow_csv.ConvertOptions(
-            include_columns=files.names,
-            column_types=dict.fromkeys(files.names, pa.string()),
-            null_values=[""],
-            strings_can_be_null=True,
-        ),
+    reader = delimited.stream(
+        stream, files.header, files.names, files.separator, BLOCK_BYTES, malformed
     )
     row = 0
     for batch in reader:
@@ -290,16 +287,23 @@ def _read_csv(files: TableFiles, stream: IO[bytes]) -> Iterator[RawRows]:
 
 
 def _read_jsonl(files: TableFiles, stream: IO[bytes]) -> Iterator[RawRows]:
-    row, rest = 0, b""
+    row = 0
+    for block in _line_blocks(stream):
+        table, malformed = jsonl.parse(block, files.names)
+        yield RawRows(table, row, malformed)
+        row += table.num_rows + len(malformed)
+
+
+def _line_blocks(stream: IO[bytes]) -> Iterator[bytes]:
+    """Blocks of whole lines; a line may be longer than a block."""
+    rest = b""
     while True:
         block = stream.read(BLOCK_BYTES)
         data = rest + block
-        end = data.rfind(b"\n") + 1 if block else len(data)
+        end = max(data.rfind(b"\n"), data.rfind(b"\r")) + 1 if block else len(data)
         rest = data[end:]
         if data[:end].strip():
-            table, malformed = jsonl.parse(data[:end], files.names)
-            yield RawRows(table, row, malformed)
-            row += table.num_rows + len(malformed)
+            yield data[:end]
         if not block:
             return
 

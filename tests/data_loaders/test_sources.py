@@ -8,9 +8,11 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from configs.data import CsvSource, PublicSource
-from data_loaders import jsonl, sources
+from data_loaders import delimited, jsonl, sources
 from data_loaders.sources import FILE_SHIFT, TableFiles, places, plan, read_chunk, source_signature
 
 COLUMNS = {"data.source.columns.user": "user", "data.source.columns.item": "item"}
@@ -37,9 +39,40 @@ def _read(files: TableFiles) -> tuple[list[tuple[object, ...]], list[str]]:
 def test_csv_keeps_text_as_it_stands(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text('item,extra,user\n007,x,"a, b"\n1.50,y,\n"two\nlines",z,c\n')
-    rows, malformed = _read(_files(path, "csv"))
+    rows, malformed = _read(_files(path, "csv", quoted_newlines=True))
     assert rows == [("a, b", "007", 0, 0), (None, "1.50", 0, 1), ("c", "two\nlines", 0, 2)]
     assert not malformed
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("block", [1 << 20, 50])
+@pytest.mark.parametrize("closed_later", [False, True])
+def test_a_stray_quote_spoils_its_line_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str, block: int, closed_later: bool
+) -> None:
+    monkeypatch.setattr(sources, "BLOCK_BYTES", block)
+    lines = [f"u{n},i{n}" for n in range(100)]
+    lines[20] = '"u20,i20'
+    lines[30], lines[31] = 'u30,5" disk', '"u""31","x,""y"""'
+    lines[40] = ""
+    if closed_later:
+        lines[60] = 'u60,"i60""'
+    (tmp_path / "a.csv").write_bytes(end.join(["\ufeffuser,item", *lines, ""]).encode())
+    rows, malformed = _read(_files(tmp_path / "a.csv", "csv"))
+    broken = ['"u20,i20'] + (['u60,"i60""'] if closed_later else [])
+    assert malformed == broken
+    assert len(rows) == 99 - len(broken)
+    assert ("u30", '5" disk') in [row[:2] for row in rows]
+    assert ('u"31', 'x,"y"') in [row[:2] for row in rows]
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.text('",ab', max_size=8), max_size=6))
+def test_every_csv_line_is_a_row_or_malformed(lines: list[str]) -> None:
+    data = "\n".join(["a,b", *lines, "last,row"]).encode()
+    table, malformed = delimited.parse(data, ("user", "item"), ["user", "item"], ",")
+    assert table.num_rows + len(malformed) == 2 + sum(1 for line in lines if line)
+    assert table.to_pylist()[-1] == {"user": "last", "item": "row"}
 
 
 def test_csv_sets_malformed_lines_aside(tmp_path: Path) -> None:
