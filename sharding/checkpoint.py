@@ -75,7 +75,9 @@ class CheckpointStore:
             raise ValueError(f"keep={keep} checkpoints are too few: one may be damaged, keep 2")
         self.root = storage.absolute(root_url)
         self.skipped: tuple[str, ...] = ()
-        """Why `newest` passed over checkpoints newer than the one it gave, a sentence each."""
+        """Why `newest` passed over checkpoints newer than the one it gave, a sentence each.
+
+        What a killed save left was never a checkpoint: it is not named here."""
         self._keep = keep
         self._ctx = ctx
         self._damaged: set[str] = set()
@@ -123,11 +125,11 @@ class CheckpointStore:
         """The newest checkpoint that verifies, or None.
 
         Every byte of its files is hashed once, by one rank or another. `skipped` says why newer
-        ones were passed over; rank 0 logs it.
+        ones were passed over; rank 0 logs it. Unfinished saves do not count.
         """
         skipped: list[str] = []
         chosen = None
-        for name in self._on_first_rank(self._newest_first):
+        for name in self._on_first_rank(self._committed):
             url = storage.join(self.root, name)
             try:
                 chosen = _info(url, self._verify(url, name))
@@ -267,18 +269,24 @@ class CheckpointStore:
         last = int(names[0].rsplit("-", 1)[1], 16) if names else 0
         return f"step-{step:08d}-{max(time.time_ns(), last + 1):016x}"
 
-    def _is_committed(self, name: str) -> bool:
-        return storage.exists(storage.join(self.root, name, MANIFEST))
+    def _committed(self) -> list[str]:
+        """Names of the checkpoints whose save finished, newest first."""
+        return [
+            name
+            for name in self._newest_first()
+            if storage.exists(storage.join(self.root, name, MANIFEST))
+        ]
 
     def _remove_debris(self) -> None:
         """Remove what saves that failed or were killed left behind."""
+        committed = set(self._committed())
         for name in self._newest_first():
-            if not self._is_committed(name):
+            if name not in committed:
                 self._remove(name)
 
     def _prune(self) -> None:
         """Keep the newest checkpoints; damaged ones do not count."""
-        committed = [name for name in self._newest_first() if self._is_committed(name)]
+        committed = self._committed()
         kept = [name for name in committed if name not in self._damaged][: self._keep]
         for name in committed[committed.index(kept[-1]) + 1 :]:
             self._remove(name)

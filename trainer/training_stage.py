@@ -58,7 +58,7 @@ class TrainingStage:
             sparse_lr=self.sparse_lr,
         )
         info = newest.newest()
-        self._tell_damage(newest, info)
+        tell_damage(self.name, newest, info, worker.tell)
         if self.before is not None:
             self.before(policy, info is None)
         state = self._resume(policy, newest, info)
@@ -79,16 +79,6 @@ class TrainingStage:
             monitor=self._monitor(policy, total_steps),
         )
         return _outcome(trainer.train(), newest, best)
-
-    def _tell_damage(self, store: CheckpointStore, info: CheckpointInfo | None) -> None:
-        """Say what was skipped; refuse to start over silently where nothing else is left."""
-        for sentence in store.skipped:
-            self.worker.tell(sentence)
-        if info is None and store.skipped:
-            raise ValueError(
-                f"every checkpoint of stage {self.name!r} is damaged (first: {store.skipped[0]}); "
-                f"restore one, or begin again with `tandem {self.name} RECIPE --force`"
-            )
 
     def _resume(
         self, policy: ParallelModel, store: CheckpointStore, info: CheckpointInfo | None
@@ -137,6 +127,23 @@ def _mean_length(histogram: Mapping[int, int], longest: int) -> float:
     lengths = [(min(1.5 * bucket, longest), users) for bucket, users in histogram.items()]
     tokens = sum(users * length for length, users in lengths)
     return sum(users * length**2 for length, users in lengths) / max(tokens, 1.0)
+
+
+def tell_damage(
+    stage: str, store: CheckpointStore, info: CheckpointInfo | None, tell: Callable[[str], None]
+) -> None:
+    """Tell what `store` skipped to find `info`; never start over silently over what is damaged.
+
+    Raises:
+        ValueError: there are checkpoints, but none of them verifies.
+    """
+    for sentence in store.skipped:
+        tell(sentence)
+    if info is None and store.skipped:
+        raise ValueError(
+            f"every checkpoint of stage {stage!r} is damaged (first: {store.skipped[0]}); "
+            f"restore one, or begin again with `tandem {stage} RECIPE --force`"
+        )
 
 
 def _outcome(state: TrainerState, newest: CheckpointStore, best: CheckpointStore) -> dict[str, Any]:

@@ -101,6 +101,11 @@ def damage_everything(directory: Path) -> None:
         flip_a_bit(other)
 
 
+def finish_no_save(directory: Path) -> None:
+    for other in directory.parent.iterdir():
+        lose_the_manifest(other)
+
+
 def craft_metadata(directory: Path) -> None:
     """A `.metadata` that runs a command, in a checkpoint whose hashes are right."""
 
@@ -136,7 +141,6 @@ DAMAGES: dict[Callable[[Path], None], str] = {
     change_the_state: "state.json",
     damage_the_manifest: "does not match its own fingerprint",
     cut_the_manifest: "not valid JSON",
-    lose_the_manifest: "its save never finished",
     mix_two_saves: "__1_0.distcp is damaged",
     craft_metadata: "posix.system",
     climb_out: "path",
@@ -153,7 +157,7 @@ def answers(
 ) -> dict[Callable[[Path], None], tuple[Path, list[Answer]]]:
     """What two ranks say of each damaged copy."""
     roots = {}
-    for damage in (*DAMAGES, damage_everything):
+    for damage in (*DAMAGES, damage_everything, lose_the_manifest, finish_no_save):
         place = tmp_path_factory.mktemp("damaged") / "checkpoints"
         roots[damage] = Path(shutil.copytree(two_saves[0], place))
         damage(newest_directory(place))
@@ -182,6 +186,15 @@ def test_all_damaged_gives_none_and_says_why(
 ) -> None:
     for info, skipped in answers[damage_everything][1]:
         assert info is None and len(skipped) == 2
+
+
+def test_an_unfinished_save_is_debris_and_no_damage(
+    answers: dict[Callable[[Path], None], tuple[Path, list[Answer]]],
+    two_saves: tuple[Path, list[CheckpointInfo]],
+) -> None:
+    for info, skipped in answers[lose_the_manifest][1]:
+        assert info is not None and info.hash == two_saves[1][0].hash and skipped == ()
+    assert answers[finish_no_save][1] == [(None, ())] * 2
 
 
 def test_intact_checkpoints_are_found_and_nothing_is_skipped(
@@ -323,9 +336,19 @@ def test_a_rank_killed_while_saving_leaves_no_checkpoint(
     assert len(names) == 3, "half a checkpoint is there"
     (info, skipped), saved = run_ranks(2, find_and_save, str(copy))[0]
     assert info is not None and info.hash == two_saves[1][1].hash
-    assert "never finished" in skipped[0]
+    assert skipped == ()
     left = storage.list_names(str(copy))
     assert saved[0].name in left and len(left) == 2, "the next save removed the half one"
+
+
+def test_the_first_save_can_be_killed_and_training_begun_again(tmp_path: Path) -> None:
+    root = str(tmp_path / "checkpoints")
+    with pytest.raises(AssertionError, match="exit code -9"):
+        run_ranks(2, die_while_saving, root, 0, 3)
+    assert len(storage.list_names(root)) == 1, "half a checkpoint is there"
+    answer, saved = run_ranks(2, find_and_save, root)[0]
+    assert answer == (None, ())
+    assert storage.list_names(root) == [saved[0].name]
 
 
 def test_old_checkpoints_are_removed_and_two_are_kept(tmp_path: Path) -> None:
