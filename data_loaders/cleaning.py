@@ -31,7 +31,15 @@ from data_loaders.events import (
 )
 from data_loaders.exchange import PARTITION, Report
 from data_loaders.shards import dense_codes, partition_of, read_table, staged, write_table
-from data_loaders.sources import FILE_SHIFT, Chunk, RawRows, TableFiles, places, read_chunk
+from data_loaders.sources import (
+    FILE_SHIFT,
+    Chunk,
+    RawRows,
+    TableFiles,
+    places,
+    read_chunk,
+    readable,
+)
 
 Log = CsvSource | JsonlSource | ParquetSource
 
@@ -67,7 +75,8 @@ def read_events(job: Job, files: TableFiles, chunk: Chunk, index: int) -> Report
     """Read, type and validate a chunk; good events are staged, bad ones quarantined."""
     report: Report = {"rows": 0, "parts": [], "quarantine": [], "reasons": Counter()}
     for number, raw in enumerate(read_chunk(files, chunk)):
-        typed, code = type_events(raw.table, job.rules)
+        with readable(files, chunk):
+            typed, code = type_events(raw.table, job.rules)
         good = code == 0
         events = _placed(typed, chunk, raw).filter(pa.array(good))
         name = f"part-{index:05d}-{number:05d}.parquet"
@@ -177,7 +186,8 @@ def load_side_table(
     """
     key = next(iter(names))
     for raw in read_chunk(files, chunk):
-        texts = pa.table({name: as_text(raw.table[column]) for name, column in names.items()})
+        with readable(files, chunk):
+            texts = pa.table({name: as_text(raw.table[column]) for name, column in names.items()})
         rows = _placed(texts, chunk, raw).filter(pc.is_valid(texts[key]))
         partition = partition_of(rows[key], job.partitions)
         yield rows.append_column(PARTITION, pa.array(partition))

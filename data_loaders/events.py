@@ -119,9 +119,8 @@ def _repeat(text: str, count: int) -> np.ndarray:
 
 def as_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """A column as strings; whole floats lose their `.0`, as integers with gaps often are floats."""
+    column = _plain(column)
     kind = column.type
-    if pa.types.is_dictionary(kind):
-        return as_text(pc.cast(column, kind.value_type))
     if pa.types.is_nested(kind):
         raise ValueError(f"a mapped column holds {kind}; map a column of plain values instead")
     if pa.types.is_floating(kind):
@@ -129,6 +128,15 @@ def as_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
         column = pc.cast(column, pa.large_string())
     return pc.cast(column, pa.string())
+
+
+def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The column without encodings that compute functions do not know."""
+    if pa.types.is_dictionary(column.type):
+        column = pc.cast(column, column.type.value_type)
+    if pa.types.is_string_view(column.type):
+        column = pc.cast(column, pa.string())
+    return column
 
 
 def _float_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -140,8 +148,7 @@ def _float_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 def parse_number(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """float64 [n] values (NaN where there is none), bool [n] null, bool [n] unparsable."""
-    if pa.types.is_dictionary(column.type):
-        column = pc.cast(column, column.type.value_type)
+    column = _plain(column)
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
         text = pc.utf8_trim_whitespace(column)
         null = _true(pc.or_kleene(pc.is_null(text), pc.is_in(pc.utf8_lower(text), _NULL_TEXT)))
@@ -162,6 +169,7 @@ def parse_time(
 
     A column that is stored as dates or timestamps says its own unit.
     """
+    column = _plain(column)
     kind = column.type
     if pa.types.is_date(kind) or pa.types.is_timestamp(kind):
         stamps = pc.cast(pc.cast(column, pa.timestamp("us"), safe=False), pa.int64())

@@ -5,9 +5,13 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import json as arrow_json
+
+MOST_BRACKETS = 500
+"""Brackets opened in a line up to which Arrow's parser gets it."""
 
 
 def keys(head: bytes, complete: bool) -> list[str]:
@@ -24,6 +28,8 @@ def parse(data: bytes, names: Sequence[str]) -> tuple[pa.Table, tuple[str, ...]]
 
     A value that is absent is null. Where lines disagree about a column's type, all become strings.
     """
+    if _may_nest_deeply(data):
+        return _parse_lines(data, names)
     try:
         table = _parse_block(data, None)
         dated = [
@@ -32,6 +38,8 @@ def parse(data: bytes, names: Sequence[str]) -> tuple[pa.Table, tuple[str, ...]]
         if dated:  # the parser's guess at dates would rewrite ids that look like one
             table = _parse_block(data, pa.schema([(name, pa.string()) for name in dated]))
         exact = all(_is_exact(table[n]) for n in names if n in table.column_names)
+        for name in set(names).intersection(table.column_names):
+            table[name].validate(full=True)  # the parser takes any bytes for text
     except pa.ArrowInvalid:
         exact = False
     if not exact:
@@ -47,6 +55,17 @@ def _is_exact(column: pa.ChunkedArray) -> bool:
         return True
     largest = pc.max(pc.abs(column)).as_py()
     return largest is None or largest < 2.0**53
+
+
+def _may_nest_deeply(data: bytes) -> bool:
+    """Whether a line has so many brackets that Arrow's parser could run out of stack and die."""
+    if data.count(b"[") + data.count(b"{") <= MOST_BRACKETS:
+        return False
+    characters = np.frombuffer(data, np.uint8)
+    opened = (characters == ord("[")) | (characters == ord("{"))
+    starts = np.flatnonzero(characters == ord("\n")) + 1
+    starts = np.concatenate([[0], starts[starts < len(characters)]])
+    return bool(np.add.reduceat(opened, starts, dtype=np.int64).max() > MOST_BRACKETS)
 
 
 def _parse_block(data: bytes, schema: pa.Schema | None) -> pa.Table:
@@ -74,9 +93,13 @@ def _parse_lines(data: bytes, names: Sequence[str]) -> tuple[pa.Table, tuple[str
 
 
 def _object(line: bytes) -> dict[str, Any] | None:
+    """The object in a line, None if there is none that all later steps can hold."""
     try:
-        parsed = json.loads(line)
-    except (UnicodeDecodeError, json.JSONDecodeError):
+        # A ValueError is no JSON, no UTF-8, or a number of thousands of digits.
+        parsed = json.loads(line.decode("utf-8-sig"))
+        if b"\\u" in line:  # half a surrogate pair is JSON, but no text
+            json.dumps(parsed, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):
         return None
     return parsed if isinstance(parsed, dict) else None
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from gzip import BadGzipFile
+from lzma import LZMAError
 from typing import IO, Any, Literal
 
 import numpy as np
@@ -116,7 +116,7 @@ def read_chunk(files: TableFiles, chunk: Chunk) -> Iterator[RawRows]:
     Raises:
         ValueError: the file is not what its format says.
     """
-    with _readable(files, chunk), _open(chunk, compressed=files.format != "parquet") as stream:
+    with readable(files, chunk), _open(chunk, compressed=files.format != "parquet") as stream:
         match files.format:
             case "parquet":
                 yield from _read_parquet(files, chunk, stream)
@@ -128,8 +128,8 @@ def read_chunk(files: TableFiles, chunk: Chunk) -> Iterator[RawRows]:
 
 
 @contextmanager
-def _readable(files: TableFiles, chunk: Chunk) -> Iterator[None]:
-    """Turns what a bad file raises into a sentence."""
+def readable(files: TableFiles, chunk: Chunk) -> Iterator[None]:
+    """Turns what a bad file raises into a plain ValueError of one sentence with its name."""
     try:
         yield
     except FileNotFoundError as error:
@@ -137,8 +137,8 @@ def _readable(files: TableFiles, chunk: Chunk) -> Iterator[None]:
             f"{chunk.url} is not to be seen on {socket.gethostname()}; put the files of "
             f"{files.place} on storage that all nodes see"
         ) from error
-    except (pa.ArrowException, UnicodeDecodeError, EOFError, BadGzipFile, zlib.error) as error:
-        detail = str(error).splitlines()[0]
+    except (pa.ArrowException, UnicodeError, EOFError, OSError, zlib.error, LZMAError) as error:
+        detail = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"{chunk.url} cannot be read as {files.format} ({detail}); mend the file or leave "
             f"it out of {files.place}"
@@ -184,7 +184,7 @@ def _plan_file(files: TableFiles, file: int, fs: Any, path: str, name: str) -> l
         return []
     if files.format == "parquet":
         return _plan_parquet(files, whole)
-    with _readable(files, whole), _open(whole, compressed=True) as stream:
+    with readable(files, whole), _open(whole, compressed=True) as stream:
         head = stream.read(HEAD_BYTES)
     if not head.strip():
         return []
@@ -217,14 +217,31 @@ def _check_columns(files: TableFiles, url: str, has: Sequence[str]) -> None:
 def _check_types(files: TableFiles, url: str, schema: pa.Schema) -> None:
     for place, column in files.columns.items():
         kind = schema.field(column).type
-        if pa.types.is_nested(kind):
+        value = kind.value_type if pa.types.is_dictionary(kind) else kind
+        dated = pa.types.is_date(value) or pa.types.is_timestamp(value)
+        if not (dated or any(is_kind(value) for is_kind in _PLAIN)):
             raise ValueError(
-                f"{place}={column!r} has type {kind} in {url}; map a column of plain values"
+                f"{place}={column!r} has type {kind} in {url}; map a column of plain values: "
+                "text, numbers, dates or timestamps"
             )
+        if dated and place == "data.source.columns.rating":
+            raise ValueError(f"{place}={column!r} has type {kind} in {url}; map a numeric column")
+
+
+_PLAIN = (
+    pa.types.is_string,
+    pa.types.is_large_string,
+    pa.types.is_string_view,
+    pa.types.is_integer,
+    pa.types.is_floating,
+    pa.types.is_decimal,
+    pa.types.is_boolean,
+    pa.types.is_null,
+)
 
 
 def _plan_parquet(files: TableFiles, whole: Chunk) -> list[Chunk]:
-    with _readable(files, whole), _open(whole, compressed=False) as stream:
+    with readable(files, whole), _open(whole, compressed=False) as stream:
         parquet = pq.ParquetFile(stream)
         _check_columns(files, whole.url, parquet.schema_arrow.names)
         _check_types(files, whole.url, parquet.schema_arrow)
@@ -254,8 +271,21 @@ def _read_parquet(files: TableFiles, chunk: Chunk, stream: IO[bytes]) -> Iterato
         BATCH_ROWS, row_groups=list(chunk.row_groups), columns=files.names, use_threads=False
     )
     for batch in batches:
+        for place, column in files.columns.items():
+            _check_text(batch.column(column), f"{place}={column!r} of {chunk.url}")
         yield RawRows(pa.Table.from_batches([batch]).select(files.names), row)
         row += batch.num_rows
+
+
+def _check_text(values: pa.Array, where: str) -> None:
+    """Parquet files are believed that their text is UTF-8; later steps fall over other text."""
+    try:
+        values.validate(full=True)
+    except pa.ArrowInvalid as error:
+        raise ValueError(
+            f"{where} cannot be read ({str(error).splitlines()[0]}); write the file again with "
+            "text in UTF-8"
+        ) from error
 
 
 def _read_csv(files: TableFiles, stream: IO[bytes]) -> Iterator[RawRows]:

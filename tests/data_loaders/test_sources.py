@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from datetime import time, timedelta
 from pathlib import Path
 
 import fsspec
@@ -174,6 +175,39 @@ def test_json_ids_beyond_int64_keep_their_digits() -> None:
     assert table["b"].to_pylist() == ["1", "2.5"]
 
 
+_HOSTILE = (
+    b'{"user": ' + b"[" * 100_000 + b"]" * 100_000 + b', "item": 1}',
+    b'{"user": ' + b"9" * 5000 + b', "item": 1}',
+    b'{"user": "\\ud800", "item": 1}',
+    b'{"\\udfff": 1, "user": 1, "item": 1}',
+    b'{"user": "\xff\xfe", "item": 1}',
+    b'{"user": 1, "item": 1',
+)
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("line", _HOSTILE, ids=range(len(_HOSTILE)))
+def test_hostile_json_lines_are_malformed_and_others_stay(
+    tmp_path: Path, line: bytes, first: bool
+) -> None:
+    good = [b'{"user": "\\u00e9\\ud83d\\ude00", "item": 1}', b'{"user": "b", "item": 2}']
+    lines = [line, *good] if first else [good[0], line, good[1]]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    rows, malformed = _read(_files(tmp_path / "a.jsonl", "jsonl"))
+    assert [row[0] for row in rows] == ["\u00e9\U0001f600", "b"]
+    assert malformed == [line.decode(errors="replace")]
+
+
+@pytest.mark.parametrize("opened", [b"[", b'{"a":'])
+def test_many_json_brackets_are_fine(opened: bytes) -> None:
+    closed = b"]" if opened == b"[" else b"}"
+    deep = b'{"user": 1, "x": ' + opened * 400 + b"0" + closed * 400 + b"}\n"
+    wide = b'{"user": 2, "x": [' + b"[0]," * 5000 + b"[1]]}\n"
+    for data in (deep, wide):
+        table, malformed = jsonl.parse(data, ["user"])
+        assert table.num_rows == 1 and not malformed
+
+
 def test_json_column_that_no_line_has(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"user": 1}\n{"user": 2, "itemid": 3}\n')
@@ -202,6 +236,44 @@ def test_parquet_that_is_none_or_nested_is_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"user": [[1]], "item": [1]}), path)
     with pytest.raises(ValueError, match=r"columns.user='user' has type list"):
         plan(_files(path, "parquet"))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        pa.array([b"x"]),
+        pa.array([b"ab"], pa.binary(2)),
+        pa.array([time(1)]),
+        pa.array([timedelta(1)]),
+        pa.array([b"x"]).dictionary_encode(),
+        pa.array([{"a": 1}]),
+    ],
+    ids=lambda values: str(values.type),
+)
+def test_parquet_columns_of_no_plain_values_are_refused(tmp_path: Path, values: pa.Array) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"user": ["u"], "item": values}), path)
+    with pytest.raises(ValueError, match=r"columns.item='item' has type .* in .*a.parquet; map"):
+        plan(_files(path, "parquet"))
+
+
+def test_parquet_text_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    latin = pa.array([b"ok", "José".encode("latin-1")]).view(pa.string())
+    pq.write_table(pa.table({"user": latin, "item": [1, 2]}), path)
+    with pytest.raises(ValueError, match=r"columns.user='user' of .*a.parquet .*UTF-?8") as error:
+        _read(_files(path, "parquet"))
+    assert type(error.value) is ValueError and "\n" not in str(error.value)
+
+
+def test_damaged_parquet_pages_are_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"user": list(range(1000)), "item": list(range(1000))}), path)
+    content = path.read_bytes()
+    path.write_bytes(content[:10] + bytes(500) + content[510:])
+    with pytest.raises(ValueError, match=r"a.parquet cannot be read as parquet") as error:
+        _read(_files(path, "parquet"))
+    assert type(error.value) is ValueError
 
 
 def test_memory_files_travel_with_their_chunk() -> None:
