@@ -14,6 +14,10 @@ from torch import Tensor
 from models.base import SequenceModel
 
 
+class NonFiniteLossError(ValueError):
+    """A step's loss or gradient is not finite: the same data would give the same again."""
+
+
 @dataclass(frozen=True)
 class LossOutput:
     """What a loss module returns for a micro batch."""

@@ -20,7 +20,7 @@ from sharding.deepspeed_engine import DenseEngine
 from sharding.distinct import distinct_ids
 from sharding.embedding_plan import Shard, TablePlan, agree_on_plan
 from sharding.embedding_shard import ShardedTables, initialize_rows
-from sharding.loss_module import LossModule, LossOutput
+from sharding.loss_module import LossModule, LossOutput, NonFiniteLossError
 from sharding.process_group import DistributedContext
 
 __all__ = ["LossModule", "LossOutput", "ParallelModel", "StepResult", "parallelize"]
@@ -176,8 +176,8 @@ class ParallelModel:
         changes it. `sample_ids` are named in the error if something is not finite.
 
         Raises:
-            RuntimeError: the loss or its gradient is not finite (on CUDA: a device-side assert);
-                no weight has changed then.
+            NonFiniteLossError: the loss or its gradient is not finite; no weight has changed then.
+                (On CUDA a device-side assert, a RuntimeError, says so.)
         """
         micro = [inputs.to(self.ctx.device) for inputs in micro_inputs]
         weights = torch.stack([self._loss.weight(inputs) for inputs in micro]).double()
@@ -256,10 +256,9 @@ class ParallelModel:
         samples = "unknown" if sample_ids is None else _name_samples(sample_ids)
         where = f"step {self.step + 1}, rank {self.ctx.rank} (samples {samples})"
         mend = "nothing was updated; lower training.optimizer.lr or inspect these samples"
-        torch._assert_async(mine, f"{where}: the loss or its gradient is not finite; {mend}")
-        torch._assert_async(
-            totals.isfinite().all(), f"{where}: what is not finite came from another rank; {mend}"
-        )
+        _require(mine, f"{where}: the loss or its gradient is not finite; {mend}")
+        theirs = totals.isfinite().all()
+        _require(theirs, f"{where}: what is not finite came from another rank; {mend}")
 
     def _update_tables(self, rows: Rows, leaves: Rows, square: Tensor) -> None:
         """The one fused update of a step."""
@@ -357,6 +356,14 @@ def learning_rate_factor(schedule: ScheduleConfig, step: int, total_steps: int) 
             progress = min((step - warmup) / max(total_steps - warmup, 1), 1.0)
             share = 0.5 * (1.0 + math.cos(math.pi * progress))
             return schedule.final_ratio + (1.0 - schedule.final_ratio) * share
+
+
+def _require(finite: Tensor, sentence: str) -> None:
+    """Stop unless `finite`; CUDA asserts on the device, which the host does not wait for."""
+    if finite.device.type != "cpu":
+        torch._assert_async(finite, sentence)
+    elif not finite:
+        raise NonFiniteLossError(sentence)
 
 
 def _row_gradient(leaf: Tensor, ids: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from configs.sharding import SparseOptimizerConfig
 from configs.training import OptimizerConfig, ScheduleConfig
+from sharding.loss_module import NonFiniteLossError
 from sharding.parallelize import ParallelModel, learning_rate_factor
 from tests.harness import run_ranks
 from tests.sharding.toy import (
@@ -178,7 +179,7 @@ def poisoned(stage: int, poison: str) -> tuple[str, bool, bool]:
     clean = [[s for s in SAMPLES if s != 1][rank::world_size], SAMPLES[rank::world_size]]
     policy.train_step([toy_inputs(clean[0], 0)], clean[0])
     before = snapshot(policy)
-    with pytest.raises(RuntimeError) as error:
+    with pytest.raises(NonFiniteLossError) as error:
         policy.train_step([toy_inputs(clean[1], 1)], clean[1])
     after = snapshot(policy)
     same = all(torch.equal(before[name], after[name]) for name in before)
