@@ -89,7 +89,9 @@ def type_events(raw: pa.Table, rules: EventRules) -> tuple[pa.Table, np.ndarray]
     bad_rating = np.zeros(raw.num_rows, bool)
     if columns.rating is not None:
         rating, _, bad_rating = parse_number(raw[columns.rating])
-        typed["rating"] = rating.astype(np.float32)
+        with np.errstate(over="ignore"):  # too large for float32 is no rating
+            typed["rating"] = rating.astype(np.float32)
+        bad_rating |= np.isinf(typed["rating"])
     for name, column in rules.categories().items():
         typed[name] = as_text(raw[column])
     impossible = (time < rules.earliest) | (time >= rules.latest)
@@ -151,7 +153,7 @@ def parse_number(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray, np.nd
     column = _plain(column)
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
         text = pc.utf8_trim_whitespace(column)
-        null = _true(pc.or_kleene(pc.is_null(text), pc.is_in(pc.utf8_lower(text), _NULL_TEXT)))
+        null = _absent(text)
         number = _true(pc.match_substring_regex(text, _NUMBER))
         column = pc.if_else(pa.array(number), text, pa.scalar(None, text.type))
         bad = ~number & ~null
@@ -177,7 +179,7 @@ def parse_time(
         return stamps.fill_null(_NEVER).to_numpy(), null, np.zeros(len(column), bool)
     if unit == "iso8601":
         text = pc.utf8_trim_whitespace(as_text(column))
-        null = _true(pc.or_kleene(pc.is_null(text), pc.is_in(pc.utf8_lower(text), _NULL_TEXT)))
+        null = _absent(text)
         moments = pd.to_datetime(
             pd.Series(text.to_numpy(), dtype=object), utc=True, errors="coerce", format="ISO8601"
         )
@@ -234,7 +236,9 @@ def count_reasons(reasons: pa.Table) -> Mapping[str, int]:
 
 
 def _absent(text: pa.ChunkedArray) -> np.ndarray:
-    return _true(pc.or_kleene(pc.is_null(text), pc.equal(text, "")))
+    """bool [n]: nothing is there, or what programs write where nothing is."""
+    bare = pc.utf8_lower(pc.utf8_trim_whitespace(text))
+    return _true(pc.or_kleene(pc.is_null(text), pc.is_in(bare, _NULL_TEXT)))
 
 
 def _true(mask: pa.ChunkedArray) -> np.ndarray:

@@ -7,6 +7,7 @@ number of machines nor on the order in which tasks end.
 
 import functools
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,7 +63,26 @@ def prepare(config: DataConfig, name: str, output_url: str, raw_url: str) -> Dat
         finally:
             storage.remove(job.staging)
     write_manifest(root, manifest)
+    _say(_closing_line(root, manifest))
     return manifest
+
+
+def _closing_line(root: str, manifest: DatasetManifest) -> str:
+    """What came out and what was left out on the way."""
+    counts = manifest.counts
+    line = (
+        f"{manifest.num_users:,} users, {manifest.num_items:,} items, "
+        f"{manifest.num_events:,} events; {sum(counts.quarantined.values()):,} quarantined"
+    )
+    if counts.quarantined:
+        line += f" ({_reasons(counts.quarantined)}): {storage.join(root, 'quarantine')}"
+    return line + (
+        f"; {counts.below_min_rating:,} below min_rating, {counts.core_removed:,} removed by k-core"
+    )
+
+
+def _reasons(quarantined: Mapping[str, int]) -> str:
+    return ", ".join(f"{reason} {count:,}" for reason, count in sorted(quarantined.items()))
 
 
 def _clear(root: str) -> None:
@@ -127,10 +147,12 @@ class _Preparation:
         bad, limit = self.quarantined.total(), self.job.cleaning.max_bad_share
         if bad <= limit * self.read:
             return
-        found = sorted(self.quarantined.items())
-        reasons = ", ".join(f"{reason} {count:,}" for reason, count in found)
+        reasons = _reasons(self.quarantined)
         hint = ""
-        if self.quarantined.most_common(1)[0][0] == "impossible_timestamp":
+        if self.quarantined.most_common(1)[0][0] in (
+            "impossible_timestamp",
+            "unparsable_timestamp",
+        ):
             hint = f"; is data.source.timestamp_unit={self.job.rules.unit!r} right?"
         raise ValueError(
             f"{bad:,} of {self.read:,} events ({bad / self.read:.2%}) are bad ({reasons}), more "

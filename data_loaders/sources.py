@@ -197,6 +197,11 @@ def _plan_file(files: TableFiles, file: int, fs: Any, path: str, name: str) -> l
 
 def _check_header(files: TableFiles, url: str, head: bytes) -> None:
     fields = delimited.header_names(head.splitlines()[0], files.separator)
+    if not any(field.strip() for field in fields):
+        raise ValueError(
+            f"{url} begins with a line that names no column; remove what stands before the header "
+            f"line, or leave the file out of {files.place}"
+        )
     if files.header is None:
         _check_columns(files, url, fields)
     elif len(fields) != len(files.header):
@@ -209,6 +214,12 @@ def _check_header(files: TableFiles, url: str, head: bytes) -> None:
 
 
 def _check_columns(files: TableFiles, url: str, has: Sequence[str]) -> None:
+    if not has:
+        what = "no JSON object with keys in its first lines" if files.format == "jsonl" else "none"
+        raise ValueError(
+            f"{url} shows no columns ({what}); is it {files.format}? Mend the file or leave it out "
+            f"of {files.place}"
+        )
     for place, column in files.columns.items():
         if column not in has:
             raise ValueError(missing_column(files, url, place, column, has))

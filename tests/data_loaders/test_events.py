@@ -53,6 +53,25 @@ def test_each_row_has_the_first_reason_that_applies() -> None:
     ]
 
 
+@pytest.mark.parametrize("text", [" ", "\t ", "NaN", "null", " NULL ", "None", "N/A"])
+def test_text_that_stands_for_nothing_is_no_user_and_no_item(text: str) -> None:
+    raw = pa.table(
+        {"user": [text, "u", "nancy"], "item": ["i", text, "i"], "timestamp": ["9e8"] * 3}
+    )
+    rules = EventRules.of(ColumnMap(), "s", CleaningConfig())
+    found = [REASONS[c] for c in type_events(raw, rules)[1]]
+    assert found == ["null_user", "null_item", ""]
+
+
+@pytest.mark.parametrize("value", ["1e39", "-1e39", 1e300, "1e999"])
+def test_a_rating_beyond_float32_is_unparsable(value: str | float) -> None:
+    raw = pa.table(
+        {n: [v] for n, v in zip("uitrk", ["u", "i", YEAR_2020, value, "x"], strict=True)}
+    )
+    raw = raw.rename_columns(["user", "item", "timestamp", "rating", "kind"])
+    assert [REASONS[c] for c in type_events(raw, RULES)[1]] == ["unparsable_rating"]
+
+
 def test_a_rating_may_be_absent() -> None:
     raw = pa.table(
         {"user": ["u"], "item": ["i"], "timestamp": [YEAR_2020], "rating": [None], "kind": ["x"]}

@@ -211,7 +211,9 @@ def test_core_and_ratings_equal_a_loop_and_files_do_not_matter(tmp_path: Path) -
     assert again.fingerprint == manifest.fingerprint
 
 
-def test_bad_rows_are_quarantined_with_titles_and_users_joined(tmp_path: Path) -> None:
+def test_bad_rows_are_quarantined_with_titles_and_users_joined(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     log = [
         {"u": n % 5, "v": f"v{n % 7}", "t": f"2020-01-{n % 28 + 1:02d}T00:00:00"} for n in range(60)
     ]
@@ -242,6 +244,10 @@ def test_bad_rows_are_quarantined_with_titles_and_users_joined(tmp_path: Path) -
         "unparsable_timestamp": 1,
         "malformed_row": 1,
     }
+    assert capfd.readouterr().out.splitlines()[-1] == (
+        "5 users, 7 items, 60 events; 4 quarantined (malformed_row 1, null_timestamp 1, null_user "
+        f"1, unparsable_timestamp 1): {data}/quarantine; 0 below min_rating, 0 removed by k-core"
+    )
     assert manifest.user_features == {"age": 3} and not manifest.has_ratings
     ages = {row["user"]: row["user_age"] for row in _table(data, "sequences")}
     assert ages == {"0": 2, "1": 0, "2": 1, "3": 0, "4": 0}  # 0: unknown
@@ -336,6 +342,15 @@ def test_a_user_with_one_event_and_an_empty_shard(tmp_path: Path) -> None:
     ]
     schemas = {str(pq.read_schema(data / shard.path)) for shard in manifest.shards}
     assert len(schemas) == 1
+
+
+def test_dates_where_numbers_are_expected_hint_at_the_unit(tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_text("user,item,timestamp\n" + "1,2,2020-01-31\n" * 3)
+    with pytest.raises(ValueError, match=r"unparsable_timestamp 3.*timestamp_unit='s' right"):
+        _prepare(
+            _config(CsvSource(url=str(tmp_path / "log.csv")), cleaning=CleaningConfig()),
+            tmp_path / "data",
+        )
 
 
 def test_an_error_inside_a_task_is_one_sentence(tmp_path: Path) -> None:

@@ -109,6 +109,21 @@ def test_missing_column_is_named_with_what_there_is_and_the_nearest(tmp_path: Pa
         plan(_files(path, "csv", separator=";"))
 
 
+@pytest.mark.parametrize(
+    ("kind", "text", "message"),
+    [
+        ("csv", "\nuser,item\n1,2\n", "a.log begins with a line that names no column; remove"),
+        ("csv", ",,\n1,2,3\n", "a.log begins with a line that names no column"),
+        ("jsonl", "user,item\n1,2\n", "a.log shows no columns .no JSON object.*is it jsonl"),
+        ("jsonl", "[1]\n{}\n", "a.log shows no columns"),
+    ],
+)
+def test_file_that_shows_no_columns(tmp_path: Path, kind: str, text: str, message: str) -> None:
+    (tmp_path / "a.log").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        plan(_files(tmp_path / "a.log", kind))
+
+
 def test_directory_and_glob_name_files_in_name_order(tmp_path: Path) -> None:
     for name in ("b.csv", "a.csv", "sub/c.csv", "_SUCCESS", ".hidden.csv"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
