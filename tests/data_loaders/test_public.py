@@ -91,6 +91,9 @@ def test_movielens_100k_and_its_mirror_agree(
     assert _rows(own[1])[0]["title"] == "Amélie (1997)"
     assert _rows(own[1])[0]["genres"] == "Animation|Comedy"
     record = json.loads((tmp_path / "mirror" / "source.json").read_text())
+    assert any("(no answer); used recbole==1.2.1" in line for line in lines)
+    assert lines[-1].endswith("from recbole==1.2.1")
+    assert set(record["files"]) == {"ratings.parquet", "movies.parquet", "users.parquet"}
     assert record["from"] == "recbole==1.2.1" and len(record["sha256"]["toy.whl"]) == 64
     source = source_of("ml-100k", str(tmp_path / "own"))
     assert source.columns.rating == "rating" and source.user_table is not None
@@ -179,6 +182,50 @@ def test_a_ready_copy_is_used_as_it_is(tmp_path: Path) -> None:
     source = source_of("ml-1m", str(tmp_path))
     assert source.item_text is None and source.user_table is None
     assert [path.name for path in tmp_path.iterdir()] == ["ratings.parquet"]
+
+
+def _copy(path: Path) -> Path:
+    """A copy of ml-latest-small in `path`, made from a publisher's file."""
+    files: Files = {
+        "ml-latest-small/ratings.csv": "userId,movieId,rating,timestamp\n1,2,4.5,964982703\n",
+        "ml-latest-small/movies.csv": "movieId,title,genres\n2,Film (1995),Drama\n",
+    }
+    _zip(path / "ml-latest-small.zip", files)
+    get("ml-latest-small", str(path), lambda line: None)
+    return path
+
+
+def test_a_copy_is_checked_against_its_record(tmp_path: Path) -> None:
+    lines: list[str] = []
+    copy = _copy(tmp_path / "copy")
+    assert len(get("ml-latest-small", str(copy), lines.append)) == 2
+    assert "is there and whole" in lines[-1]
+    ratings = (copy / "ratings.parquet").read_bytes()
+    (copy / "ratings.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match=r"ratings.parquet is damaged: it has 4 bytes .*delete"):
+        get("ml-latest-small", str(copy))
+    (copy / "ratings.parquet").write_bytes(ratings[:20] + b"?" + ratings[21:])
+    with pytest.raises(ValueError, match=r"ratings.parquet is damaged: its sha256"):
+        source_of("ml-latest-small", str(copy))
+    (copy / "ratings.parquet").unlink()  # the mend that the message names
+    assert len(get("ml-latest-small", str(copy))) == 2
+    (copy / "movies.parquet").unlink()
+    with pytest.raises(ValueError, match=r"movies.parquet is gone"):
+        get("ml-latest-small", str(copy))
+
+
+@pytest.mark.parametrize("record", [None, {"set": "ml-latest-small"}])
+def test_a_copy_without_a_record_has_footers_that_read(
+    tmp_path: Path, record: dict[str, str] | None
+) -> None:
+    copy = _copy(tmp_path / "copy")
+    (copy / "source.json").unlink()
+    if record is not None:  # as earlier versions wrote it
+        (copy / "source.json").write_text(json.dumps(record))
+    assert len(get("ml-latest-small", str(copy))) == 2
+    (copy / "movies.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match=r"movies.parquet is no Parquet \(.*; delete"):
+        get("ml-latest-small", str(copy))
 
 
 def test_unreachable_set_says_what_one_can_do(tmp_path: Path) -> None:
