@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from configs.sharding import SparseOptimizerConfig
+from configs.sharding import Placement, SparseOptimizerConfig
 from configs.training import OptimizerConfig, ScheduleConfig
 from sharding.loss_module import NonFiniteLossError
 from sharding.parallelize import ParallelModel, learning_rate_factor
@@ -146,6 +146,37 @@ def train_on_nodes(ranks_per_node: list[int]) -> tuple:
 @pytest.mark.parametrize("ranks_per_node", [[2, 2, 2, 2], [3, 3, 3, 1]], ids=["even", "uneven"])
 def test_nodes_of_any_size_train_alike(ranks_per_node: list[int]) -> None:
     check(run_ranks(4, train_on_nodes, ranks_per_node), "table_wise", 4)
+
+
+WARM_UP = ScheduleConfig(warmup_steps=STEPS + 1)
+
+
+def warm_up(placement: Placement) -> tuple[list[float], list[float], dict[str, Tensor]]:
+    """Losses, sparse learning rates and weights of three steps of a warm-up."""
+    policy = toy_policy(
+        toy_recipe(placement), ADAM.model_copy(update={"schedule": WARM_UP, "clip_norm": None})
+    )
+    rank, world_size = policy.ctx.rank, policy.ctx.world_size
+    results = [
+        policy.train_step(micro_batches(rank, world_size, 1, "dealt", step))
+        for step in range(STEPS)
+    ]
+    return [r.loss for r in results], [r.sparse_lr for r in results], snapshot(policy)
+
+
+@pytest.mark.parametrize("placement", ["row_wise", "replicated"])
+def test_every_step_of_a_warm_up_uses_its_own_rate(placement: Placement) -> None:
+    replicated = tuple(spec.name for spec in SPECS if placement == "replicated")
+    twin = ToyReference(ADAM.model_copy(update={"clip_norm": None}), SPARSE, replicated)
+    rates, losses = [SPARSE.lr * (step + 1) / (STEPS + 1) for step in range(STEPS)], []
+    for step, rate in enumerate(rates):
+        twin.adam.param_groups[0]["lr"] = ADAM.lr * rate / SPARSE.lr
+        losses.append(twin.step(SAMPLES, step, rate))
+    for found, told, state in run_ranks(2, warm_up, placement):
+        assert found == pytest.approx(losses, rel=1e-5) and told == pytest.approx(rates)
+        for spec in SPECS:
+            expected = twin.table(spec.name)
+            torch.testing.assert_close(state[f"table/{spec.name}"], expected, rtol=2e-5, atol=2e-6)
 
 
 def metrics_of(world_size_free: bool) -> list:
