@@ -79,7 +79,8 @@ class _Run:
         if "evaluate" in self._done:
             print("\n" + render_table(read_results(self._layout.results)), flush=True)
         if "recommend" in self._done:
-            print(render_recommendations(read_recommendations(self._layout.recommendations)))
+            shown = read_recommendations(self._layout.recommendations)
+            print("\n" + render_recommendations(shown))
         if "report" in self._done:
             print(f"report: {self._done['report']['report']}", flush=True)
 
