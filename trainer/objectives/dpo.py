@@ -28,6 +28,9 @@ from trainer.objectives.next_item import (
     scored_ids,
 )
 
+TIE = 1e-4
+"""Log ratios (nats) whose difference is no more than this are equal up to float32 rounding."""
+
 
 def dpo_loss(log_ratio_difference: Tensor, beta: float, label_smoothing: float) -> Tensor:
     """−(1−ε) log σ(βΔ) − ε log σ(−βΔ) of each pair.
@@ -40,6 +43,16 @@ def dpo_loss(log_ratio_difference: Tensor, beta: float, label_smoothing: float) 
     reward_margin = beta * log_ratio_difference
     right, wrong = F.logsigmoid(reward_margin), F.logsigmoid(-reward_margin)
     return -(1.0 - label_smoothing) * right - label_smoothing * wrong
+
+
+@torch.no_grad()
+def pairs_won(log_ratio_difference: Tensor) -> Tensor:
+    """float32 [B]: 1 where Δ is positive, 0 where it is negative, and 1/2 where rounding decides.
+
+    A policy that has not moved is its own reference, whose accuracy is then one half.
+    """
+    won = (log_ratio_difference > TIE).float()
+    return won + 0.5 * (log_ratio_difference.abs() <= TIE).float()
 
 
 @dataclass(frozen=True)
@@ -101,9 +114,9 @@ class PreferenceLoss(nn.Module):
     ) -> LossOutput:
         """Loss of a micro batch.
 
-        Metrics: `accuracy` (share of pairs whose margin is positive), `margin` (β Δ), `dpo_loss`,
-        `supervised_loss`; with a full softmax, whose normaliser is at hand, also
-        `chosen_log_ratio` and `rejected_log_ratio` (log π − log π_ref).
+        Metrics: `accuracy` (share of pairs whose margin is positive; a tie is half), `margin`
+        (β Δ), `dpo_loss`, `supervised_loss`; with a full softmax, whose normaliser is at hand,
+        also `chosen_log_ratio` and `rejected_log_ratio` (log π − log π_ref).
         """
         pairs = inputs.pairs
         queries = self.model(pairs.batch, model_rows(self.model, rows, index), 0)
@@ -117,7 +130,7 @@ class PreferenceLoss(nn.Module):
         difference = chosen - rejected - reference
         losses = dpo_loss(difference, self.config.beta, self.config.label_smoothing)
         metrics = {
-            "accuracy": (difference > 0).float().sum(),
+            "accuracy": pairs_won(difference).sum(),
             "margin": self.config.beta * difference.detach().sum(),
             "dpo_loss": losses.detach().sum(),
         }

@@ -14,7 +14,7 @@ from models.batch import PreferenceBatch
 from models.build import build_model
 from tests.models.sequences import make_batch, take, tokens_of
 from tests.trainer.objectives.loss_tools import run_loss
-from trainer.objectives.dpo import PreferenceInputs, PreferenceLoss, dpo_loss
+from trainer.objectives.dpo import PreferenceInputs, PreferenceLoss, dpo_loss, pairs_won
 from trainer.objectives.negatives import draw_negatives
 
 NUM_ITEMS, WIDTH = 25, 8
@@ -42,6 +42,11 @@ def test_gradient_by_hand_and_no_overflow() -> None:
     right = [1 / (1 + math.exp(0.5 * d)) for d in (0.0, 2.0)] + [0.0, 1.0]
     torch.testing.assert_close(gradient, torch.tensor([-0.5 * (s - 0.1) for s in right]))
     assert losses.isfinite().all()
+
+
+def test_pairs_that_rounding_decides_count_half() -> None:
+    won = pairs_won(torch.tensor([0.3, -0.3, 0.0, 5e-5, -5e-5, 2e-4, -2e-4]))
+    assert won.tolist() == [1.0, 0.0, 0.5, 0.5, 0.5, 1.0, 0.0]
 
 
 def build(config: DPOConfig, objective: Objective) -> PreferenceLoss:
