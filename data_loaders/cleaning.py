@@ -39,6 +39,7 @@ from data_loaders.sources import (
     places,
     read_chunk,
     readable,
+    source_rows,
 )
 
 Log = CsvSource | JsonlSource | ParquetSource
@@ -84,10 +85,12 @@ def read_events(job: Job, files: TableFiles, chunk: Chunk, index: int) -> Report
             report["parts"].append(write_table(job.staging, f"read/{name}", events).path)
         bad = raw.table.filter(pa.array(~good))
         reasons = np.array(REASONS, dtype=object)[code[~good]]
+        rows = source_rows(places(chunk, raw)[~good])
+        lines = {raw.first_row + place: line for place, line in raw.malformed.items()}
         rejected = pa.concat_tables(
             [
-                quarantined(bad, np.full(bad.num_rows, chunk.name, object), reasons),
-                malformed_rows(files.names, chunk.name, raw.malformed),
+                quarantined(bad, np.full(bad.num_rows, chunk.name, object), rows, reasons),
+                malformed_rows(files.names, chunk.name, lines),
             ]
         )
         if rejected.num_rows:
@@ -140,8 +143,10 @@ def _quarantine_duplicates(
     if columns.rating is not None:
         raw[columns.rating] = copies["rating"]
     raw |= {column: copies[name] for name, column in job.rules.categories().items()}
-    files = np.asarray(names, dtype=object)[copies["place"].to_numpy() >> FILE_SHIFT]
-    table = quarantined(pa.table(raw), files, np.full(len(files), DUPLICATE, object))
+    place = copies["place"].to_numpy()
+    files = np.asarray(names, dtype=object)[place >> FILE_SHIFT]
+    reasons = np.full(len(files), DUPLICATE, object)
+    table = quarantined(pa.table(raw), files, source_rows(place), reasons)
     name = f"quarantine/part-duplicates-{partition:05d}.parquet"
     return write_table(job.root, name, table).model_dump()
 

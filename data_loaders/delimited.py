@@ -20,8 +20,9 @@ def header_names(line: bytes, separator: str) -> list[str]:
 
 def parse(
     data: bytes, header: Sequence[str], names: Sequence[str], separator: str
-) -> tuple[pa.Table, tuple[str, ...]]:
-    """Columns `names` of a block of whole lines as strings, and the lines that are no row.
+) -> tuple[pa.Table, dict[int, str]]:
+    """Columns `names` of a block of whole lines as strings, and place → line of those that are no
+    row; places count from 0, without empty lines.
 
     Arrow lets a quoted value run over line ends; where its rows are fewer than the lines, the lines
     with a quote that they do not close are set aside and the others are read again.
@@ -29,16 +30,15 @@ def parse(
     table, malformed = _read(data, header, names, separator)
     if b'"' not in data or table.num_rows + len(malformed) == _count_lines(data):
         return table, malformed
-    whole, broken = [], []
+    lines = [line for line in data.splitlines() if line]
     closed = _closed_line(separator)
-    for line in data.splitlines():
-        if b'"' not in line or closed.fullmatch(line):
-            whole.append(line)
-        else:
-            broken.append(line.decode("utf-8", errors="replace"))
-    table, malformed = _read(b"\n".join(whole), header, names, separator)
-    assert table.num_rows + len(malformed) == sum(1 for line in whole if line)
-    return table, (*broken, *malformed)
+    whole = [n for n, line in enumerate(lines) if b'"' not in line or closed.fullmatch(line)]
+    table, found = _read(b"\n".join(lines[n] for n in whole), header, names, separator)
+    assert table.num_rows + len(found) == len(whole)
+    malformed = {whole[place]: line for place, line in found.items()}
+    for place in sorted(set(range(len(lines))).difference(whole)):
+        malformed[place] = lines[place].decode("utf-8", errors="replace")
+    return table, dict(sorted(malformed.items()))
 
 
 def stream(
@@ -47,12 +47,16 @@ def stream(
     names: Sequence[str],
     separator: str,
     block_bytes: int,
-    malformed: list[str],
+    malformed: dict[int, str],
 ) -> arrow_csv.CSVStreamingReader:
-    """Batches of a file whose quoted values may hold line ends; bad rows go to `malformed`."""
+    """Batches of a file whose quoted values may hold line ends; bad rows go to `malformed`.
+
+    Its keys are places in the file; rows may get there before the batch that they stand in.
+    """
+    first = 2 if header is None else 1
 
     def set_aside(row: arrow_csv.InvalidRow) -> str:
-        malformed.append(row.text if row.text is not None else "")
+        malformed[row.number - first] = row.text if row.text is not None else ""
         return "skip"
 
     # All columns are strings here, so that the quarantine holds what the file holds.
@@ -77,12 +81,12 @@ def stream(
 
 def _read(
     data: bytes, header: Sequence[str], names: Sequence[str], separator: str
-) -> tuple[pa.Table, tuple[str, ...]]:
-    malformed: list[str] = []
+) -> tuple[pa.Table, dict[int, str]]:
+    malformed: dict[int, str] = {}
     if not data.strip(b"\r\n"):
-        return pa.table({name: pa.array([], pa.string()) for name in names}), ()
+        return pa.table({name: pa.array([], pa.string()) for name in names}), {}
     reader = stream(pa.BufferReader(data), header, names, separator, len(data) + 1, malformed)
-    return reader.read_all(), tuple(malformed)
+    return reader.read_all(), malformed
 
 
 def _count_lines(data: bytes) -> int:

@@ -99,20 +99,27 @@ def type_events(raw: pa.Table, rules: EventRules) -> tuple[pa.Table, np.ndarray]
     return pa.table(typed), np.select(found, range(1, len(REASONS)), 0)
 
 
-def quarantined(raw: pa.Table, source_files: np.ndarray, reasons: np.ndarray) -> pa.Table:
-    """Rows of a log as strings, with where they were and why they are here (each object [n])."""
+def quarantined(
+    raw: pa.Table, source_files: np.ndarray, source_rows: np.ndarray, reasons: np.ndarray
+) -> pa.Table:
+    """Rows of a log as strings, with where they were (object [n], int64 [n]) and why they are here
+    (object [n])."""
     columns = {name: as_text(raw[name]) for name in raw.column_names}
     columns["source_file"] = pa.array(source_files, pa.string())
+    columns["source_row"] = pa.array(source_rows, pa.int64())
     columns["reason"] = pa.array(reasons, pa.string())
     return pa.table(columns)
 
 
-def malformed_rows(names: list[str], source_file: str, lines: tuple[str, ...]) -> pa.Table:
-    """Unreadable lines for the quarantine; the whole line stands in the first column."""
+def malformed_rows(names: list[str], source_file: str, lines: Mapping[int, str]) -> pa.Table:
+    """Unreadable lines, by row of the file, for the quarantine; the line is in the first column."""
     count = len(lines)
     columns = {name: pa.nulls(count, pa.string()) for name in names}
-    columns[names[0]] = pa.array(lines, pa.string())
-    return quarantined(pa.table(columns), _repeat(source_file, count), _repeat(MALFORMED, count))
+    columns[names[0]] = pa.array(list(lines.values()), pa.string())
+    rows = np.fromiter(lines, np.int64)
+    return quarantined(
+        pa.table(columns), _repeat(source_file, count), rows, _repeat(MALFORMED, count)
+    )
 
 
 def _repeat(text: str, count: int) -> np.ndarray:

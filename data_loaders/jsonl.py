@@ -23,8 +23,10 @@ def keys(head: bytes, complete: bool) -> list[str]:
     return list(found)
 
 
-def parse(data: bytes, names: Sequence[str]) -> tuple[pa.Table, tuple[str, ...]]:
-    """Columns `names` of a block of whole lines, and the lines that are no JSON object.
+def parse(data: bytes, names: Sequence[str]) -> tuple[pa.Table, dict[int, str]]:
+    """Columns `names` of a block of whole lines, and place → line of those that are no JSON object.
+
+    Places count from 0, without empty lines.
 
     A value that is absent is null. Where lines disagree about a column's type, all become strings.
     """
@@ -46,7 +48,7 @@ def parse(data: bytes, names: Sequence[str]) -> tuple[pa.Table, tuple[str, ...]]
         return _parse_lines(data, names)
     absent = pa.nulls(table.num_rows, pa.string())
     columns = [table[n] if n in table.column_names else absent for n in names]
-    return pa.table(dict(zip(names, columns, strict=True))), ()
+    return pa.table(dict(zip(names, columns, strict=True))), {}
 
 
 def _is_exact(column: pa.ChunkedArray) -> bool:
@@ -76,20 +78,18 @@ def _parse_block(data: bytes, schema: pa.Schema | None) -> pa.Table:
     )
 
 
-def _parse_lines(data: bytes, names: Sequence[str]) -> tuple[pa.Table, tuple[str, ...]]:
+def _parse_lines(data: bytes, names: Sequence[str]) -> tuple[pa.Table, dict[int, str]]:
     columns: dict[str, list[str | None]] = {name: [] for name in names}
-    malformed = []
-    for line in data.splitlines():
-        if not line.strip():
-            continue
+    malformed = {}
+    for place, line in enumerate(line for line in data.splitlines() if line.strip()):
         parsed = _object(line)
         if parsed is None:
-            malformed.append(line.decode("utf-8", errors="replace"))
+            malformed[place] = line.decode("utf-8", errors="replace")
             continue
         for name in names:
             columns[name].append(_text(parsed.get(name)))
     arrays = {name: pa.array(values, pa.string()) for name, values in columns.items()}
-    return pa.table(arrays), tuple(malformed)
+    return pa.table(arrays), malformed
 
 
 def _object(line: bytes) -> dict[str, Any] | None:

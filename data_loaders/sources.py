@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from lzma import LZMAError
 from typing import IO, Any, Literal
 
@@ -72,11 +72,12 @@ class Chunk:
 
 @dataclass(frozen=True)
 class RawRows:
-    """Rows as read. `table` has the wanted columns; `malformed` holds unreadable lines."""
+    """Rows as read; `table` has the wanted columns."""
 
     table: pa.Table
     first_row: int
-    malformed: tuple[str, ...] = ()
+    malformed: Mapping[int, str] = field(default_factory=dict)
+    """Unreadable lines by their place after `first_row`, where `table` has no row."""
 
 
 def source_signature(source: Source, raw_url: str) -> list[Any]:
@@ -313,18 +314,23 @@ def _read_csv(files: TableFiles, stream: IO[bytes]) -> Iterator[RawRows]:
 
 
 def _read_quoted_csv(files: TableFiles, stream: IO[bytes]) -> Iterator[RawRows]:
-    malformed: list[str] = []
+    found: dict[int, str] = {}
     reader = delimited.stream(
-        stream, files.header, files.names, files.separator, BLOCK_BYTES, malformed
+        stream, files.header, files.names, files.separator, BLOCK_BYTES, found
     )
     row = 0
     for batch in reader:
-        yield RawRows(pa.Table.from_batches([batch]), row, tuple(malformed))
-        row += batch.num_rows + len(malformed)
-        malformed.clear()
-    if malformed:
+        end, malformed = row + batch.num_rows, {}
+        for place in sorted(found):
+            if place >= end:
+                break
+            malformed[place - row] = found.pop(place)
+            end += 1
+        yield RawRows(pa.Table.from_batches([batch]), row, malformed)
+        row = end
+    if found:
         empty = pa.table({name: pa.array([], pa.string()) for name in files.names})
-        yield RawRows(empty, row, tuple(malformed))
+        yield RawRows(empty, row, {place - row: line for place, line in found.items()})
 
 
 def _read_jsonl(files: TableFiles, stream: IO[bytes]) -> Iterator[RawRows]:
@@ -351,5 +357,11 @@ def _line_blocks(stream: IO[bytes]) -> Iterator[bytes]:
 
 def places(chunk: Chunk, rows: RawRows) -> np.ndarray:
     """int64 [n] place of each row in the log; orders rows by file name, then row."""
+    every = np.arange(rows.table.num_rows + len(rows.malformed), dtype=np.int64)
     first = (chunk.file << FILE_SHIFT) + rows.first_row
-    return first + np.arange(rows.table.num_rows, dtype=np.int64)
+    return first + np.delete(every, np.fromiter(rows.malformed, np.int64))
+
+
+def source_rows(place: np.ndarray) -> np.ndarray:
+    """int64 [n] row in its file of each place, from 0; header and empty lines are not counted."""
+    return place & ((1 << FILE_SHIFT) - 1)

@@ -144,13 +144,13 @@ def test_ids_read_alike_whatever_stores_them() -> None:
 
 def test_quarantine_holds_raw_text_and_reason() -> None:
     raw = pa.table({"user": pa.array([None], pa.int64()), "item": [7]})
-    table = quarantined(raw, np.array(["log.csv"], object), np.array(["null_user"], object))
-    assert table.to_pylist() == [
-        {"user": None, "item": "7", "source_file": "log.csv", "reason": "null_user"}
-    ]
-    lines = malformed_rows(["user", "item"], "log.csv", ("a,b,c",))
+    file, reason = np.array(["log.csv"], object), np.array(["null_user"], object)
+    table = quarantined(raw, file, np.array([41]), reason)
+    where = {"source_file": "log.csv", "source_row": 41}
+    assert table.to_pylist() == [{"user": None, "item": "7", **where, "reason": "null_user"}]
+    lines = malformed_rows(["user", "item"], "log.csv", {5: "a,b,c"})
     assert lines.schema == table.schema
-    assert lines.to_pylist()[0]["user"] == "a,b,c"
+    assert lines.to_pylist()[0]["user"] == "a,b,c" and lines["source_row"].to_pylist() == [5]
 
 
 @settings(deadline=None, max_examples=40)

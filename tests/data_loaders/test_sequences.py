@@ -177,6 +177,8 @@ def test_equals_a_loop_over_events(tmp_path: Path) -> None:
     assert expected.counts["duplicate"] == len(quarantine) >= 7
     assert {row["reason"] for row in quarantine} == {"duplicate"}
     assert {row["source_file"] for row in quarantine} == {"log.csv"}
+    for row in quarantine:
+        assert str(log[row["source_row"]]["user"]) == row["user"]
     assert {(r["user"], r["item"], r["timestamp"]) for r in quarantine} >= {
         (e["user"], e["item"], str(e["timestamp"])) for e in log[:7]
     }
@@ -243,6 +245,13 @@ def test_bad_rows_are_quarantined_with_titles_and_users_joined(
         "null_timestamp": 1,
         "unparsable_timestamp": 1,
         "malformed_row": 1,
+    }
+    rows = {row["reason"]: row["source_row"] for row in _table(data, "quarantine")}
+    assert rows == {
+        "null_user": 60,
+        "null_timestamp": 61,
+        "unparsable_timestamp": 62,
+        "malformed_row": 63,
     }
     assert capfd.readouterr().out.splitlines()[-1] == (
         "5 users, 7 items, 60 events; 4 quarantined (malformed_row 1, null_timestamp 1, null_user "

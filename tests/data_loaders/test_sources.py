@@ -33,7 +33,7 @@ def _read(files: TableFiles) -> tuple[list[tuple[object, ...]], list[str]]:
             users, items = raw.table["user"].to_pylist(), raw.table["item"].to_pylist()
             place = (places(chunk, raw) - (chunk.file << FILE_SHIFT)).tolist()
             rows += list(zip(users, items, [chunk.file] * len(users), place, strict=True))
-            malformed += list(raw.malformed)
+            malformed += list(raw.malformed.values())
     return rows, malformed
 
 
@@ -82,6 +82,29 @@ def test_csv_sets_malformed_lines_aside(tmp_path: Path) -> None:
     rows, malformed = _read(_files(path, "csv", separator="\t"))
     assert [row[:2] for row in rows] == [("1", "2"), ("4", "5")]
     assert malformed == ["1\t2\t3", "alone"]
+
+
+@pytest.mark.parametrize("kind", ["csv", "quoted", "jsonl"])
+@pytest.mark.parametrize("block", [1 << 20, 60])
+def test_every_row_has_its_place_in_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, block: int
+) -> None:
+    monkeypatch.setattr(sources, "BLOCK_BYTES", block)
+    lines = [f'{{"user": "{n}", "item": 1}}' if kind == "jsonl" else f"{n},1" for n in range(60)]
+    bad = [0, 1, 7, 20, 21, 22, 40, 59]
+    for n in bad:
+        lines[n] = f'"{n},1' if kind == "csv" and n % 2 else f"bad{n}"
+    lines.insert(30, "")
+    (tmp_path / "a").write_text("\n".join(["user,item"] * (kind != "jsonl") + lines))
+    extra = {"quoted_newlines": True} if kind == "quoted" else {}
+    files = _files(tmp_path / "a", "csv" if kind == "quoted" else kind, **extra)
+    [chunk] = plan(files)
+    found, set_aside = [], {}
+    for raw in read_chunk(files, chunk):
+        found += list(zip(raw.table["user"].to_pylist(), places(chunk, raw).tolist(), strict=True))
+        set_aside |= {raw.first_row + at: line for at, line in raw.malformed.items()}
+    assert found == [(str(n), n) for n in range(60) if n not in bad]
+    assert list(set_aside) == bad and all(str(n) in line for n, line in set_aside.items())
 
 
 def test_header_names_columns_of_a_file_without_one(tmp_path: Path) -> None:
@@ -180,7 +203,7 @@ def test_json_lines_of_mixed_types_become_text() -> None:
         b'{"a": 1}\n{"a": "x", "b": 2.5}\n[1]\n{"b": null}\n', ["a", "b"]
     )
     assert table.to_pydict() == {"a": ["1", "x", None], "b": [None, "2.5", None]}
-    assert malformed == ("[1]",)
+    assert malformed == {2: "[1]"}
 
 
 def test_json_ids_beyond_int64_keep_their_digits() -> None:
