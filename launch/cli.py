@@ -145,7 +145,7 @@ def list_data() -> None:
 @click.argument("name")
 @click.option("--to", "url", required=True, help="Directory (any URL) that receives the copy.")
 def get_data(name: str, url: str) -> None:
-    """Fetch and check the data set NAME; does nothing where the copy is there."""
+    """Fetch the data set NAME and check it; a copy that is there is only checked."""
     from data_loaders.public import get
 
     for file in get(name, url, say=click.echo):
