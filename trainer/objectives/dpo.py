@@ -85,6 +85,7 @@ class PreferenceLoss(nn.Module):
         self.config = config
         self.objective = objective
         self.num_items = num_items
+        self.train()  # modules begin in training mode, so a resumed run would not switch to it
 
     def train(self, mode: bool = True) -> "PreferenceLoss":
         """Switch the mode; the model's dropout stays off."""
