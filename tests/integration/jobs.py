@@ -80,7 +80,7 @@ def start(*arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def finish(job: subprocess.Popen[str], timeout: float = 300) -> str:
+def finish(job: subprocess.Popen[str], timeout: float = 600) -> str:
     """Wait for a job; its output. Fails with the output if the job failed."""
     output, _ = job.communicate(timeout=timeout)
     assert job.returncode == 0, f"exit {job.returncode}:\n{output}"
@@ -96,6 +96,20 @@ def kill_everything(job: subprocess.Popen[str]) -> None:
         except ProcessLookupError:
             continue
     job.communicate()
+
+
+def kill_one_worker(job: subprocess.Popen[str]) -> None:
+    """`kill -9` of one rank of the job's worker group."""
+    workers = [pid for pid in _descendants(job.pid) if b"RayTrainWorker" in _command(pid)]
+    assert workers, "the job has no worker to kill"
+    os.kill(min(workers), signal.SIGKILL)
+
+
+def _command(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
 def _descendants(root: int) -> set[int]:
@@ -115,7 +129,7 @@ def _descendants(root: int) -> set[int]:
         found |= more
 
 
-def wait_for(condition: Any, timeout: float = 240) -> None:
+def wait_for(condition: Any, timeout: float = 400) -> None:
     """Poll until `condition()` holds."""
     limit = time.monotonic() + timeout
     while not condition():

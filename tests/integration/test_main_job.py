@@ -7,6 +7,7 @@ import pytest
 from tests.integration.jobs import (
     finish,
     kill_everything,
+    kill_one_worker,
     losses,
     measured,
     results,
@@ -62,3 +63,13 @@ def test_kill_9_of_the_whole_job_then_the_same_command(
     for stage in ("train", "align"):
         assert losses(tmp_path / "run", stage) == losses(calm[0] / "run", stage)
     assert measured(tmp_path / "run") == measured(calm[0] / "run")
+
+
+def test_kill_9_of_one_worker_restarts_the_group(calm: tuple[Path, str], tmp_path: Path) -> None:
+    recipe = str(write_recipe(tmp_path))
+    job = start("run", recipe, "--until", "train")
+    wait_for(lambda: list(tmp_path.glob("run/checkpoints/train-*/newest/*/MANIFEST.json")))
+    kill_one_worker(job)
+    output = finish(job)
+    assert "restarting from the newest checkpoint, attempt 2 of 4" in output
+    assert losses(tmp_path / "run", "train") == losses(calm[0] / "run", "train")
