@@ -1,10 +1,14 @@
-"""What every sequence model is: a dense module over looked-up embeddings, and described tables.
+"""What every model is: a dense module over looked-up embeddings, and described tables.
 
-Shape legend: B sequences, T total tokens, D width, V catalogue rows.
+A `SequenceModel` scores items by query and key; a `CodeDecoder` writes an item's semantic id.
+
+Shape legend: B sequences, T total tokens, D width, V catalogue rows; N decode requests, W beams,
+L code levels, K_l codes of level l.
 """
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -32,14 +36,18 @@ class CatalogueSizes:
     user_features: dict[str, int]
     """name → number of categories, without the unknown 0."""
     side_features: dict[str, int]
+    codebook_sizes: tuple[int, ...] = ()
+    """Codes of each level of the items' semantic ids; empty where there are none."""
+    num_actions: int = 0
+    """Kinds of action, without the unknown 0."""
 
 
-class SequenceModel(nn.Module, ABC):
-    """Dense half of a next-item model. Imports no distributed code and runs anywhere."""
+class TableModel(nn.Module, ABC):
+    """Dense half of a model. Imports no distributed code and runs anywhere."""
 
     @abstractmethod
     def table_specs(self) -> tuple[TableSpec, ...]:
-        """Tables this model looks up; the first is always `item`."""
+        """Tables this model looks up; `item` comes first where it is one of them."""
 
     def input_ids(self, batch: JaggedBatch) -> dict[str, Tensor]:
         """Table name → ids whose rows `forward` wants for `batch`: [T], or [B] of `user_<f>`.
@@ -57,6 +65,18 @@ class SequenceModel(nn.Module, ABC):
                 "prepare the data with these features or remove them from the model"
             )
         return {name: ids[name] for name in names}
+
+    @abstractmethod
+    def flops_per_token(self, mean_length: float) -> float:
+        """Forward FLOPs of the dense half per token, multiply-adds counted as two; backward is 2×.
+
+        `mean_length` is the sequence length that a mean token sees, Σ n² / Σ n over sequences of n
+        tokens (equal to n where all lengths are alike); with it attention is counted exactly.
+        """
+
+
+class SequenceModel(TableModel):
+    """Scores any item of the catalogue at any position; its first table is `item`."""
 
     @abstractmethod
     def forward(self, batch: JaggedBatch, embeddings: dict[str, Tensor], step_seed: int) -> Tensor:
@@ -77,10 +97,55 @@ class SequenceModel(nn.Module, ABC):
     def item_keys(self, item_embeddings: Tensor) -> Tensor:
         """What queries are multiplied with: [..., D] table rows → [..., D] float32."""
 
-    @abstractmethod
-    def flops_per_token(self, mean_length: float) -> float:
-        """Forward FLOPs of the dense half per token, multiply-adds counted as two; backward is 2×.
 
-        `mean_length` is the sequence length that a mean token sees, Σ n² / Σ n over sequences of n
-        tokens (equal to n where all lengths are alike); with it attention is counted exactly.
+class CodeDecoder(TableModel):
+    """A generative recommender: reads histories, writes the next item's codes one by one.
+
+    A *request* is one item to be written. A context is what the model made of the requests'
+    histories, prefilled once and shared by all beams; only the model itself looks inside.
+    """
+
+    codebook_sizes: tuple[int, ...]
+    """K_1…K_L of what is written."""
+    supervision: ClassVar[Literal["every_position", "last_position"]]
+    """Whether one pass over a sequence yields a request at every token, or only at its last one,
+    so that training cuts sequences into windows."""
+
+    @abstractmethod
+    def encode(
+        self,
+        batch: JaggedBatch,
+        embeddings: dict[str, Tensor],
+        step_seed: int,
+        positions: Literal["every", "last"],
+    ) -> Any:
+        """Context of N requests: one after each token (N = T), or after each last token (N = B).
+
+        Args:
+            batch: histories with `item_codes`; none is empty where positions is "last".
+            embeddings: as in `SequenceModel.forward`.
+            step_seed: seeds dropout together with batch.sample_ids; unused in eval mode.
+            positions: "every" only where `supervision` allows it.
+        """
+
+    @abstractmethod
+    def teacher_forced(self, context: Any, codes: Tensor) -> list[Tensor]:
+        """Logits of every level given the codes before it: L tensors [N, K_l] float32.
+
+        `codes` [N, L] int64; those of the last level are not read.
+        """
+
+    @abstractmethod
+    def new_cache(self, context: Any) -> Any:
+        """Empty `BeamCache` (models.generation.kv_cache) for the context's N requests."""
+
+    @abstractmethod
+    def step(self, context: Any, cache: Any, level: int, tokens: Tensor | None) -> Tensor:
+        """Logits [N, W, K_level] float32 of the next code of each beam.
+
+        Args:
+            context: from `encode`.
+            cache: holds what the levels before left; this call appends.
+            level: 0 … L-1.
+            tokens: [N, W] int64 codes that the beams chose at level - 1; None at level 0 (W = 1).
         """

@@ -37,6 +37,8 @@ class JaggedBatch:
     """[T] int64, behaviour of the input event where the source maps one."""
     user_features: dict[str, Tensor] = field(default_factory=dict)
     """name → [B] int64 dense category of the user; 0 = unknown."""
+    item_codes: Tensor | None = None
+    """[T, L] int64 semantic id of each input item where a tokenizer gave one; 0s for item 0."""
     side_features: dict[str, Tensor] = field(default_factory=dict)
     """name → [T] int64 dense category of the event; 0 = unknown."""
 

@@ -1,0 +1,128 @@
+"""Generative recommenders: models that write an item's semantic id code by code."""
+
+from typing import Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from configs.base import Config
+
+
+class FeatureInputs(Config):
+    """What a history token carries besides the codes of its item."""
+
+    item_table: bool = False
+    """Add a row of the (sharded) item table to each history token."""
+    user_features: tuple[str, ...] = ()
+    """User attributes (columns of the user table)."""
+    side_features: tuple[str, ...] = ()
+    """Event side features."""
+    actions: bool = False
+    """Add an embedding of the event's action."""
+    times: bool = False
+    """Add an embedding of the logarithm of the time between the event and the request."""
+
+
+class TIGERConfig(FeatureInputs):
+    """TIGER (arXiv 2305.05065): T5-style encoder-decoder over code tokens."""
+
+    kind: Literal["tiger"] = "tiger"
+    width: PositiveInt = 128
+    num_encoder_layers: PositiveInt = 4
+    num_decoder_layers: PositiveInt = 4
+    num_heads: PositiveInt = 6
+    head_width: PositiveInt = 64
+    feedforward_width: PositiveInt = 1024
+    dropout: float = Field(0.1, ge=0, lt=1)
+    history: PositiveInt = 20
+    """Latest events that are read."""
+    relative_buckets: PositiveInt = 32
+    relative_distance: PositiveInt = 128
+
+
+class ExpertsConfig(Config):
+    """Mixture of experts with loss-free balancing (OneRec 2506.13695, OneRec-V2 2508.20900)."""
+
+    num_experts: PositiveInt = 24
+    top_k: PositiveInt = 2
+    num_shared: int = Field(0, ge=0)
+    """Experts that every token passes."""
+    expert_width: PositiveInt = 128
+    bias_rate: float = Field(1e-3, gt=0)
+    """Step of the balancing bias towards experts that got too few tokens."""
+
+    @model_validator(mode="after")
+    def _enough_experts(self) -> "ExpertsConfig":
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k={self.top_k} exceeds num_experts={self.num_experts}")
+        return self
+
+
+class LifelongConfig(Config):
+    """A long history compressed by learned queries (OneRec 2506.13695)."""
+
+    history: PositiveInt = 2000
+    num_queries: PositiveInt = 128
+    num_layers: PositiveInt = 2
+
+
+class OneRecConfig(FeatureInputs):
+    """OneRec V1 (arXiv 2502.18965, 2506.13695): encoder over user pathways, decoder with experts."""
+
+    kind: Literal["onerec"] = "onerec"
+    width: PositiveInt = 128
+    num_encoder_layers: PositiveInt = 2
+    num_decoder_layers: PositiveInt = 2
+    num_heads: PositiveInt = 4
+    feedforward_width: PositiveInt = 256
+    dropout: float = Field(0.1, ge=0, lt=1)
+    history: PositiveInt = 20
+    """Short-term pathway: latest events."""
+    positive_history: PositiveInt | None = None
+    """Positive-feedback pathway: latest events whose feedback is positive; None leaves it out."""
+    positive_from: float = 4.0
+    """Rating from which feedback is positive (where ratings are mapped)."""
+    positive_actions: tuple[str, ...] = ()
+    """Actions that are positive feedback (where actions are mapped)."""
+    lifelong: LifelongConfig | None = None
+    experts: ExpertsConfig | None = None
+    """Feed-forward of the decoder's blocks; None is a dense one."""
+    session_items: PositiveInt = 1
+    """Items written per request, each after a BOS of its own; 1 is point-wise."""
+
+
+class LazyDecoderConfig(FeatureInputs):
+    """OneRec-V2's lazy decoder (arXiv 2508.20900): cross-attention without K/V projections."""
+
+    kind: Literal["lazy_decoder"] = "lazy_decoder"
+    width: PositiveInt = 128
+    num_layers: PositiveInt = 4
+    num_heads: PositiveInt = 4
+    feedforward_width: PositiveInt = 256
+    dropout: float = Field(0.1, ge=0, lt=1)
+    history: PositiveInt = 50
+    kv_layers: PositiveInt = 1
+    """L_kv: distinct key-value sets of the context; block i reads set ⌊i·L_kv / num_layers⌋."""
+    kv_split: Literal[1, 2] = 1
+    """S_kv: 1 shares one vector as key and value, 2 keeps them apart."""
+    kv_heads: PositiveInt = 1
+    """G_kv: key-value heads (grouped queries)."""
+    dense_layers: PositiveInt = 2
+    """First blocks whose feed-forward is dense even with experts."""
+    experts: ExpertsConfig | None = None
+
+
+class HSTUDecoderConfig(FeatureInputs):
+    """HSTU over semantic ids: HSTU reads items as sums of their codes, a small causal decoder at
+    every position writes the next item's codes."""
+
+    kind: Literal["hstu_decoder"] = "hstu_decoder"
+    width: PositiveInt = 64
+    num_layers: PositiveInt = 2
+    num_heads: PositiveInt = 1
+    qk_width: PositiveInt = 64
+    v_width: PositiveInt = 64
+    dropout: float = Field(0.2, ge=0, lt=1)
+    attention_slack: int = Field(11, ge=0)
+    decoder_layers: PositiveInt = 1
+    decoder_heads: PositiveInt = 2
+    decoder_feedforward: PositiveInt = 256
