@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from models.base import SequenceModel
+from models.base import TableModel
 
 
 class NonFiniteLossError(ValueError):
@@ -38,7 +38,9 @@ class ModelInputs(Protocol):
 class LossModule(Protocol):
     """An nn.Module that turns looked-up embeddings into a loss."""
 
-    model: SequenceModel
+    @property
+    def model(self) -> TableModel:
+        """The model that the objective trains."""
 
     def required_ids(self, inputs: Any) -> dict[str, dict[str, Tensor]]:
         """Table → feature → int64 ids of any shape whose rows `forward` wants; ids may repeat."""

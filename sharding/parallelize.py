@@ -10,25 +10,22 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from configs.recipe import Recipe
 from configs.training import OptimizerConfig, ScheduleConfig
-from models.base import SequenceModel, TableSpec
+from models.base import SequenceModel, TableModel, TableSpec
 from models.batch import JaggedBatch
 from sharding.deepspeed_engine import DenseEngine
+from sharding.dense_half import DenseHalf, Index, Rows
 from sharding.distinct import distinct_ids
-from sharding.embedding_plan import Shard, TablePlan, agree_on_plan
-from sharding.embedding_shard import ShardedTables, initialize_rows
+from sharding.embedding_plan import agree_on_plan
+from sharding.embedding_shard import ShardedTables
 from sharding.loss_module import LossModule, LossOutput, NonFiniteLossError
 from sharding.process_group import DistributedContext
 
 __all__ = ["LossModule", "LossOutput", "ParallelModel", "StepResult", "parallelize"]
 
-Rows = dict[str, Tensor]
-"""Table → rows [U, D]."""
-Index = dict[str, dict[str, Tensor]]
-"""Table → feature → positions in the table's rows."""
 NAMED_SAMPLES = 64  # sample ids in an error message
 
 
@@ -71,70 +68,6 @@ class StepResult:
         return dict(zip(self._names, values, strict=True))
 
 
-class ReplicatedTable(nn.Module):
-    """A small table in the dense half, under its AdamW. Row 0 stays zero."""
-
-    def __init__(self, spec: TableSpec, seed: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(spec.num_rows, spec.width))
-        with torch.no_grad():
-            whole = Shard(0, 0, 0, spec.num_rows, spec.width)
-            initialize_rows(self.weight, spec, whole, seed)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """Rows [n, D] of ids [n]."""
-        return F.embedding(ids, self.weight, padding_idx=0)
-
-
-class DenseHalf(nn.Module):
-    """What DeepSpeed wraps: the loss module and the replicated tables.
-
-    One forward serves every use, because ZeRO 3 gathers parameters only there.
-    """
-
-    def __init__(
-        self, loss_module: LossModule, replicated: Sequence[TablePlan], autocast: bool, seed: int
-    ) -> None:
-        super().__init__()
-        assert isinstance(loss_module, nn.Module)
-        self.loss_module = loss_module
-        self.tables = nn.ModuleDict(
-            {table.spec.name: ReplicatedTable(table.spec, seed) for table in replicated}
-        )
-        self._autocast = autocast
-
-    def forward(
-        self, use: Callable[..., Any], ids: Mapping[str, Tensor], rows: Rows, *args: Any
-    ) -> Any:
-        """`use(self, all rows, *args)`, where `rows` lacks the replicated tables' rows of `ids`."""
-        rows = rows | {name: table(ids[name]) for name, table in self.tables.items() if name in ids}
-        device = next(iter(ids.values())).device
-        with torch.autocast(device.type, torch.bfloat16, enabled=self._autocast):
-            return use(self, rows, *args)
-
-    def loss(self, rows: Rows, inputs: Any, index: Index) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and metrics of a micro batch (a tuple: DeepSpeed looks for tensors in it)."""
-        output = self.loss_module(inputs, rows, index)
-        loss = output.loss_sum
-        if not loss.requires_grad:  # a rank without data whose loss is a constant still takes part
-            loss = loss + 0.0 * torch.stack([value.sum() for value in rows.values()]).sum()
-        return loss, {name: value.detach() for name, value in output.metrics.items()}
-
-    def query(self, rows: Rows, batch: JaggedBatch, index: Mapping[str, Tensor]) -> Tensor:
-        """Queries [T, D] of the model."""
-        embeddings = {name: F.embedding(index[name], rows[name]) for name in index}
-        queries: Tensor = self.loss_module.model(batch, embeddings, 0)
-        return queries.float()
-
-    def item_keys(self, rows: Rows) -> Tensor:
-        """Keys [U, D] of item rows."""
-        return self.loss_module.model.item_keys(rows["item"]).float()
-
-    def own_rows(self, rows: Rows) -> Rows:
-        """The rows themselves."""
-        return rows
-
-
 class ParallelModel:
     """A loss module with its tables and its dense engine."""
 
@@ -162,8 +95,8 @@ class ParallelModel:
         _check_halves(dense, tables, engine)
 
     @property
-    def model(self) -> SequenceModel:
-        """The sequence model inside the loss module."""
+    def model(self) -> TableModel:
+        """The model inside the loss module."""
         return self._loss.model
 
     def train_step(
@@ -275,33 +208,52 @@ class ParallelModel:
 
         Every rank names the same tables; n may differ and be 0.
         """
-        rows, index = self._evaluate(DenseHalf.own_rows, ids)
+        distinct, index, rows = self._rows_of(ids)
+        rows = self._forward(DenseHalf.own_rows, distinct, rows)
         return {name: F.embedding(index[name], rows[name]) for name in ids}
 
     def query(self, batch: JaggedBatch) -> Tensor:
         """Queries [T, D] float32 of the model in evaluation mode. Collective."""
+
+        def use(model: TableModel, embeddings: dict[str, Tensor]) -> Tensor:
+            assert isinstance(model, SequenceModel), "a model that writes codes has no queries"
+            queries: Tensor = model(batch, embeddings, 0)
+            return queries.float()
+
         batch = batch.to(self.ctx.device)
-        ids = self.model.input_ids(batch)
-        queries: Tensor = self._evaluate(DenseHalf.query, ids, batch)[0]
+        queries: Tensor = self.infer(batch, use)
         return queries
+
+    def infer(self, batch: JaggedBatch, use: Callable[[TableModel, dict[str, Tensor]], Any]) -> Any:
+        """`use(model, embeddings)` in evaluation mode, without gradient. Collective.
+
+        `embeddings` are those that the model's forward wants for `batch`, which lies on the
+        device.
+        """
+        ids = self.model.input_ids(batch)
+        distinct, index, rows = self._rows_of(ids)
+        return self._forward(DenseHalf.infer, distinct, rows, index, use)
 
     def item_keys(self, ids: Tensor) -> Tensor:
         """Keys [n, D] float32 of items [n]. Collective."""
-        keys, index = self._evaluate(DenseHalf.item_keys, {"item": ids.to(self.ctx.device)})
-        return F.embedding(index["item"], keys)
+        distinct, index, rows = self._rows_of({"item": ids})
+        return F.embedding(index["item"], self._forward(DenseHalf.item_keys, distinct, rows))
 
-    @torch.no_grad()
-    def _evaluate(
-        self, use: Callable[..., Any], ids: Mapping[str, Tensor], *args: Any
-    ) -> tuple[Any, dict[str, Tensor]]:
-        """`use` of the rows of `ids` in evaluation mode, and positions of `ids` in the rows."""
-        self.engine.train(False)
+    def _rows_of(self, ids: Mapping[str, Tensor]) -> tuple[Rows, Rows, Rows]:
+        """Distinct ids of every table, positions of `ids` in them, and the sharded tables' rows."""
         required: Index = {name: {"ids": v.to(self.ctx.device)} for name, v in ids.items()}
         distinct, [index] = self._distinct([required])
-        positions = {name: features["ids"] for name, features in index.items()}
-        rows = self._sharded_rows(distinct)
-        extra = (positions,) if use is DenseHalf.query else ()
-        return self.engine(use, distinct, rows, *args, *extra), positions
+        with torch.no_grad():
+            rows = self._sharded_rows(distinct)
+        return distinct, {name: features["ids"] for name, features in index.items()}, rows
+
+    @torch.no_grad()
+    def _forward(
+        self, use: Callable[..., Any], distinct: Mapping[str, Tensor], rows: Rows, *args: Any
+    ) -> Any:
+        """`use` of the dense half in evaluation mode."""
+        self.engine.train(False)
+        return self.engine(use, distinct, rows, *args)
 
 
 def parallelize(
