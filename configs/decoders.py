@@ -47,6 +47,9 @@ class ExpertsConfig(Config):
     num_shared: int = Field(0, ge=0)
     """Experts that every token passes."""
     expert_width: PositiveInt = 128
+    gate: Literal["softmax", "sigmoid"] = "softmax"
+    """What weighs the chosen experts: their softmax scores over all experts (OneRec 2502.18965), or
+    sigmoid scores divided by their sum (DeepSeek-V3)."""
     bias_rate: float = Field(1e-3, gt=0)
     """Step of the balancing bias towards experts that got too few tokens."""
 
@@ -66,7 +69,7 @@ class LifelongConfig(Config):
 
 
 class OneRecConfig(FeatureInputs):
-    """OneRec V1 (arXiv 2502.18965, 2506.13695): encoder over user pathways, decoder with experts."""
+    """OneRec V1 (arXiv 2502.18965, 2506.13695): encoder over pathways, decoder with experts."""
 
     kind: Literal["onerec"] = "onerec"
     width: PositiveInt = 128
