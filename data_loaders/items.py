@@ -4,6 +4,7 @@ Shape legend: V items of the catalogue, n ids that are asked for.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +16,24 @@ from torch import Tensor
 from configs import storage
 from data_loaders.manifest import MEND, FileEntry, read_manifest
 from data_loaders.shards import partition_of, read_table
+
+
+@dataclass(frozen=True)
+class ItemPart:
+    """A part of the items table: the items first_id … first_id + rows - 1."""
+
+    url: str
+    first_id: int
+    rows: int
+
+
+def item_parts(dataset_url: str) -> list[ItemPart]:
+    """The parts of the items table, in the order of ids; empty ones are among them."""
+    parts, first = [], 1
+    for entry in read_manifest(dataset_url).items:
+        parts.append(ItemPart(storage.join(dataset_url, entry.path), first, entry.rows))
+        first += entry.rows
+    return parts
 
 
 def titles(dataset_url: str, ids: Sequence[int] | np.ndarray) -> list[str]:
