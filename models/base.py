@@ -74,6 +74,20 @@ class TableModel(nn.Module, ABC):
         tokens (equal to n where all lengths are alike); with it attention is counted exactly.
         """
 
+    def expert_load(self) -> Tensor | None:
+        """Tokens of each expert, [layers, E] int64, in training forwards since `update_balance`.
+
+        None where the model has no experts to balance.
+        """
+        return None
+
+    def update_balance(self, global_load: Tensor) -> None:
+        """Balance the experts after a step, given `expert_load` summed over all ranks.
+
+        Every rank passes the same sum, so that its buffers stay alike.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no experts")
+
 
 class SequenceModel(TableModel):
     """Scores any item of the catalogue at any position; its first table is `item`."""
@@ -110,6 +124,8 @@ class CodeDecoder(TableModel):
     supervision: ClassVar[Literal["every_position", "last_position"]]
     """Whether one pass over a sequence yields a request at every token, or only at its last one,
     so that training cuts sequences into windows."""
+    longest_history: int
+    """Latest events that a request reads; windows carry no more."""
 
     @abstractmethod
     def encode(

@@ -15,14 +15,14 @@ from sharding.parallelize import ParallelModel
 from sharding.process_group import DistributedContext
 
 State = dict[str, Tensor]
-_TABLES, _DENSE, _RANDOM = "tables/", "dense/", "rng/"
+_TABLES, _DENSE, _BUFFERS, _RANDOM = "tables/", "dense/", "buffers/", "rng/"
 
 
 def weights(model: ParallelModel) -> State:
-    """The weights of both halves. Collective."""
+    """The weights of both halves, and the dense half's buffers. Collective."""
     tables = {k: v for k, v in model.tables.state_dict().items() if k.endswith(".weight")}
     dense = {f"{name}/weight": value for name, value in model.engine.full_weights().items()}
-    return _prefixed(_TABLES, tables) | _prefixed(_DENSE, dense)
+    return _prefixed(_TABLES, tables) | _prefixed(_DENSE, dense) | _copied_buffers(model)
 
 
 def training_state(model: ParallelModel) -> State:
@@ -36,6 +36,7 @@ def training_state(model: ParallelModel) -> State:
     return (
         _prefixed(_TABLES, model.tables.state_dict())
         | _prefixed(_DENSE, dense)
+        | _copied_buffers(model)
         | {name: torch.tensor(value) for name, value in counters.items()}
     )
 
@@ -44,12 +45,14 @@ def restore_weights(model: ParallelModel, state: Mapping[str, Tensor]) -> None:
     """Put what `weights` named into a model. Collective."""
     model.tables.load_state_dict(_sharded(state))
     model.engine.load_full_state(_by_parameter(state), 0)
+    _restore_buffers(model, state)
 
 
 def restore_training_state(model: ParallelModel, state: Mapping[str, Tensor]) -> None:
     """Put what `training_state` named into a model. Collective."""
     model.tables.load_state_dict(_sharded(state))
     model.engine.load_full_state(_by_parameter(state), int(state["adam_step"]))
+    _restore_buffers(model, state)
     model.step = int(state["step"])
 
 
@@ -124,7 +127,9 @@ def _mend(key: str) -> str:
 
 
 def _is_weight(key: str) -> bool:
-    return key.endswith(".weight" if key.startswith(_TABLES) else "/weight")
+    return key.startswith(_BUFFERS) or key.endswith(
+        ".weight" if key.startswith(_TABLES) else "/weight"
+    )
 
 
 def _size_and_dtype(value: Tensor) -> tuple[torch.Size, torch.dtype]:
@@ -154,6 +159,24 @@ def _sharded(state: Mapping[str, Tensor]) -> dict[str, ShardedTensor]:
     """The tables' part."""
     tables = _below(_TABLES, state).items()
     return {key: value for key, value in tables if isinstance(value, ShardedTensor)}
+
+
+def _buffers(model: ParallelModel) -> State:
+    """Persistent buffers of the dense half, which ZeRO leaves whole on every rank."""
+    module = model.engine.module
+    persistent = module.state_dict().keys()
+    return {name: buffer for name, buffer in module.named_buffers() if name in persistent}
+
+
+def _copied_buffers(model: ParallelModel) -> State:
+    copies = {name: buffer.detach().cpu().clone() for name, buffer in _buffers(model).items()}
+    return _prefixed(_BUFFERS, copies)
+
+
+def _restore_buffers(model: ParallelModel, state: Mapping[str, Tensor]) -> None:
+    saved = _below(_BUFFERS, state)
+    for name, buffer in _buffers(model).items():
+        buffer.copy_(saved[name])
 
 
 def _by_parameter(state: Mapping[str, Tensor]) -> dict[str, State]:
