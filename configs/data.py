@@ -42,6 +42,8 @@ class ColumnMap(Config):
     timestamp: str = "timestamp"
     rating: str | None = None
     """A numeric column: rating, dwell time, or any graded feedback."""
+    order: str | None = None
+    """A numeric column that orders a user's events of equal time (without it, the log's order)."""
     action: str | None = None
     """A column that names the behaviour (click, like, …); becomes a dense action id."""
     side_features: tuple[str, ...] = ()

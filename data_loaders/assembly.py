@@ -70,7 +70,8 @@ def shard_step(
     url = job.part("by_user", shard)
     events = read_table(url) if storage.exists(url) else _no_events(job)
     codes, users = dense_codes(events["user"])
-    keys = [events["place"].to_numpy(), events["time"].to_numpy()]
+    last_first = ["place", "order", "time"]
+    keys = [events[name].to_numpy() for name in last_first if name in events.column_names]
     events = events.take(pa.array(np.lexsort([*keys, codes])))
     length = np.bincount(codes, minlength=len(users))
     table = _sequences(job, events, users, length, first_user_id, item_offsets)
@@ -104,6 +105,8 @@ def _no_events(job: Job) -> pa.Table:
     kinds |= dict.fromkeys(job.rules.categories(), pa.string())
     if job.source.columns.rating is not None:
         kinds["rating"] = pa.float32()
+    if job.source.columns.order is not None:
+        kinds["order"] = pa.float64()
     return pa.table({name: pa.array([], kind) for name, kind in kinds.items()})
 
 

@@ -1,8 +1,8 @@
 """Typed events: what is valid, and what goes to the quarantine for which reason.
 
 Columns of an event: `user`, `item` string; `time` int64 microseconds; `place` int64, where it
-stands in the log, which orders events of equal time; where mapped, `rating` float32 (NaN: none),
-`action` and `side_<name>` string.
+stands in the log, which orders events of equal time; where mapped, `order` float64, which does so
+before `place`, `rating` float32 (NaN: none), `action` and `side_<name>` string.
 """
 
 from collections.abc import Mapping
@@ -28,6 +28,7 @@ REASONS = (
     "unparsable_timestamp",
     "impossible_timestamp",
     "unparsable_rating",
+    "unparsable_order",
 )
 """Reasons found in a single row; an event has the first that applies. 0 is a good event."""
 MALFORMED = "malformed_row"
@@ -54,7 +55,7 @@ class EventRules:
         """Recipe key → column of the log."""
         prefix, columns = "data.source.columns", self.columns
         keys = {f"{prefix}.{key}": getattr(columns, key) for key in ("user", "item", "timestamp")}
-        for key in ("rating", "action"):
+        for key in ("rating", "order", "action"):
             if getattr(columns, key) is not None:
                 keys[f"{prefix}.{key}"] = getattr(columns, key)
         for index, name in enumerate(columns.side_features):
@@ -92,10 +93,14 @@ def type_events(raw: pa.Table, rules: EventRules) -> tuple[pa.Table, np.ndarray]
         with np.errstate(over="ignore"):  # too large for float32 is no rating
             typed["rating"] = rating.astype(np.float32)
         bad_rating |= np.isinf(typed["rating"])
+    bad_order = np.zeros(raw.num_rows, bool)
+    if columns.order is not None:
+        typed["order"], no_order, bad_order = parse_number(raw[columns.order])
+        bad_order |= no_order
     for name, column in rules.categories().items():
         typed[name] = as_text(raw[column])
     impossible = (time < rules.earliest) | (time >= rules.latest)
-    found = [_absent(user), _absent(item), no_time, bad_time, impossible, bad_rating]
+    found = [_absent(user), _absent(item), no_time, bad_time, impossible, bad_rating, bad_order]
     return pa.table(typed), np.select(found, range(1, len(REASONS)), 0)
 
 

@@ -66,6 +66,8 @@ class PublicSet:
     """File, user column, feature columns."""
     optional_rating: str | None = None
     """A rating column that some copies have."""
+    optional_order: str | None = None
+    """A column that orders events of equal time, which some copies have."""
     mirror: Wheel | None = None
     convert_mirror: Converter | None = None
 
@@ -104,9 +106,9 @@ def source_of(name: str, url: str, say: Say = print) -> ParquetSource:
     entry = _find(name)
     files = get(name, url, say)
     columns = entry.columns
-    rating = entry.optional_rating
-    if rating is not None and rating in _column_names(files[0]):
-        columns = columns.model_copy(update={"rating": rating})
+    optional = {"rating": entry.optional_rating, "order": entry.optional_order}
+    has = _column_names(files[0]) if any(optional.values()) else []
+    columns = columns.model_copy(update={k: c for k, c in optional.items() if c in has})
     item_text = user_table = None
     if entry.titles is not None and storage.join(url, entry.titles[0]) in files:
         file, item, title = entry.titles
@@ -249,6 +251,7 @@ def _amazon(name: PublicName, category: str, about: str, events: int) -> PublicS
         events_file="interactions.parquet",
         columns=ColumnMap(),
         optional_rating="rating",
+        optional_order="pos",
         titles=("items.parquet", "item", "title"),
     )
 

@@ -8,6 +8,7 @@ import tarfile
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -125,28 +126,32 @@ def amazon_2014(category: str) -> Callable[[Mapping[str, Path]], Tables]:
         # Days tie; file order within a day is the order that published splits use.
         order = np.argsort(reviews["unixReviewTime"].to_numpy(), kind="stable")
         reviews = reviews.take(pa.array(order))
-        titles = _amazon_titles(files[f"meta_{category}.json.gz"], pc.unique(reviews["asin"]))
+        items = _amazon_items(files[f"meta_{category}.json.gz"], pc.unique(reviews["asin"]))
         return {
             "interactions.parquet": reviews.rename_columns(["user", "item", "rating", "timestamp"]),
-            "items.parquet": titles,
+            "items.parquet": items,
         }
 
     return convert
 
 
-def _amazon_titles(path: Path, items: pa.Array) -> pa.Table:
-    wanted, found = set(items.to_pylist()), {}
+def _amazon_items(path: Path, items: pa.Array) -> pa.Table:
+    wanted, found = set(items.to_pylist()), dict[str, dict[str, Any]]()
     asin = re.compile(rb"'asin': '([^']+)'")
     with gzip.open(path, "rb") as stream:
         for line in stream:
             match = asin.search(line)
             if match and match[1].decode() in wanted:
                 entry = ast.literal_eval(line.decode())
-                found[entry["asin"]] = entry.get("title")
+                found[entry["asin"]] = entry
+    entries = list(found.values())
     return pa.table(
         {
             "item": pa.array(list(found), pa.string()),
-            "title": pa.array(list(found.values()), pa.string()),
+            "title": pa.array([entry.get("title") for entry in entries], pa.string()),
+            "categories": pa.array(
+                [entry.get("categories") for entry in entries], pa.list_(pa.list_(pa.string()))
+            ),
         }
     )
 

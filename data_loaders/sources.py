@@ -236,10 +236,11 @@ def _check_types(files: TableFiles, url: str, schema: pa.Schema) -> None:
                 f"{place}={column!r} has type {kind} in {url}; map a column of plain values: "
                 "text, numbers, dates or timestamps"
             )
-        if dated and place == "data.source.columns.rating":
+        if dated and place in _NUMERIC:
             raise ValueError(f"{place}={column!r} has type {kind} in {url}; map a numeric column")
 
 
+_NUMERIC = ("data.source.columns.rating", "data.source.columns.order")
 _PLAIN = (
     pa.types.is_string,
     pa.types.is_large_string,

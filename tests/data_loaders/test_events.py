@@ -53,6 +53,15 @@ def test_each_row_has_the_first_reason_that_applies() -> None:
     ]
 
 
+def test_an_event_without_its_order_is_bad() -> None:
+    rules = EventRules.of(ColumnMap(order="pos"), "s", CleaningConfig())
+    assert rules.wanted()["data.source.columns.order"] == "pos"
+    names = {"user": ["u"] * 3, "item": ["i"] * 3, "timestamp": ["9e8"] * 3}
+    events, code = type_events(pa.table(names | {"pos": ["2", "second", None]}), rules)
+    assert [REASONS[c] for c in code] == ["", "unparsable_order", "unparsable_order"]
+    assert events["order"][0].as_py() == 2.0
+
+
 @pytest.mark.parametrize("text", [" ", "\t ", "NaN", "null", " NULL ", "None", "N/A"])
 def test_text_that_stands_for_nothing_is_no_user_and_no_item(text: str) -> None:
     raw = pa.table(

@@ -133,7 +133,8 @@ def test_amazon_orders_by_time_and_then_as_the_file(tmp_path: Path) -> None:
     reviews = [("u1", "b", 5.0, 200), ("u2", "a", 1.0, 100), ("u1", "c", 4.0, 100)]
     names = ("reviewerID", "asin", "overall", "unixReviewTime")
     lines = [json.dumps(dict(zip(names, review, strict=True))) for review in reviews]
-    meta = "{'asin': 'a', 'title': \"It's\"}\n{'asin': 'z', 'title': 'no'}\n{'asin': 'b'}\n"
+    known = "{'asin': 'a', 'title': \"It's\", 'categories': [['Beauty', 'Hair']]}\n"
+    meta = known + "{'asin': 'z', 'title': 'no'}\n{'asin': 'b'}\n"
     (tmp_path / "reviews_Beauty_5.json.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
     (tmp_path / "meta_Beauty.json.gz").write_bytes(gzip.compress(meta.encode()))
     source = source_of("amazon-beauty", str(tmp_path))
@@ -145,9 +146,16 @@ def test_amazon_orders_by_time_and_then_as_the_file(tmp_path: Path) -> None:
     assert source.columns.rating == "rating"
     assert source.item_text is not None
     assert _rows(source.item_text.url) == [
-        {"item": "a", "title": "It's"},
-        {"item": "b", "title": None},
+        {"item": "a", "title": "It's", "categories": [["Beauty", "Hair"]]},
+        {"item": "b", "title": None, "categories": None},
     ]
+
+
+def test_amazon_copies_that_number_events_are_ordered_by_it(tmp_path: Path) -> None:
+    rows = {"user": [1, 1], "item": [7, 8], "timestamp": [5, 5], "pos": [1, 0]}
+    pq.write_table(pa.table(rows), tmp_path / "interactions.parquet")
+    columns = source_of("amazon-beauty", str(tmp_path)).columns
+    assert columns.order == "pos" and columns.rating is None
 
 
 def test_kuairand_joins_its_logs(tmp_path: Path) -> None:
