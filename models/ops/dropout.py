@@ -30,6 +30,12 @@ def token_keys(seed: int, step: int, sample_ids: Tensor, offsets: Tensor) -> Ten
     return mix64(sample_keys[segment_ids(offsets, total)] + (positions + 1) * as_signed(GOLDEN_64))
 
 
+def sub_keys(keys: Tensor, count: int) -> Tensor:
+    """Keys of the ``count`` parts of each token (its codes, say): int64 [T, count]."""
+    parts = torch.arange(1, count + 1, device=keys.device) * as_signed(GOLDEN_64)
+    return mix64(keys[:, None] + parts)
+
+
 def keyed_dropout(x: Tensor, keys: Tensor, p: float, salt: int) -> Tensor:
     """Zero each entry of ``x`` [T, ...] with probability ``p`` and scale the rest by 1 / (1 - p).
 
@@ -40,10 +46,11 @@ def keyed_dropout(x: Tensor, keys: Tensor, p: float, salt: int) -> Tensor:
         raise ValueError(f"dropout probability must be in [0, 1), got {p}")
     if p == 0.0:
         return x
-    if x.dtype != torch.float32 or not native.runs_native(x):
+    if not native.runs_native(x):
         return keyed_dropout_reference(x, keys, p, salt)
-    out: Tensor = _NativeDropout.apply(x, _salted(keys, salt), p)
-    return out
+    # Scaling in float32 and rounding once is also what the reference's product does.
+    out: Tensor = _NativeDropout.apply(x.float(), _salted(keys, salt), p)
+    return out.to(x.dtype)
 
 
 def keyed_dropout_reference(x: Tensor, keys: Tensor, p: float, salt: int) -> Tensor:

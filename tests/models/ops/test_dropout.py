@@ -5,7 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.ops.dropout import keep_mask, keyed_dropout, keyed_dropout_reference, token_keys
+from models.ops.dropout import (
+    keep_mask,
+    keyed_dropout,
+    keyed_dropout_reference,
+    sub_keys,
+    token_keys,
+)
 from models.ops.hashing import mix64, mix64_int
 from models.ops.jagged import lengths_to_offsets
 
@@ -88,8 +94,22 @@ def test_expectation_is_kept_and_zero_probability_is_the_identity() -> None:
         keyed_dropout(x, keys, 1.0, 1)
 
 
-def test_bfloat16_takes_the_reference_and_keeps_its_dtype() -> None:
-    keys = torch.arange(10)
-    out = keyed_dropout(torch.ones(10, 8, dtype=torch.bfloat16), keys, 0.5, 1)
-    assert out.dtype == torch.bfloat16
-    assert torch.equal(out.float(), keyed_dropout(torch.ones(10, 8), keys, 0.5, 1))
+def test_bfloat16_equals_the_reference_and_keeps_its_dtype() -> None:
+    keys = torch.arange(50)
+    x = torch.randn(50, 70).bfloat16().requires_grad_()
+    y = x.detach().clone().requires_grad_()
+    fast, plain = keyed_dropout(x, keys, 0.3, 1), keyed_dropout_reference(y, keys, 0.3, 1)
+    assert fast.dtype == torch.bfloat16
+    assert torch.equal(fast, plain)
+    upstream = torch.randn(50, 70).bfloat16()
+    fast.backward(upstream)
+    plain.backward(upstream)
+    assert torch.equal(x.grad, y.grad)
+
+
+def test_parts_of_a_token_have_keys_of_their_own() -> None:
+    keys = token_keys(0, 0, torch.arange(9), lengths_to_offsets(torch.full((9,), 40)))
+    parts = sub_keys(keys, 4)
+    assert parts.shape == (360, 4)
+    assert torch.cat([parts.flatten(), keys]).unique().numel() == 5 * 360
+    assert torch.equal(sub_keys(keys[7:9], 2), parts[7:9, :2])
