@@ -48,6 +48,8 @@ class TableFiles:
     header: tuple[str, ...] | None = None
     quoted_newlines: bool = False
     """Whether quoted values of CSV may hold line ends."""
+    lists: bool = False
+    """Whether columns of Parquet may hold lists."""
 
     @property
     def names(self) -> list[str]:
@@ -88,7 +90,7 @@ def source_signature(source: Source, raw_url: str) -> list[Any]:
     if source.kind == "public":
         return [source.name]
     signature = []
-    for fs, path, name in _files(raw_url, "data.source.url"):
+    for fs, path, name in matching_files(raw_url, "data.source.url"):
         info = fs.info(path)
         version = next(
             (info[k] for k in ("ETag", "etag", "md5", "mtime", "created") if k in info), ""
@@ -103,7 +105,7 @@ def plan(files: TableFiles) -> list[Chunk]:
     Raises:
         ValueError: no file is there, or one lacks a wanted column.
     """
-    found = _files(files.url, files.place)
+    found = matching_files(files.url, files.place)
     with ThreadPoolExecutor(16) as pool:
         planned = pool.map(
             lambda entry: _plan_file(files, entry[0], *entry[1]), list(enumerate(found))
@@ -160,7 +162,7 @@ def missing_column(files: TableFiles, url: str, place: str, column: str, has: Se
     return f"{place}={column!r} is not a column of {url}, which has {list(has)}{hint}"
 
 
-def _files(url: str, place: str) -> list[tuple[Any, str, str]]:
+def matching_files(url: str, place: str) -> list[tuple[Any, str, str]]:
     """(file system, path, name) of each file, in name order."""
     fs, path = storage.filesystem(url)
     if any(sign in path for sign in "*?["):
@@ -230,6 +232,8 @@ def _check_types(files: TableFiles, url: str, schema: pa.Schema) -> None:
     for place, column in files.columns.items():
         kind = schema.field(column).type
         value = kind.value_type if pa.types.is_dictionary(kind) else kind
+        while files.lists and any(is_list(value) for is_list in _LISTS):
+            value = value.value_type
         dated = pa.types.is_date(value) or pa.types.is_timestamp(value)
         if not (dated or any(is_kind(value) for is_kind in _PLAIN)):
             raise ValueError(
@@ -241,6 +245,7 @@ def _check_types(files: TableFiles, url: str, schema: pa.Schema) -> None:
 
 
 _NUMERIC = ("data.source.columns.rating", "data.source.columns.order")
+_LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
 _PLAIN = (
     pa.types.is_string,
     pa.types.is_large_string,

@@ -1,14 +1,15 @@
-"""The Ray cluster of a run: connect to it, check its storage, run a stage's worker group on it."""
+"""The Ray cluster of a run: connect to it, run a stage's worker group on it."""
 
 import os
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from configs import storage
+from fsspec.implementations.memory import MemoryFileSystem
+from pyarrow.fs import FSSpecHandler, PyFileSystem
+
 from configs.cluster import ClusterConfig
 
 # Read by Ray when it is imported.
@@ -17,10 +18,10 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import ray
+from ray._private.services import get_ray_address_from_environment
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from launch.address import protect_token, refuse_open
 from launch.console import Console
@@ -51,12 +52,12 @@ def connect(cluster: ClusterConfig) -> Iterator[None]:
     if not embedded and not in_ray_job:  # a submitted job has shipped the code already
         runtime_env["working_dir"] = str(PROJECT_ROOT)
         runtime_env["excludes"] = SHIPPED_EXCLUDES
-    if cluster.address not in ("local", "auto"):
-        refuse_open(cluster.address, "cluster.address")
     options: dict[str, Any] = {}
     if embedded:
         options = {"num_cpus": cluster.data_cpus, "include_dashboard": False}
     try:
+        if not embedded and not in_ray_job:  # a job is there already; `submit` checked the door
+            _refuse_open_cluster(cluster.address)
         ray.init(
             address=cluster.address,
             runtime_env=runtime_env,
@@ -77,56 +78,23 @@ def connect(cluster: ClusterConfig) -> Iterator[None]:
         ray.shutdown()
 
 
+def _refuse_open_cluster(address: str) -> None:
+    """`refuse_open` for the address that Ray will join, which `auto` leaves for Ray to find."""
+    if address != "auto":
+        refuse_open(address, "cluster.address")
+        return
+    found = get_ray_address_from_environment("auto", None)  # Ray's own search; may find no Ray
+    named = os.environ.get("RAY_ADDRESS")
+    refuse_open(found, "RAY_ADDRESS" if named else "cluster.address (auto)")
+
+
 def _quiet_data_progress() -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
 
 
-def alive_nodes() -> list[str]:
-    """Ids of the cluster's living nodes."""
-    return [node["NodeID"] for node in ray.nodes() if node["Alive"]]
-
-
-@ray.remote(num_cpus=0)
-def _sees(path_url: str) -> bool:
-    return storage.exists(path_url)
-
-
-def check_storage(output_url: str, cluster: ClusterConfig) -> None:
-    """Refuse an output directory that some node of the cluster does not see.
-
-    Raises:
-        ValueError: names the directory, the node, and the mend.
-    """
-    storage.make_directory(output_url)
-    nodes = alive_nodes()
-    if len(nodes) < 2 or not storage.is_local(output_url):
-        return
-    probe = storage.join(output_url, f".probe-{uuid.uuid4().hex}")
-    storage.write_bytes(probe, b"tandem")
-    try:
-        answers = {
-            node: _sees.options(
-                scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
-            ).remote(probe)
-            for node in nodes
-        }
-        blind = [node for node, answer in answers.items() if not ray.get(answer)]
-    finally:
-        storage.remove(probe)
-    if blind:
-        addresses = {n["NodeID"]: n["NodeManagerAddress"] for n in ray.nodes()}
-        raise ValueError(
-            f"output={output_url!r} is not seen by node {addresses[blind[0]]} "
-            f"({len(blind)} of {len(nodes)} nodes do not see it); put it on storage that every "
-            "node mounts, or on an object store (s3://…, gs://…)"
-        )
-
-
-def run_workers(
-    entry: str, settings: dict[str, Any], cluster: ClusterConfig, output_url: str
-) -> Any:
+def run_workers(entry: str, settings: dict[str, Any], cluster: ClusterConfig) -> Any:
     """Run `module:function(settings, say)` on every rank of a worker group; rank 0's answer.
 
     A dead worker or node costs a restart of the group, which resumes from the newest checkpoint; at
@@ -139,7 +107,7 @@ def run_workers(
     with Console() as console:
         for attempt in range(cluster.max_failures + 1):
             try:
-                return _run_group(entry, settings, cluster, output_url, console)
+                return _run_group(entry, settings, cluster, console)
             except TrainingFailedError as error:
                 sentence = _user_error(error)
                 if sentence is not None:
@@ -158,11 +126,8 @@ def run_workers(
 
 
 def _run_group(
-    entry: str, settings: dict[str, Any], cluster: ClusterConfig, output_url: str, console: Console
+    entry: str, settings: dict[str, Any], cluster: ClusterConfig, console: Console
 ) -> Any:
-    # A fresh name an attempt: a stale snapshot of Ray's own would block the start.
-    name = f"{entry.rsplit('.', 1)[-1].replace(':', '-')}-{uuid.uuid4().hex[:8]}"
-    ray_url = storage.join(output_url, "ray")
     resources: dict[str, float] = {"CPU": cluster.cpus_per_worker}
     if cluster.device == "cuda":
         resources["GPU"] = 1
@@ -179,13 +144,16 @@ def _run_group(
             placement_strategy=cluster.placement_strategy,
         ),
         run_config=RunConfig(
-            name=name, storage_path=ray_url, failure_config=FailureConfig(max_failures=0)
+            name=entry.rsplit(".", 1)[-1].replace(":", "-"),
+            # Workers report no checkpoint to Ray Train (ours are `sharding.checkpoint`'s), so what
+            # it keeps lives in the memory of the group's controller: a kill leaves nothing of it,
+            # and nothing half written can block the next start.
+            storage_path="ray-train",
+            storage_filesystem=PyFileSystem(FSSpecHandler(MemoryFileSystem())),
+            failure_config=FailureConfig(max_failures=0),
         ),
     )
-    try:
-        return trainer.fit().return_value
-    finally:
-        storage.remove(storage.join(ray_url, name))
+    return trainer.fit().return_value
 
 
 def _enter(config: dict[str, Any]) -> Any:

@@ -146,11 +146,12 @@ class _Run:
     def _connect(self) -> None:
         if self._connected:
             return
-        from launch.cluster import check_storage, connect
+        from launch.cluster import connect
+        from launch.shared_storage import check_output
 
         self._cluster.enter_context(connect(self._recipe.cluster))
         self._connected = True
-        check_storage(self._layout.root, self._recipe.cluster)
+        check_output(self._layout.root)
 
 
 def _purpose(name: StageName) -> str:

@@ -34,7 +34,7 @@ class StageContext:
         """Run `module:function` on the recipe's worker group."""
         from launch.cluster import run_workers
 
-        return run_workers(entry, self.settings(**more), self.recipe.cluster, self.layout.root)
+        return run_workers(entry, self.settings(**more), self.recipe.cluster)
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,10 @@ def _raw_url(recipe: Recipe, layout: RunLayout) -> str:
 
 def _prepare(context: StageContext) -> Outputs:
     from data_loaders.sequences import prepare
+    from launch.shared_storage import check_inputs
 
     recipe, layout = context.recipe, context.layout
+    check_inputs(recipe.data.source)
     manifest = prepare(recipe.data, recipe.name, layout.data, _raw_url(recipe, layout))
     return {
         "data": manifest.fingerprint,

@@ -1,0 +1,61 @@
+"""A dead worker is replaced, a mistake of the user's is not, and there is an end to replacing."""
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs.cluster import ClusterConfig
+from launch.cluster import connect, run_workers
+
+CLUSTER = ClusterConfig(num_workers=1, max_failures=1, data_cpus=2)
+
+
+@pytest.fixture(scope="module")
+def embedded() -> Iterator[None]:
+    with connect(CLUSTER):
+        yield
+
+
+def work(settings: dict[str, Any], say: Callable[[str], None]) -> str:
+    """Note the attempt, then do what the attempt is told."""
+    attempts = Path(settings["attempts"])
+    with attempts.open("a") as stream:
+        stream.write("x")
+    match settings["then"][len(attempts.read_text()) - 1]:
+        case "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "mistake":
+            raise ValueError("the recipe asks for the moon; ask for less")
+    return "done"
+
+
+def test_a_dead_worker_is_replaced_and_a_mistake_is_not(
+    embedded: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    attempts = tmp_path / "attempts"
+
+    def run(*then: str) -> Any:
+        attempts.unlink(missing_ok=True)
+        settings = {"attempts": str(attempts), "then": then}
+        return run_workers(f"{__name__}:work", settings, CLUSTER)
+
+    assert run("die", "done") == "done"
+    assert attempts.read_text() == "xx"
+    assert "restarting from the newest checkpoint, attempt 2 of 2" in capfd.readouterr().out
+    with pytest.raises(ValueError, match=r"^the recipe asks for the moon; ask for less$"):
+        run("mistake", "done")
+    assert attempts.read_text() == "x"
+    assert list(tmp_path.iterdir()) == [attempts]  # Ray Train leaves nothing beside the run
+
+
+@pytest.mark.slow
+def test_a_group_that_keeps_dying_ends_the_stage(embedded: None, tmp_path: Path) -> None:
+    settings = {"attempts": str(tmp_path / "attempts"), "then": ("die", "die", "done")}
+    count_and_cause = r"(?s)failed 2 times \(cluster.max_failures=1\); last error:.*died"
+    with pytest.raises(RuntimeError, match=count_and_cause):
+        run_workers(f"{__name__}:work", settings, CLUSTER)
+    assert (tmp_path / "attempts").read_text() == "xx"
