@@ -92,6 +92,13 @@ class OneRecConfig(FeatureInputs):
     session_items: PositiveInt = 1
     """Items written per request, each after a BOS of its own; 1 is point-wise."""
 
+    @model_validator(mode="after")
+    def _fits(self) -> "OneRecConfig":
+        _heads_divide_width(self.num_heads, self.width)
+        if self.positive_actions and self.positive_history is None:
+            raise ValueError("positive_actions says what positive_history reads, which is null")
+        return self
+
 
 class LazyDecoderConfig(FeatureInputs):
     """OneRec-V2's lazy decoder (arXiv 2508.20900): cross-attention without K/V projections."""
@@ -109,9 +116,26 @@ class LazyDecoderConfig(FeatureInputs):
     """S_kv: 1 shares one vector as key and value, 2 keeps them apart."""
     kv_heads: PositiveInt = 1
     """G_kv: key-value heads (grouped queries)."""
-    dense_layers: PositiveInt = 2
+    dense_layers: int = Field(2, ge=0)
     """First blocks whose feed-forward is dense even with experts."""
     experts: ExpertsConfig | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> "LazyDecoderConfig":
+        _heads_divide_width(self.num_heads, self.width)
+        if self.num_heads % self.kv_heads:
+            raise ValueError(f"kv_heads={self.kv_heads} must divide num_heads={self.num_heads}")
+        if self.kv_layers > self.num_layers:
+            raise ValueError(
+                f"kv_layers={self.kv_layers} exceeds num_layers={self.num_layers}: "
+                "no block would read the rest"
+            )
+        if self.experts is not None and self.dense_layers >= self.num_layers:
+            raise ValueError(
+                f"dense_layers={self.dense_layers} leaves none of num_layers={self.num_layers} "
+                "blocks to the experts: lower it or set experts to null"
+            )
+        return self
 
 
 class HSTUDecoderConfig(FeatureInputs):
@@ -129,3 +153,10 @@ class HSTUDecoderConfig(FeatureInputs):
     decoder_layers: PositiveInt = 1
     decoder_heads: PositiveInt = 2
     decoder_feedforward: PositiveInt = 256
+
+
+def _heads_divide_width(num_heads: int, width: int) -> None:
+    if width % num_heads:
+        raise ValueError(
+            f"num_heads={num_heads} must divide width={width}; choose a divisor of the width"
+        )

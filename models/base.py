@@ -40,6 +40,8 @@ class CatalogueSizes:
     """Codes of each level of the items' semantic ids; empty where there are none."""
     num_actions: int = 0
     """Kinds of action, without the unknown 0."""
+    action_names: tuple[str, ...] = ()
+    """What they are called, by id; id 1 comes first."""
 
 
 class TableModel(nn.Module, ABC):

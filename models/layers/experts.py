@@ -27,7 +27,7 @@ class Experts(nn.Module):
 
     def __init__(self, width: int, config: ExpertsConfig) -> None:
         super().__init__()
-        self.config = config
+        self.width, self.config = width, config
         experts, inner = config.num_experts, config.expert_width
         self.router = nn.Parameter(torch.empty(experts, width))
         self.gate_up = nn.Parameter(torch.empty(experts, width, 2 * inner))
@@ -85,9 +85,10 @@ class Experts(nn.Module):
 
     def flops_per_token(self) -> float:
         """Forward FLOPs, multiply-adds counted as two."""
-        expert = self.gate_up[0].numel() + self.down[0].numel()
+        config = self.config
+        expert = 3 * self.width * config.expert_width
         shared = 0.0 if self.shared is None else self.shared.flops_per_token()
-        return 2.0 * (self.router.numel() + self.config.top_k * expert) + shared
+        return 2.0 * (self.width * config.num_experts + config.top_k * expert) + shared
 
 
 def feed_forward(width: int, inner: int, experts: ExpertsConfig | None) -> nn.Module:

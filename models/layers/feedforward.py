@@ -24,7 +24,12 @@ class GatedFeedForward(nn.Module):
 
     def flops_per_token(self) -> float:
         """Forward FLOPs, multiply-adds counted as two."""
-        return 2.0 * (self.gate_up.weight.numel() + self.down.weight.numel())
+        return linear_flops(self.gate_up) + linear_flops(self.down)
+
+
+def linear_flops(linear: nn.Linear) -> float:
+    """Forward FLOPs per token. (ZeRO 3 empties weights; what a layer was built with stays.)"""
+    return 2.0 * linear.in_features * linear.out_features
 
 
 def gated(hidden: Tensor) -> Tensor:
