@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,13 @@ def write_recipe(directory: Path, **overrides: Any) -> Path:
         "model": {"kind": "hstu", "width": 16, "qk_width": 16, "v_width": 16, "dropout": 0.1},
         "sharding": {"default": "row_wise"},
         "objective": {"kind": "sampled_softmax", "num_negatives": 16, "shared": "sequence"},
-        "training": {"epochs": 4, "log_every_steps": 1, "checkpoint": {"every_steps": 4}},
-        "alignment": {"epochs": 1, "pairs_per_step": 16, "log_every_steps": 1},
+        "training": {"epochs": 10, "log_every_steps": 1, "checkpoint": {"every_steps": 4}},
+        "alignment": {
+            "epochs": 1,
+            "pairs_per_step": 16,
+            "log_every_steps": 1,
+            "checkpoint": {"every_steps": 8},
+        },
         "evaluation": {"ks": [1, 5, 10], "users_per_batch": 32},
         "recommend": {"num_users": 1, "top_k": 5},
         "cluster": {"num_workers": 2},
@@ -62,17 +68,12 @@ def write_recipe(directory: Path, **overrides: Any) -> Path:
     return path
 
 
-def environment() -> dict[str, str]:
-    """Environment of a job's process."""
-    return {**os.environ, "PYTHONPATH": str(ROOT)}
-
-
-def start(*arguments: str) -> subprocess.Popen[str]:
+def start(*arguments: str, variables: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
     """Start `tandem …` in a session of its own, so that all of it can be killed at once."""
     return subprocess.Popen(
         [sys.executable, "-m", "launch.cli", *arguments],
         cwd=ROOT,
-        env=environment(),
+        env={**os.environ, "PYTHONPATH": str(ROOT), **(variables or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -87,15 +88,15 @@ def finish(job: subprocess.Popen[str], timeout: float = 600) -> str:
     return output
 
 
-def kill_everything(job: subprocess.Popen[str]) -> None:
-    """`kill -9` of the driver and of every process it started."""
+def kill_everything(job: subprocess.Popen[str]) -> str:
+    """`kill -9` of the driver and of every process it started; what it had printed."""
     victims = _descendants(job.pid) | {job.pid}
     for pid in victims:
         try:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
             continue
-    job.communicate()
+    return job.communicate()[0]
 
 
 def kill_one_worker(job: subprocess.Popen[str]) -> None:
@@ -135,6 +136,11 @@ def wait_for(condition: Any, timeout: float = 400) -> None:
     while not condition():
         assert time.monotonic() < limit, "what the test waits for never happened"
         time.sleep(0.05)
+
+
+def checkpoints(run: Path, stage: str) -> set[Path]:
+    """Manifests of a stage's newest committed checkpoints."""
+    return set(run.glob(f"checkpoints/{stage}-*/newest/*/MANIFEST.json"))
 
 
 def losses(run: Path, stage: str) -> dict[int, float]:

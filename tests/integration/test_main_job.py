@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-import pytest
-
 from tests.integration.jobs import (
+    checkpoints,
     finish,
     kill_everything,
     kill_one_worker,
@@ -15,14 +14,6 @@ from tests.integration.jobs import (
     wait_for,
     write_recipe,
 )
-
-
-@pytest.fixture(scope="module")
-def calm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """An undisturbed run and what it printed."""
-    directory = tmp_path_factory.mktemp("calm")
-    output = finish(start("run", str(write_recipe(directory))))
-    return directory, output
 
 
 def test_all_stages_leave_their_results(calm: tuple[Path, str]) -> None:
@@ -56,7 +47,7 @@ def test_kill_9_of_the_whole_job_then_the_same_command(
     recipe = str(write_recipe(tmp_path))
     job = start("run", recipe)
     # Killed when the second checkpoint of the training stage has been committed.
-    wait_for(lambda: len(list(tmp_path.glob("run/checkpoints/train-*/newest/*/MANIFEST.json"))) > 1)
+    wait_for(lambda: len(checkpoints(tmp_path / "run", "train")) > 1)
     kill_everything(job)
     output = finish(start("run", recipe))
     assert "resuming from step" in output
@@ -68,7 +59,7 @@ def test_kill_9_of_the_whole_job_then_the_same_command(
 def test_kill_9_of_one_worker_restarts_the_group(calm: tuple[Path, str], tmp_path: Path) -> None:
     recipe = str(write_recipe(tmp_path))
     job = start("run", recipe, "--until", "train")
-    wait_for(lambda: list(tmp_path.glob("run/checkpoints/train-*/newest/*/MANIFEST.json")))
+    wait_for(lambda: checkpoints(tmp_path / "run", "train"))
     kill_one_worker(job)
     output = finish(job)
     assert "restarting from the newest checkpoint, attempt 2 of 4" in output

@@ -1,0 +1,105 @@
+"""A Ray cluster of several nodes on this host, as a process of its own, protected by a token.
+
+Ray reads its authentication mode when it is imported, so the cluster cannot live in the process of
+the tests, whose other clusters have none.
+"""
+
+import os
+import secrets
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.integration.jobs import ROOT
+
+
+class Nodes:
+    """Talks to the process that holds the cluster."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+        self.address, self.job_server = self._answer().split()
+
+    def add(self, directory: Path) -> int:
+        """Start a node of one CPU whose processes stand in `directory`; its number."""
+        return int(self._ask(f"add {directory}"))
+
+    def remove(self, node: int) -> None:
+        """Kill a node and all its processes."""
+        self._ask(f"remove {node}")
+
+    def _ask(self, line: str) -> str:
+        assert self._process.stdin is not None
+        self._process.stdin.write(line + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> str:
+        """The next line that is meant for us; Ray prints others."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("> "):
+                return line[2:].strip()
+        raise AssertionError("the process that holds the cluster died")
+
+
+def token_environment(directory: Path) -> dict[str, str]:
+    """Variables of everything that may talk to the cluster; the token lies in `directory`."""
+    token = directory / "auth_token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "PATH": path}
+
+
+@contextmanager
+def cluster(environment: dict[str, str], directory: Path) -> Iterator[Nodes]:
+    """A cluster whose head has one CPU and stands in `directory`; ends with the context."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.integration.nodes"],
+        cwd=directory,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield Nodes(process)
+    finally:
+        process.communicate(timeout=60)  # the end of its input ends it
+
+
+def _serve() -> None:
+    from ray.cluster_utils import Cluster
+
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        agent_port = probe.getsockname()[1]  # the default may belong to another Ray on this host
+    held = Cluster(
+        initialize_head=True,
+        head_node_args={
+            "num_cpus": 1,
+            "include_dashboard": True,
+            "dashboard_port": 0,
+            "dashboard_agent_listen_port": agent_port,
+        },
+    )
+    nodes = []
+    print(f"> {held.address} http://{held.head_node.webui_url}", flush=True)
+    for line in sys.stdin:
+        verb, argument = line.split()
+        if verb == "add":
+            os.chdir(argument)
+            nodes.append(held.add_node(num_cpus=1))
+            answer = len(nodes) - 1
+        else:
+            held.remove_node(nodes[int(argument)], allow_graceful=False)
+            answer = int(argument)
+        print(f"> {answer}", flush=True)
+    held.shutdown()
+
+
+if __name__ == "__main__":
+    _serve()

@@ -1,0 +1,101 @@
+"""What of a recipe's stages is run, skipped, refused, resumed or discarded; with real stages."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs import storage
+from configs.layout import RunLayout
+from configs.load import load_recipe
+from launch.run import run
+from tests.integration.jobs import write_recipe
+
+
+class Job:
+    """A recipe on disk, run in this process."""
+
+    def __init__(self, directory: Path, output: pytest.CaptureFixture[str]) -> None:
+        self.log = directory / "events.csv"
+        self._recipe, self._output = write_recipe(directory), output
+        self.layout = RunLayout(str(directory / "run"))
+        self.record = Path(self.layout.stage_record("prepare"))
+
+    def run(self, *overrides: str, **choice: Any) -> str:
+        """What the run printed."""
+        self._output.readouterr()
+        run(load_recipe(self._recipe, overrides), **choice)
+        return self._output.readouterr().out
+
+    def mark(self) -> Path:
+        """A checkpoint that an interrupted stage would go on from."""
+        fingerprint = storage.read_json(str(self.record))["fingerprint"]
+        mark = Path(self.layout.checkpoints("prepare", fingerprint)) / "mark"
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+        return mark
+
+
+@pytest.fixture
+def job(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Job:
+    return Job(tmp_path, capfd)
+
+
+def test_a_stage_runs_once_until_something_it_depends_on_changes(job: Job) -> None:
+    wrong = "data.source.columns.item=itm"
+    with pytest.raises(ValueError, match="'itm' is not a column"):
+        job.run(wrong, until="prepare")
+    assert not job.record.exists()  # a stage that failed has not run
+
+    assert "[1/6] prepare: done in" in job.run(until="prepare")
+    first = job.record.read_bytes()
+    assert "[1/6] prepare: unchanged, skipped" in job.run(until="prepare")
+    # Settings that it does not read do not matter to it.
+    assert "skipped" in job.run("model.num_layers=3", "training.epochs=1", only="prepare")
+    assert job.record.read_bytes() == first
+
+    stale = r"stage 'train' needs 'prepare', which has not run with these settings: run `tandem run"
+    for override in ("data.shards.num_shards=3", "data.cleaning.item_core=2", wrong):
+        with pytest.raises(ValueError, match=stale):
+            job.run(override, only="train")
+    manifest = Path(job.layout.data) / "manifest.json"
+    manifest.rename(manifest.with_suffix(".away"))
+    with pytest.raises(ValueError, match=stale):  # what it left behind is gone
+        job.run(only="train")
+    manifest.with_suffix(".away").rename(manifest)
+    with pytest.raises(ValueError, match=r"stage 'evaluate' needs 'train', which has not run"):
+        job.run(only="evaluate")
+    job.log.write_text(job.log.read_text() + "u1,i1,1700000000,5\n")
+    with pytest.raises(ValueError, match=stale):  # the log has grown
+        job.run(only="train")
+
+
+def test_interrupted_goes_on_from_and_force_begin_anew(job: Job) -> None:
+    job.run(until="prepare")
+    mark = job.mark()
+    job.record.unlink()  # as a kill leaves it: work done, no record
+    assert "[1/6] prepare: done in" in job.run(until="prepare", from_="prepare")
+    assert mark.exists()  # --from resumes what had not finished
+    assert "done in" in job.run(until="prepare", from_="prepare")
+    assert not mark.exists()  # … and begins anew what had
+    job.mark()
+    job.record.unlink()
+    assert "done in" in job.run(only="prepare", force=True)
+    assert not mark.exists() and job.record.exists()
+
+
+@pytest.mark.parametrize(
+    ("choice", "sentence"),
+    [
+        ({"until": "tokenize"}, "recipe 'tiny' has no stage 'tokenize': its stages are"),
+        ({"until": "train", "from_": "evaluate"}, "--from evaluate comes after --until train"),
+    ],
+)
+def test_choices_that_make_no_sense(job: Job, choice: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        job.run(**choice)
+
+
+def test_a_recipe_without_alignment_has_no_align(job: Job) -> None:
+    with pytest.raises(ValueError, match="has no stage 'align'"):
+        job.run("alignment=null", only="align")
