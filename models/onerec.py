@@ -29,6 +29,7 @@ from models.layers.pathways import (
     check_windows,
 )
 from models.ops.dropout import sub_keys, token_keys
+from models.ops.jagged import take_distinct
 from models.ops.jagged_select import (
     Selection,
     concatenate,
@@ -64,7 +65,7 @@ class EventPathway(nn.Module):
 
     def forward(self, events: Tensor, chosen: Selection) -> Jagged:
         """Events [T, D] of which some are `chosen`."""
-        tokens = self.network(events.index_select(0, chosen.indices))
+        tokens = self.network(take_distinct(events, chosen.indices))
         return tokens + self.recencies(chosen.recency), chosen.offsets
 
 

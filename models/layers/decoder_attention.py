@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.ops.jagged import jagged_to_padded
+from models.ops.masked_attention import masked_attention
 
 
 class SelfAttentionCache(Protocol):
@@ -96,16 +96,14 @@ class ContextAttention(nn.Module):
         q = self.query(x).unflatten(-1, (groups, self.num_heads // groups, -1))
         # Heads of a group become further queries: keys are neither repeated per head nor per beam.
         q = q.permute(0, 2, 1, 3, 4).flatten(2, 3)
-        attended = F.scaled_dot_product_attention(
-            q, context.keys, context.values, attn_mask=context.visible
-        )
+        attended = masked_attention(q, context.keys, context.values, context.visible)
         attended = attended.unflatten(2, (queries, -1)).permute(0, 2, 1, 3, 4)
         return self.output(attended.flatten(2))
 
     def flops(self, context_tokens: float) -> float:
         """Forward FLOPs of one query that sees `context_tokens` tokens."""
-        inner = self.query.weight.shape[0]
-        return 2 * 2 * inner * self.query.weight.shape[1] + 2 * 2 * inner * context_tokens
+        inner = self.query.out_features
+        return 2 * 2 * inner * self.query.in_features + 2 * 2 * inner * context_tokens
 
 
 class CodeSelfAttention(nn.Module):
@@ -158,7 +156,7 @@ class CodeSelfAttention(nn.Module):
 
     def flops(self, positions: int) -> float:
         """Forward FLOPs of `positions` positions of one request; p sees p + 1 of them."""
-        inner, width = self.num_heads * self.head_width, self.output.weight.shape[0]
+        inner, width = self.num_heads * self.head_width, self.output.out_features
         projections = 2 * width * (2 * inner + 2 * self.groups * self.head_width)
         return positions * projections + 2 * 2 * inner * positions * (positions + 1) / 2
 

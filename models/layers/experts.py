@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from configs.decoders import ExpertsConfig
 from models.layers.feedforward import GatedFeedForward, gated, grouped_matmul
+from models.ops.jagged import take_distinct
 
 
 class Experts(nn.Module):
@@ -49,11 +50,12 @@ class Experts(nn.Module):
         order, ends = sort_by_expert(chosen, self.config.num_experts)
         if self.training:
             self.load += ends.diff(prepend=ends.new_zeros(1))
-        rows = tokens.index_select(0, order // self.config.top_k)
-        hidden = gated(grouped_matmul(rows, self.gate_up, ends))
+        # Copies for each choice, permuted there and back: gathers alone, so that sums have a fixed
+        # order in the backward too.
+        copies = tokens.unsqueeze(1).expand(-1, self.config.top_k, -1).flatten(0, 1)
+        hidden = gated(grouped_matmul(take_distinct(copies, order), self.gate_up, ends))
         outputs = grouped_matmul(hidden, self.down, ends)
-        # Back to [n, k, D] by the inverse permutation: a gather, so that sums have a fixed order.
-        outputs = outputs.index_select(0, order.argsort()).unflatten(0, chosen.shape)
+        outputs = take_distinct(outputs, order.argsort()).unflatten(0, chosen.shape)
         mixed = (outputs * gates.unsqueeze(-1).to(outputs)).sum(1).view(x.shape)
         return mixed if self.shared is None else mixed + self.shared(x)
 

@@ -19,6 +19,7 @@ from models.layers.decoder_attention import (
 from models.layers.feedforward import GatedFeedForward, linear_flops
 from models.layers.norms import RMSNorm
 from models.ops.jagged import jagged_to_padded, padded_to_jagged
+from models.ops.masked_attention import masked_attention
 
 ENCODER_SITES = 2
 """Dropout sites of an `EncoderBlock`."""
@@ -77,7 +78,7 @@ class EncoderBlock(nn.Module):
         padded = jagged_to_padded(qkv, offsets, size).unflatten(-1, (3, self.num_heads, -1))
         q, k, v = padded.permute(2, 0, 3, 1, 4).unbind(0)  # [N, H, S, Dh] each
         visible = visible_tokens(offsets.diff(), size)
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+        attended = masked_attention(q, k, v, visible)
         return padded_to_jagged(attended.transpose(1, 2).flatten(2), offsets, qkv.shape[0])
 
 

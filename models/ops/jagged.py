@@ -6,8 +6,11 @@ Every function works on any device, needs no host synchronisation unless said ot
 accepts T = 0, empty sequences and B = 0.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def lengths_to_offsets(lengths: Tensor) -> Tensor:
@@ -52,4 +55,27 @@ def padded_to_jagged(padded: Tensor, offsets: Tensor, total: int | None = None) 
     batch, max_len = padded.shape[:2]
     total = int(offsets[-1]) if total is None else total
     rows = segment_ids(offsets, total) * max_len + positions_in_sequence(offsets, total)
-    return padded.reshape(batch * max_len, *padded.shape[2:]).index_select(0, rows)
+    return take_distinct(padded.reshape(batch * max_len, *padded.shape[2:]), rows)
+
+
+def take_distinct(values: Tensor, rows: Tensor) -> Tensor:
+    """``values[rows]`` for ``rows`` int64 [M] without repetition: [M, ...].
+
+    Its backward writes where ``index_select`` would add, which is several times as fast on a CPU.
+    """
+    taken: Tensor = _TakeDistinct.apply(values, rows)
+    return taken
+
+
+class _TakeDistinct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.shape = values.shape
+        return values.index_select(0, rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (rows,) = ctx.saved_tensors
+        return grads[0].new_zeros(ctx.shape).index_copy_(0, rows, grads[0]), None
