@@ -7,6 +7,7 @@ import click
 
 from configs.load import load_recipe
 from configs.recipe import STAGES, StageName
+from launch.bench import add_commands
 
 USER_ERRORS = (ValueError, FileNotFoundError, PermissionError)
 RECIPE_HELP = "RECIPE is the path of a .yaml file or a shipped name; KEY=VALUE overrides a setting."
@@ -150,6 +151,14 @@ def get_data(name: str, url: str) -> None:
 
     for file in get(name, url, say=click.echo):
         click.echo(file)
+
+
+@main.group(cls=_Group)
+def bench() -> None:
+    """Measure against how others do it."""
+
+
+add_commands(bench)
 
 
 @main.command()

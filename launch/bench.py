@@ -1,0 +1,49 @@
+"""`tandem bench`: measurements that the README quotes, each against how others do it."""
+
+import click
+
+
+def add_commands(group: click.Group) -> None:
+    """Add every bench to the group `tandem bench`."""
+
+    @group.command("beam")
+    @click.option("--output", required=True, help="Directory (any URL) that receives beam.json.")
+    @click.option(
+        "--items",
+        type=click.IntRange(min=2),
+        multiple=True,
+        default=(12_101, 1_000_000),
+        show_default=True,
+        help="Catalogue size (repeatable).",
+    )
+    @click.option(
+        "--beams",
+        type=click.IntRange(min=1),
+        multiple=True,
+        default=(50, 512),
+        show_default=True,
+        help="Beams a request (repeatable).",
+    )
+    @click.option("--batch", type=click.IntRange(min=1), default=16, show_default=True)
+    @click.option("--repeats", type=click.IntRange(min=1), default=20, show_default=True)
+    @click.option("--seed", type=int, default=0, show_default=True)
+    def beam(
+        output: str,
+        items: tuple[int, ...],
+        beams: tuple[int, ...],
+        batch: int,
+        repeats: int,
+        seed: int,
+    ) -> None:
+        """Constrained beam search, against a dict trie and a compare of prefixes."""
+        from trainer.bench.beam import bench_beam
+
+        bench_beam(
+            output,
+            items=items,
+            beams=beams,
+            batch=batch,
+            repeats=repeats,
+            seed=seed,
+            say=click.echo,
+        )

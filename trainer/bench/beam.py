@@ -1,0 +1,260 @@
+"""`tandem bench beam`: what it costs to generate legal ids, against how others do it.
+
+The constraint step is masking and selecting alone: logits, prefixes and scores of each level are
+recorded first, and all contestants get the same ones; their results must agree.
+
+Shape legend: N requests, W beams, L levels, K codes of a level, V items, P picked.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from configs import storage
+from configs.generation import BeamConfig
+from models.generation.catalogue_trie import CatalogueTrie
+from models.generation.kv_cache import BeamCache
+from models.generation.search import Generated, generate, items_of
+from models.generation.strategies import Beams, TrieLevel, advance, first_beams
+from trainer.bench.measure import best_of, machine, table
+from trainer.bench.rivals import DictTrie, Mask, PrefixComparison, masked_step, no_mask
+
+LEVELS, CODES = 4, 256
+TO_ITEMS = "to items"
+SHARED = 0.1
+"""Share of items that have another item's id."""
+MOST_COMPARED = 1 << 30
+"""Comparisons of a prefix with a row that one timing may take; larger steps are scaled."""
+BAR_OVER_DICT = 50.0
+"""Times faster than the dict trie, at 50 beams."""
+
+
+CONTESTANTS = ("free", "dict", "dict numpy", "compare")
+"""Beside ours: no constraint at all, dict tries that write masks through torch and through numpy,
+and a compare of prefixes with every row."""
+
+
+@dataclass(frozen=True)
+class ConstraintRow:
+    """Milliseconds of one step, by contestant."""
+
+    items: int
+    beams: int
+    step: str
+    """`level 0` …, or `to items`: the resolution of ids into items."""
+    ms: dict[str, float]
+
+    def over(self, contestant: str) -> float:
+        """How many times faster ours is."""
+        return self.ms[contestant] / self.ms["ours"]
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What a constraint step starts from."""
+
+    prefixes: Tensor
+    beams: Beams
+    logits: Tensor
+    at: TrieLevel
+
+
+def bench_beam(
+    output: str,
+    *,
+    items: Sequence[int],
+    beams: Sequence[int],
+    batch: int,
+    repeats: int,
+    seed: int,
+    say: Callable[[str], None],
+) -> None:
+    """Measure, print, and leave `beam.json` below `output` (any URL).
+
+    Raises:
+        ValueError: a catalogue that this many codes cannot name.
+        AssertionError: a contestant's result differs from ours.
+    """
+    wrong = [count for count in items if not 1 < count <= CODES**LEVELS // 2]
+    if wrong or not items or not beams:
+        raise ValueError(
+            f"--items {wrong}: {LEVELS} levels of {CODES} codes are for 2 to {CODES**LEVELS // 2} "
+            "items"
+        )
+    rows: list[ConstraintRow] = []
+    for count in items:
+        generator = torch.Generator().manual_seed(seed)
+        codes = random_codes(count, generator)
+        trie = CatalogueTrie.build(codes, (CODES,) * LEVELS)
+        say(f"{count:,} items, {trie.num_states(LEVELS):,} ids, branches {trie.max_branch}")
+        rivals = DictTrie(codes), PrefixComparison(codes)
+        for width in beams:
+            rows += _constraint(trie, rivals, width, batch, repeats, generator)
+            timed = compared_share(count, width, batch)
+            scaled = "" if timed == 1.0 else f"; compare timed on {timed:.0%} of a batch and scaled"
+            say(f"  {width} beams measured{scaled}")
+    result = {
+        "machine": machine(),
+        "setting": {"levels": LEVELS, "codes": CODES, "batch": batch, "shared": SHARED}
+        | {"seed": seed, "repeats": repeats, "most_compared": MOST_COMPARED},
+        "constraint": [asdict(row) for row in rows],
+        "summary": summary(rows),
+    }
+    storage.make_directory(output)
+    storage.write_json(storage.join(output, "beam.json"), result)
+    say("\n" + render(rows))
+
+
+def random_codes(count: int, generator: torch.Generator) -> Tensor:
+    """Codes [V, L] of a catalogue in which a share of the items has another one's id."""
+    codes = torch.randint(CODES, (count, LEVELS), generator=generator)
+    doubles = torch.randperm(count, generator=generator)[: int(SHARED * count)]
+    codes[doubles] = codes[torch.randint(count, (doubles.numel(),), generator=generator)]
+    return codes
+
+
+def compared_share(items: int, beams: int, batch: int) -> float:
+    """Share of a batch on which the compare of prefixes, linear in it, is timed."""
+    return min(1.0, MOST_COMPARED / (items * beams * batch))
+
+
+def summary(rows: Sequence[ConstraintRow]) -> dict[str, Any]:
+    """Mean step of each case, how many times faster ours is, and whether the bar is met."""
+    means = [_mean(case) for case in _cases(rows)]
+    fewest = {mean.beams: mean for mean in reversed(means)}
+    return {
+        "mean_steps": [
+            {"items": mean.items, "beams": mean.beams, "ours_ms": mean.ms["ours"]}
+            | {f"over {name}": mean.over(name) for name in CONTESTANTS}
+            | {"over fewest items": mean.ms["ours"] / fewest[mean.beams].ms["ours"]}
+            for mean in means
+        ],
+        "bar_over_dict_at_50_beams": BAR_OVER_DICT,
+        "met": all(mean.over("dict") >= BAR_OVER_DICT for mean in means if mean.beams == 50),
+    }
+
+
+def render(rows: Sequence[ConstraintRow]) -> str:
+    """The table: each level and the mean step of each case, ours beside the others' multiples."""
+    header = ["items", "beams", "step", "ours ms"]
+    for name in CONTESTANTS:
+        header += [f"{name} ms", "×"]
+    shown = []
+    for case in _cases(rows):
+        shown += [*(row for row in case if row.step != TO_ITEMS), _mean(case)]
+        shown += [row for row in case if row.step == TO_ITEMS]
+    return table(header, [_line(row) for row in shown])
+
+
+def _line(row: ConstraintRow) -> list[str]:
+    cells = [f"{row.items:,}", str(row.beams), row.step, f"{row.ms['ours']:.3f}"]
+    for name in CONTESTANTS:
+        there = name in row.ms
+        cells += [f"{row.ms[name]:.2f}", f"{row.over(name):,.1f}"] if there else ["-", ""]
+    return cells
+
+
+def _cases(rows: Sequence[ConstraintRow]) -> list[list[ConstraintRow]]:
+    """Rows by catalogue and beams, ascending."""
+    cases = sorted({(row.items, row.beams) for row in rows})
+    return [[row for row in rows if (row.items, row.beams) == case] for case in cases]
+
+
+def _mean(case: Sequence[ConstraintRow]) -> ConstraintRow:
+    steps = [row.ms for row in case if row.step != TO_ITEMS]
+    ms = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
+    return ConstraintRow(case[0].items, case[0].beams, "mean step", ms)
+
+
+def _constraint(
+    trie: CatalogueTrie,
+    rivals: tuple[DictTrie, PrefixComparison],
+    width: int,
+    batch: int,
+    repeats: int,
+    generator: torch.Generator,
+) -> list[ConstraintRow]:
+    config = BeamConfig(beams=width)
+    steps, found = _recorded(trie, config, batch, generator)
+    by_dict, by_compare = rivals
+    share = compared_share(trie.num_items, width, batch)
+    rows = []
+    for step in steps:
+        ours_s, picked = best_of(
+            partial(advance, config, step.beams, step.logits, step.at), repeats
+        )
+        times = {"ours": ours_s, "free": _unconstrained(step, picked, repeats)}
+        times["dict"] = _rival(by_dict.mask, step, picked, repeats)
+        times["dict numpy"] = _rival(by_dict.mask_numpy, step, picked, repeats)
+        times["compare"] = _rival(by_compare.mask, step, picked, repeats, share)
+        rows.append(_row(trie, width, f"level {step.at.level}", times))
+    ours_s, items = best_of(partial(items_of, found, trie, width), repeats)
+    dict_s, expected = best_of(partial(by_dict.items, found.codes, width), repeats)
+    assert items.tolist() == expected, "the dict trie resolves ids into other items"
+    rows.append(_row(trie, width, TO_ITEMS, {"ours": ours_s, "dict": dict_s}))
+    return rows
+
+
+def _row(trie: CatalogueTrie, width: int, step: str, seconds: dict[str, float]) -> ConstraintRow:
+    return ConstraintRow(trie.num_items, width, step, {k: 1e3 * v for k, v in seconds.items()})
+
+
+def _unconstrained(step: _Step, picked: Beams, repeats: int) -> float:
+    count = picked.scores.shape[1]
+    run = partial(masked_step, no_mask, step.prefixes, step.logits, step.beams.scores, count)
+    return best_of(run, repeats)[0]
+
+
+def _rival(mask: Mask, step: _Step, picked: Beams, repeats: int, share: float = 1.0) -> float:
+    """Seconds of a contestant's step, whose result must be ours.
+
+    With a share below 1, timed on the first requests and scaled to all of them.
+    """
+    batch, count = picked.scores.shape
+    timed = max(1, int(share * batch))
+    inputs = (step.prefixes[:timed], step.logits[:timed], step.beams.scores[:timed])
+    seconds, (best, totals) = best_of(partial(masked_step, mask, *inputs, count), repeats)
+    place = (picked.parents * step.logits.shape[2] + picked.tokens)[:timed]
+    expected = picked.scores[:timed]
+    torch.testing.assert_close(best, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(totals.gather(1, place), expected, rtol=1e-4, atol=1e-4)
+    return seconds * batch / timed
+
+
+class _RandomDecoder:
+    """Random logits, and a record of the steps that they were asked for."""
+
+    codebook_sizes = (CODES,) * LEVELS
+
+    def __init__(self, batch: int, generator: torch.Generator) -> None:
+        self._batch, self._generator = batch, generator
+        self.logits: list[Tensor] = []
+
+    def new_cache(self, context: None) -> BeamCache:
+        return BeamCache(0, self._batch, "cpu")
+
+    def step(self, context: None, cache: BeamCache, level: int, tokens: Tensor | None) -> Tensor:
+        width = 1 if tokens is None else tokens.shape[1]
+        self.logits.append(torch.randn(self._batch, width, CODES, generator=self._generator))
+        return self.logits[-1]
+
+
+def _recorded(
+    trie: CatalogueTrie, config: BeamConfig, batch: int, generator: torch.Generator
+) -> tuple[list[_Step], Generated]:
+    decoder = _RandomDecoder(batch, generator)
+    found = generate(decoder, None, batch, trie, config)
+    assert bool(found.valid.all()), "more beams than ids"
+    root = torch.zeros(batch, 1, dtype=torch.int64)
+    beams, prefixes, steps = first_beams(config, None, root), root[..., None][..., :0], []
+    for level, logits in enumerate(decoder.logits):
+        steps.append(_Step(prefixes, beams, logits, TrieLevel(trie, level, None)))
+        beams = advance(config, beams, logits, steps[-1].at)
+        earlier = prefixes.gather(1, beams.parents[..., None].expand(-1, -1, level))
+        prefixes = torch.cat([earlier, beams.tokens[..., None]], dim=2)
+    assert torch.equal(prefixes, found.codes)
+    return steps, found
