@@ -1,6 +1,6 @@
 """Generative recommenders: models that write an item's semantic id code by code."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
@@ -36,7 +36,19 @@ class TIGERConfig(FeatureInputs):
     history: PositiveInt = 20
     """Latest events that are read."""
     relative_buckets: PositiveInt = 32
+    """Distances between codes that the encoder tells apart; far ones share a bucket."""
     relative_distance: PositiveInt = 128
+    """Distance from which all share the last bucket."""
+
+    @model_validator(mode="after")
+    def _buckets_fit(self) -> "TIGERConfig":
+        buckets, distance = self.relative_buckets, self.relative_distance
+        if buckets < 4 or buckets % 2 or distance <= buckets // 2:
+            raise ValueError(
+                f"relative_buckets={buckets} must be even and at least 4, and "
+                f"relative_distance={distance} must exceed half of it"
+            )
+        return self
 
 
 class ExpertsConfig(Config):
@@ -154,9 +166,24 @@ class HSTUDecoderConfig(FeatureInputs):
     decoder_heads: PositiveInt = 2
     decoder_feedforward: PositiveInt = 256
 
+    @model_validator(mode="after")
+    def _fits(self) -> "HSTUDecoderConfig":
+        if self.width % self.decoder_heads:
+            raise ValueError(
+                f"decoder_heads={self.decoder_heads} must divide width={self.width}; "
+                "choose a divisor of the width"
+            )
+        return self
+
 
 def _heads_divide_width(num_heads: int, width: int) -> None:
     if width % num_heads:
         raise ValueError(
             f"num_heads={num_heads} must divide width={width}; choose a divisor of the width"
         )
+
+
+Decoder = Annotated[
+    TIGERConfig | OneRecConfig | LazyDecoderConfig | HSTUDecoderConfig,
+    Field(discriminator="kind"),
+]

@@ -2,10 +2,21 @@
 
 from typing import assert_never
 
+from configs.decoders import (
+    Decoder,
+    HSTUDecoderConfig,
+    LazyDecoderConfig,
+    OneRecConfig,
+    TIGERConfig,
+)
 from configs.models import HSTUConfig, InitConfig, Model, SASRecConfig
-from models.base import CatalogueSizes, SequenceModel, TableSpec
+from models.base import CatalogueSizes, CodeDecoder, SequenceModel, TableSpec
 from models.hstu import HSTU
+from models.hstu_decoder import HSTUDecoder
+from models.lazy_decoder import LazyDecoder
+from models.onerec import OneRec
 from models.sasrec import SASRec
+from models.tiger import TIGER
 
 
 def build_model(
@@ -25,9 +36,49 @@ def build_model(
             assert_never(config)
 
 
+def build_decoder(
+    config: Decoder, sizes: CatalogueSizes, tables: InitConfig, max_length: int
+) -> CodeDecoder:
+    """The generative recommender that `config` names, for at most `max_length` kept events.
+
+    Raises ValueError where items have no semantic ids, or the model names a feature that the data
+    set does not have.
+    """
+    if not sizes.codebook_sizes:
+        raise ValueError(
+            f"model.kind {config.kind} writes semantic ids, and the items have none; "
+            "add a tokenize stage before this one"
+        )
+    specs = decoder_table_specs(config, sizes, tables)
+    match config:
+        case TIGERConfig():
+            return TIGER(config, specs, sizes)
+        case OneRecConfig():
+            return OneRec(config, specs, sizes)
+        case LazyDecoderConfig():
+            return LazyDecoder(config, specs, sizes)
+        case HSTUDecoderConfig():
+            return HSTUDecoder(config, specs, sizes, max_length)
+        case _:
+            assert_never(config)
+
+
 def table_specs(config: Model, sizes: CatalogueSizes, tables: InitConfig) -> tuple[TableSpec, ...]:
     """The tables that a model of this config describes: item, then user_<f>, then side_<f>."""
-    rows = {"item": sizes.num_items + 1}
+    return _specs(config, sizes, tables, item_table=True)
+
+
+def decoder_table_specs(
+    config: Decoder, sizes: CatalogueSizes, tables: InitConfig
+) -> tuple[TableSpec, ...]:
+    """As `table_specs`; the item table is there only where the config asks for it."""
+    return _specs(config, sizes, tables, item_table=config.item_table)
+
+
+def _specs(
+    config: Model | Decoder, sizes: CatalogueSizes, tables: InitConfig, *, item_table: bool
+) -> tuple[TableSpec, ...]:
+    rows = {"item": sizes.num_items + 1} if item_table else {}
     rows |= _feature_rows("user", config.user_features, sizes.user_features)
     rows |= _feature_rows("side", config.side_features, sizes.side_features)
     return tuple(TableSpec(name, count, config.width, tables.std) for name, count in rows.items())

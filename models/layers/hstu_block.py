@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from configs.decoders import HSTUDecoderConfig
 from configs.models import HSTUConfig
 from models.batch import JaggedBatch
 from models.layers.norms import plain_layer_norm
@@ -19,7 +20,7 @@ INIT_STD = 0.02
 class HSTUBlock(nn.Module):
     """W_o dropout(u ⊙ LN(attention(q, k, v))) + x, with [u, v, q, k] = SiLU(LN(x) W)."""
 
-    def __init__(self, config: HSTUConfig, max_length: int, salt: int) -> None:
+    def __init__(self, config: HSTUConfig | HSTUDecoderConfig, max_length: int, salt: int) -> None:
         super().__init__()
         self.num_heads = config.num_heads
         self.widths = [
@@ -60,7 +61,7 @@ class HSTUBlock(nn.Module):
         return self.output(gated) + x
 
 
-def hstu_block_flops(config: HSTUConfig, mean_length: float) -> float:
+def hstu_block_flops(config: HSTUConfig | HSTUDecoderConfig, mean_length: float) -> float:
     """Forward FLOPs per token; a token attends to (mean_length + 1) / 2 tokens on average."""
     qk_width, v_width = config.num_heads * config.qk_width, config.num_heads * config.v_width
     projections = 2 * config.width * (2 * qk_width + 2 * v_width) + 2 * v_width * config.width

@@ -22,11 +22,7 @@ class RelativeBias(nn.Module):
     ) -> None:
         """`bidirectional` gives half of the buckets to keys after the query."""
         super().__init__()
-        if num_buckets < 4 or num_buckets % 2 or max_distance <= num_buckets // 2:
-            raise ValueError(
-                f"relative_buckets={num_buckets} must be even and at least 4, and "
-                f"relative_distance={max_distance} must exceed half of it"
-            )
+        assert num_buckets >= 4 and num_buckets % 2 == 0 and max_distance > num_buckets // 2
         self.max_distance, self.bidirectional = max_distance, bidirectional
         self.weight = nn.Parameter(torch.randn(num_buckets, num_heads) * 0.02)
 

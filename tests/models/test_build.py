@@ -1,13 +1,26 @@
 """From configuration to model and tables."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from configs.decoders import (
+    Decoder,
+    HSTUDecoderConfig,
+    LazyDecoderConfig,
+    OneRecConfig,
+    TIGERConfig,
+)
 from configs.models import HSTUConfig, InitConfig, Model, SASRecConfig
 from models.base import CatalogueSizes, TableSpec
-from models.build import build_model
+from models.build import build_decoder, build_model
 from models.hstu import HSTU
+from models.hstu_decoder import HSTUDecoder
+from models.lazy_decoder import LazyDecoder
+from models.onerec import OneRec
 from models.sasrec import SASRec
+from models.tiger import TIGER
 
 SIZES = CatalogueSizes(
     num_items=30, num_users=9, user_features={"age": 7, "sex": 2}, side_features={"device": 4}
@@ -59,3 +72,32 @@ def test_initial_values() -> None:
     assert not values["blocks.0.output.bias"].any()
     bound = (6 / (64 + 50)) ** 0.5
     assert bound * 0.99 < values["blocks.0.output.weight"].abs().max() <= bound
+
+
+@pytest.mark.parametrize(
+    ("config", "kind", "longest"),
+    [
+        (TIGERConfig(history=7), TIGER, 7),
+        (OneRecConfig(history=8), OneRec, 8),
+        (LazyDecoderConfig(history=9), LazyDecoder, 9),
+        (HSTUDecoderConfig(), HSTUDecoder, 20),
+    ],
+)
+def test_each_kind_of_decoder_is_built(config: Decoder, kind: type, longest: int) -> None:
+    sizes = replace(SIZES, codebook_sizes=(4, 6))
+    plain = build_decoder(config, sizes, InitConfig(), max_length=20)
+    assert type(plain) is kind
+    assert plain.table_specs() == ()
+    assert (plain.codebook_sizes, plain.longest_history) == ((4, 6), longest)
+    names = {"item_table": True, "user_features": ("sex",), "side_features": ("device",)}
+    featured = build_decoder(config.model_copy(update=names), sizes, InitConfig(std=0.1), 20)
+    assert featured.table_specs() == (
+        TableSpec("item", 31, config.width, 0.1),
+        TableSpec("user_sex", 3, config.width, 0.1),
+        TableSpec("side_device", 5, config.width, 0.1),
+    )
+
+
+def test_a_decoder_without_semantic_ids_is_refused() -> None:
+    with pytest.raises(ValueError, match="tokenize stage"):
+        build_decoder(TIGERConfig(), SIZES, InitConfig(), max_length=20)
