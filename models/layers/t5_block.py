@@ -66,8 +66,8 @@ class EncoderBlock(nn.Module):
         self, x: Tensor, bias: Tensor, offsets: Tensor, longest: int, keys: Tensor | None
     ) -> Tensor:
         """[T, D] → [T, D]; `bias` [H, 2 longest - 1]; `keys` [T] switch dropout on."""
-        q, k, v = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
-        attended = relative_attention(q, k, v, bias, offsets, longest).flatten(1)
+        qkv = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.num_heads, -1))
+        attended = relative_attention(qkv, bias, offsets, longest).flatten(1)
         x = x + dropped(self.output(attended), keys, self.dropout, self.salt)
         return x + self.feedforward(self.feedforward_norm(x), keys)
 

@@ -9,6 +9,7 @@
 #include <cmath>
 #include <vector>
 
+#include "pack.h"
 #include "simd.h"
 
 namespace tandem {
@@ -60,23 +61,6 @@ struct Times {
   const float *pos_weight, *ts_weight;
   const BucketTable* buckets;
 };
-
-// Rows of one head, zero-padded to vectors: [n, pad].
-void pack_rows(const float* x, long stride, int n, int width, int pad, float* out) {
-  for (int i = 0; i < n; ++i) {
-    std::memcpy(out + long(i) * pad, x + i * stride, width * sizeof(float));
-    std::memset(out + long(i) * pad + width, 0, (pad - width) * sizeof(float));
-  }
-}
-
-// The same, transposed: [width, n_pad].
-void pack_columns(const float* x, long stride, int n, int width, int n_pad, float* out) {
-  for (int d = 0; d < width; ++d) {
-    float* row = out + long(d) * n_pad;
-    for (int i = 0; i < n; ++i) row[i] = x[i * stride + d];
-    std::memset(row + n, 0, (n_pad - n) * sizeof(float));
-  }
-}
 
 // Bias and buckets of queries [i0, i0 + rows) against keys [j0, j0 + cols).
 void bias_tile(const Times& t, const Shape& s, int i0, int rows, int j0, int cols, float* bias,
@@ -146,17 +130,6 @@ struct Scratch {
 Scratch& scratch() {
   static thread_local Scratch s;
   return s;
-}
-
-float* sized(std::vector<float>& buffer, long size) {
-  if (long(buffer.size()) < size) buffer.resize(size);
-  return buffer.data();
-}
-
-float* zeroed(std::vector<float>& buffer, long size) {
-  float* data = sized(buffer, size);
-  std::memset(data, 0, size * sizeof(float));
-  return data;
 }
 
 // SiLU(score + bias) / N in place; hidden entries up to the end of the tile's vectors become zero.
