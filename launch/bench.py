@@ -47,3 +47,21 @@ def add_commands(group: click.Group) -> None:
             seed=seed,
             say=click.echo,
         )
+
+    @group.command("decoders")
+    @click.option("--output", required=True, help="Directory (any URL) for decoders.json.")
+    @click.option("--width", type=click.IntRange(min=8), default=256, show_default=True)
+    @click.option("--layers", type=click.IntRange(min=2), default=8, show_default=True)
+    @click.option("--heads", type=click.IntRange(min=1), default=4, show_default=True)
+    @click.option("--levels", type=click.IntRange(min=1), default=3, show_default=True)
+    @click.option("--codes", type=click.IntRange(min=2), default=256, show_default=True)
+    @click.option("--history", type=click.IntRange(min=1), default=100, show_default=True)
+    @click.option("--batch", type=click.IntRange(min=1), default=16, show_default=True)
+    @click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True)
+    @click.option("--seed", type=int, default=0, show_default=True)
+    def decoders(output: str, batch: int, repeats: int, seed: int, **sizes: int) -> None:
+        """Training cost of lazy decoder, encoder-decoder and naive decoder-only, side by side."""
+        from trainer.bench.decoders import Shape, bench_decoders
+
+        shape = Shape(**sizes)
+        bench_decoders(output, shape, batch=batch, repeats=repeats, seed=seed, say=click.echo)
