@@ -161,13 +161,26 @@ class CheckpointStore:
         return self._document(info, "state.json")
 
     def load_weights(self, model: ParallelModel, info: CheckpointInfo) -> None:
-        """Restore the weights of both halves alone; for a new stage or evaluation.
+        """Restore the weights of both halves alone, for evaluation.
 
         Raises:
             CheckpointError: it belongs to another model.
         """
+        self._load_part(model, info, checkpoint_state.weights(model))
+
+    def load_start(self, model: ParallelModel, info: CheckpointInfo) -> None:
+        """Restore what a new stage of training begins with: weights, and the tables' optimizer.
+
+        Raises:
+            CheckpointError: it belongs to another model.
+        """
+        start = checkpoint_state.starting_state(model, self._metadata(info))
+        self._load_part(model, info, start)
+
+    def _load_part(
+        self, model: ParallelModel, info: CheckpointInfo, target: dict[str, Tensor]
+    ) -> None:
         metadata = self._metadata(info)
-        target = checkpoint_state.weights(model)
         self._check(
             info, lambda: checkpoint_state.refuse_other_model(target, metadata, whole=False)
         )

@@ -25,6 +25,20 @@ def weights(model: ParallelModel) -> State:
     return _prefixed(_TABLES, tables) | _prefixed(_DENSE, dense) | _copied_buffers(model)
 
 
+def starting_state(model: ParallelModel, metadata: Metadata) -> State:
+    """`weights`, and the fused optimizer's state of the tables where the checkpoint has it alike.
+
+    Adagrad without the sums of earlier gradients would move each row by the whole learning rate at
+    its first update. Collective.
+    """
+    saved = _tensors(metadata)
+    state = weights(model)
+    for key, value in _prefixed(_TABLES, model.tables.state_dict()).items():
+        if key in saved and _size_and_dtype(value)[0] == saved[key].size:
+            state.setdefault(key, value)
+    return state
+
+
 def training_state(model: ParallelModel) -> State:
     """Weights, optimizer state and counters of both halves. Collective."""
     dense = {
@@ -95,7 +109,11 @@ def refuse_other_model(target: Mapping[str, Tensor], metadata: Metadata, *, whol
     Raises:
         ValueError: they differ; one sentence with the first difference and the mend.
     """
-    needed = {key: _shape(*_size_and_dtype(value)) for key, value in target.items()}
+    needed = {
+        key: _shape(*_size_and_dtype(value))
+        for key, value in target.items()
+        if whole or _is_weight(key)
+    }
     saved = {
         key: _shape(value.size, value.properties.dtype)
         for key, value in _tensors(metadata).items()

@@ -24,6 +24,7 @@ from trainer.policy import (
     Say,
     Worker,
     build_sequence_model,
+    open_checkpoint,
     start_worker,
 )
 from trainer.pretrain import (
@@ -49,7 +50,8 @@ def align_worker(settings: dict[str, Any], say: Say) -> dict[str, Any]:
     def before(policy: ParallelModel, afresh: bool) -> None:
         write_reference_once(worker, policy, settings)
         if afresh:
-            load_policy(worker, policy, start)
+            store, info = open_checkpoint(worker, start)
+            store.load_start(policy, info)
 
     def validator(policy: ParallelModel) -> Callable[[], dict[str, float]]:
         max_users = config.validation.max_users if config.validation is not None else None
