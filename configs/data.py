@@ -83,43 +83,38 @@ class PublicSource(Config):
     """Directory (any fsspec URL) of the downloaded copy; default: <output>/raw/<name>."""
 
 
-class CsvSource(Config):
-    """Delimited text on any fsspec URL; a glob or a directory names many files."""
+class LogSource(Config):
+    """One's own log on any fsspec URL; a glob or a directory names many files."""
+
+    url: str
+    columns: ColumnMap = ColumnMap()
+    timestamp_unit: TimestampUnit = "s"
+    item_text: ItemText | None = None
+    user_table: UserTable | None = None
+
+
+class CsvSource(LogSource):
+    """Delimited text."""
 
     kind: Literal["csv"] = "csv"
-    url: str
     separator: str = Field(",", min_length=1, max_length=1)
     header: tuple[str, ...] | None = None
     """Column names where the files have no header line."""
     quoted_newlines: bool = False
     """Whether a quoted value may hold line ends. Without it one line is one row and a line with a
     quote that it does not close is malformed; with it such a quote takes all up to the next one."""
-    columns: ColumnMap = ColumnMap()
-    timestamp_unit: TimestampUnit = "s"
-    item_text: ItemText | None = None
-    user_table: UserTable | None = None
 
 
-class JsonlSource(Config):
-    """One JSON object a line on any fsspec URL."""
+class JsonlSource(LogSource):
+    """One JSON object a line."""
 
     kind: Literal["jsonl"] = "jsonl"
-    url: str
-    columns: ColumnMap = ColumnMap()
-    timestamp_unit: TimestampUnit = "s"
-    item_text: ItemText | None = None
-    user_table: UserTable | None = None
 
 
-class ParquetSource(Config):
-    """Parquet files on any fsspec URL."""
+class ParquetSource(LogSource):
+    """Parquet files."""
 
     kind: Literal["parquet"] = "parquet"
-    url: str
-    columns: ColumnMap = ColumnMap()
-    timestamp_unit: TimestampUnit = "s"
-    item_text: ItemText | None = None
-    user_table: UserTable | None = None
 
 
 Source = Annotated[

@@ -20,6 +20,10 @@ class RunLayout:
         """Downloaded copy of a public data set."""
         return storage.join(self.root, "raw", name)
 
+    def semantic_ids(self, fingerprint: str) -> str:
+        """The tokenizer and the item → semantic id table."""
+        return storage.join(self.root, "semantic_ids", f"tokenize-{fingerprint[:12]}")
+
     def stage_record(self, stage: str) -> str:
         """What a finished stage did: fingerprint, outputs, time."""
         return storage.join(self.root, "stages", f"{stage}.json")

@@ -42,4 +42,24 @@ class FullSoftmaxConfig(Config):
     max_catalogue: PositiveInt = 200_000
 
 
-Objective = Annotated[SampledSoftmaxConfig | FullSoftmaxConfig, Field(discriminator="kind")]
+ItemObjective = SampledSoftmaxConfig | FullSoftmaxConfig
+"""Objectives of models that score items."""
+
+
+class NextCodeConfig(Config):
+    """Cross entropy of the next item's codes, each given those before it; mean over levels."""
+
+    kind: Literal["next_code"] = "next_code"
+    normalization: Literal["codebook", "catalogue"] = "codebook"
+    """What a code competes with: every code of its level, or (as in constrained generation) the
+    codes that continue an item of the catalogue."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Share of the target spread evenly over the codes that compete."""
+    windows_per_user: PositiveInt | None = None
+    """Windows that a model supervised at its last position cuts from a user's sequence in a step
+    (sliding-window augmentation), drawn anew in each epoch; null takes every one."""
+
+
+Objective = Annotated[
+    SampledSoftmaxConfig | FullSoftmaxConfig | NextCodeConfig, Field(discriminator="kind")
+]

@@ -1,6 +1,6 @@
 """A recipe: every setting of a run, and the checks that concern more than one block."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, model_validator
 
@@ -8,14 +8,25 @@ from configs.alignment import DPOConfig
 from configs.base import Config
 from configs.cluster import ClusterConfig
 from configs.data import DataConfig, LeaveLastOut
+from configs.decoders import Decoder, FeatureInputs
 from configs.evaluation import EvaluationConfig, RecommendConfig
+from configs.generation import BeamConfig
 from configs.models import InitConfig, Model
-from configs.objectives import Objective, SampledSoftmaxConfig
+from configs.objectives import NextCodeConfig, Objective, SampledSoftmaxConfig
 from configs.sharding import ShardingConfig
+from configs.tokenize import TokenizerConfig
 from configs.training import TrainingConfig
 
-StageName = Literal["prepare", "train", "align", "evaluate", "recommend", "report"]
-STAGES: tuple[StageName, ...] = ("prepare", "train", "align", "evaluate", "recommend", "report")
+StageName = Literal["prepare", "tokenize", "train", "align", "evaluate", "recommend", "report"]
+STAGES: tuple[StageName, ...] = (
+    "prepare",
+    "tokenize",
+    "train",
+    "align",
+    "evaluate",
+    "recommend",
+    "report",
+)
 
 
 class Recipe(Config):
@@ -26,32 +37,86 @@ class Recipe(Config):
     """Directory (any URL all nodes see) that receives data, checkpoints and results."""
     seed: NonNegativeInt = 0
     data: DataConfig
-    model: Model
+    tokenizer: TokenizerConfig | None = None
+    """Gives items semantic ids; models that write them need it."""
+    model: Annotated[Model | Decoder, Field(discriminator="kind")]
     tables: InitConfig = InitConfig()
     sharding: ShardingConfig = ShardingConfig()
     objective: Objective = SampledSoftmaxConfig()
     training: TrainingConfig = TrainingConfig()
     alignment: DPOConfig | None = None
+    generation: BeamConfig = BeamConfig()
+    """How models that write semantic ids search for items in evaluation and recommendation."""
     evaluation: EvaluationConfig = EvaluationConfig()
     recommend: RecommendConfig = RecommendConfig()
     cluster: ClusterConfig = ClusterConfig()
 
     @model_validator(mode="after")
     def _blocks_agree(self) -> "Recipe":
-        for check in (_validation_exists, _features_are_mapped, _metric_is_measured, _batch_deals):
+        for check in (
+            _objective_fits_model,
+            _validation_exists,
+            _features_are_mapped,
+            _metric_is_measured,
+            _batch_deals,
+        ):
             check(self)
         return self
 
     def stages(self) -> tuple[StageName, ...]:
-        """The stages of this recipe in order; `align` only where an alignment is configured."""
-        return tuple(s for s in STAGES if s != "align" or self.alignment is not None)
+        """The stages of this recipe in order; without what the recipe does not configure."""
+        absent = {"tokenize": self.tokenizer is None, "align": self.alignment is None}
+        return tuple(stage for stage in STAGES if not absent.get(stage, False))
+
+    @property
+    def writes_codes(self) -> bool:
+        """Whether the model writes semantic ids instead of scoring items."""
+        return isinstance(self.model, FeatureInputs)
 
     def table_names(self) -> tuple[str, ...]:
-        """Embedding tables that the model will describe: item, user_<f>, side_<f>."""
+        """Embedding tables that the model will describe: item (a model that writes codes may have
+        none), user_<f>, side_<f>."""
+        item_table = not isinstance(self.model, FeatureInputs) or self.model.item_table
         return (
-            "item",
+            *(("item",) if item_table else ()),
             *(f"user_{name}" for name in self.model.user_features),
             *(f"side_{name}" for name in self.model.side_features),
+        )
+
+
+def _objective_fits_model(recipe: Recipe) -> None:
+    kind = recipe.model.kind
+    if not recipe.writes_codes:
+        if isinstance(recipe.objective, NextCodeConfig):
+            raise ValueError(
+                f"objective.kind='next_code' trains models that write semantic ids, but "
+                f"model.kind={kind!r} scores items: use sampled_softmax or full_softmax"
+            )
+        return
+    if recipe.tokenizer is None:
+        raise ValueError(
+            f"model.kind={kind!r} writes semantic ids: add a `tokenizer` block that makes them"
+        )
+    if not isinstance(recipe.objective, NextCodeConfig):
+        raise ValueError(
+            f"model.kind={kind!r} writes semantic ids, which objective.kind="
+            f"{recipe.objective.kind!r} does not train: use objective.kind=next_code"
+        )
+    if recipe.alignment is not None:
+        raise ValueError(
+            f"alignment.kind='dpo' scores items, which model.kind={kind!r} does not: set "
+            "alignment to null"
+        )
+    if max(recipe.evaluation.ks) > recipe.generation.beams:
+        raise ValueError(
+            f"evaluation.ks asks for the first {max(recipe.evaluation.ks)} items, but "
+            f"generation.beams={recipe.generation.beams} finds no more than that many ids: raise "
+            "the beams or lower the largest k"
+        )
+    if recipe.recommend.top_k > recipe.generation.beams:
+        raise ValueError(
+            f"recommend.top_k={recipe.recommend.top_k} exceeds generation.beams="
+            f"{recipe.generation.beams}: raise the beams"
         )
 
 

@@ -157,6 +157,7 @@ class _Run:
 def _purpose(name: StageName) -> str:
     return {
         "prepare": "logs → typed events → user sequences → Parquet shards",
+        "tokenize": "item content → semantic ids",
         "train": "pretraining on user sequences",
         "align": "preference optimisation from the pretrained checkpoint",
         "evaluate": "full-catalogue metrics of every policy and of popularity",

@@ -27,6 +27,7 @@ class StageContext:
             "recipe": self.recipe.model_dump(mode="json"),
             "output": self.layout.root,
             "fingerprint": self.fingerprint,
+            "semantic_ids": self.done["tokenize"]["url"] if "tokenize" in self.done else None,
             **more,
         }
 
@@ -94,6 +95,27 @@ def _prepare(context: StageContext) -> Outputs:
     }
 
 
+# -- tokenize ---------------------------------------------------------------------------------
+
+
+def _tokenize_inputs(recipe: Recipe, done: dict[str, Outputs]) -> dict[str, Any]:
+    return {
+        "data": done["prepare"]["data"],
+        "seed": recipe.seed,
+        "settings": _dump(recipe.tokenizer),
+    }
+
+
+def _tokenize(context: StageContext) -> Outputs:
+    from trainer.tokenize import tokenize
+
+    config = context.recipe.tokenizer
+    assert config is not None, "the tokenize stage exists only with a tokenizer block"
+    url = context.layout.semantic_ids(context.fingerprint)
+    manifest = tokenize(config, context.layout.data, url, seed=context.recipe.seed, say=print)
+    return {"url": url, "semantic_ids": manifest.fingerprint}
+
+
 # -- train ------------------------------------------------------------------------------------
 
 
@@ -106,9 +128,20 @@ def _train_inputs(recipe: Recipe, done: dict[str, Outputs]) -> dict[str, Any]:
         recipe.sharding,
         recipe.objective,
         recipe.training,
-        recipe.evaluation if recipe.training.validation else None,
+        *(_measuring(recipe) if recipe.training.validation else ()),
     )
-    return {"data": done["prepare"]["data"], "seed": recipe.seed, "settings": settings}
+    return {**_meanings(done), "seed": recipe.seed, "settings": settings}
+
+
+def _meanings(done: dict[str, Outputs]) -> dict[str, Any]:
+    """Hashes of what gives ids and codes their meaning."""
+    codes = {"semantic_ids": done["tokenize"]["semantic_ids"]} if "tokenize" in done else {}
+    return {"data": done["prepare"]["data"], **codes}
+
+
+def _measuring(recipe: Recipe) -> tuple[Any, ...]:
+    """Settings that decide what a policy's metrics are."""
+    return (recipe.evaluation, *((recipe.generation,) if recipe.writes_codes else ()))
 
 
 def _train(context: StageContext) -> Outputs:
@@ -182,10 +215,10 @@ def _policies(done: dict[str, Outputs]) -> dict[str, Any]:
 
 def _evaluate_inputs(recipe: Recipe, done: dict[str, Outputs]) -> dict[str, Any]:
     return {
-        "data": done["prepare"]["data"],
+        **_meanings(done),
         "policies": {name: entry["hash"] for name, entry in _policies(done).items()},
         "settings": [
-            *_dump(recipe.evaluation, recipe.data.split),
+            *_dump(*_measuring(recipe), recipe.data.split),
             recipe.data.loader.max_length,
         ],
     }
@@ -207,9 +240,12 @@ def _evaluate(context: StageContext) -> Outputs:
 
 def _recommend_inputs(recipe: Recipe, done: dict[str, Outputs]) -> dict[str, Any]:
     return {
-        "data": done["prepare"]["data"],
+        **_meanings(done),
         "policy": list(_policies(done).values())[-1]["hash"],
-        "settings": [*_dump(recipe.recommend), recipe.data.loader.max_length],
+        "settings": [
+            *_dump(recipe.recommend, *((recipe.generation,) if recipe.writes_codes else ())),
+            recipe.data.loader.max_length,
+        ],
     }
 
 
@@ -251,11 +287,23 @@ GRAPH: dict[StageName, Stage] = {
         _prepare,
         lambda outputs: [storage.join(outputs["url"], "manifest.json")],
     ),
-    "train": Stage("train", ("prepare",), True, _train_inputs, _train, _checkpoint_files),
-    "align": Stage("align", ("prepare", "train"), True, _align_inputs, _align, _checkpoint_files),
+    "tokenize": Stage(
+        "tokenize",
+        ("prepare",),
+        True,
+        _tokenize_inputs,
+        _tokenize,
+        lambda outputs: [storage.join(outputs["url"], "manifest.json")],
+    ),
+    "train": Stage(
+        "train", ("prepare", "tokenize"), True, _train_inputs, _train, _checkpoint_files
+    ),
+    "align": Stage(
+        "align", ("prepare", "tokenize", "train"), True, _align_inputs, _align, _checkpoint_files
+    ),
     "evaluate": Stage(
         "evaluate",
-        ("prepare", "train", "align"),
+        ("prepare", "tokenize", "train", "align"),
         True,
         _evaluate_inputs,
         _evaluate,
@@ -263,7 +311,7 @@ GRAPH: dict[StageName, Stage] = {
     ),
     "recommend": Stage(
         "recommend",
-        ("prepare", "train", "align"),
+        ("prepare", "tokenize", "train", "align"),
         True,
         _recommend_inputs,
         _recommend,

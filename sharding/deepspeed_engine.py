@@ -51,6 +51,7 @@ class DenseEngine:
             fused=True,
         )
         self._engine = self._initialize(module)
+        self._mode: bool | None = None  # modules begin in training mode, but may mix modes inside
         self._groups = flat_groups(self._engine, self.stage)
         covered = {slot.name for group in self._groups for slot in group.slots}
         assert covered == set(self.names), "DeepSpeed partitions every parameter"
@@ -106,8 +107,9 @@ class DenseEngine:
 
     def train(self, mode: bool) -> None:
         """Training or evaluation mode of the module."""
-        if self.module.training != mode:
+        if self._mode != mode:
             self._engine.train(mode)
+            self._mode = mode
 
     @contextmanager
     def accumulate(self, *, deferred: bool) -> Iterator[None]:

@@ -131,6 +131,7 @@ class ParallelModel:
         if self._dense_clip is not None:
             self.engine.scale_grads(_clip_factor(totals[1], self._dense_clip))
         self.engine.step(lr)
+        self._balance_experts()
         self.step += 1
         return StepResult(self.step, lr, sparse_lr, names, totals)
 
@@ -202,6 +203,12 @@ class ParallelModel:
             factor = _clip_factor(square, self._sparse_clip)
             grads = [grad * factor for grad in grads if grad is not None]
         torch.autograd.backward([rows[name] for name in leaves], grads)
+
+    def _balance_experts(self) -> None:
+        """Every rank moves its experts' biases by what all of them were loaded with."""
+        load = self.model.expert_load()
+        if load is not None:
+            self.model.update_balance(self.ctx.all_reduce_sum(load))
 
     def lookup(self, ids: Mapping[str, Tensor]) -> Rows:
         """Rows [n, D] of any tables, sharded or replicated, without gradient. Collective.

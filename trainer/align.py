@@ -8,6 +8,8 @@ from torch import Tensor
 
 from configs import storage
 from configs.alignment import DPOConfig
+from configs.objectives import ItemObjective, NextCodeConfig
+from configs.recipe import Recipe
 from data_loaders.loader import LoaderState
 from data_loaders.preferences import (
     PreferenceLoader,
@@ -45,6 +47,7 @@ def align_worker(settings: dict[str, Any], say: Say) -> dict[str, Any]:
     worker = start_worker(settings, say)
     recipe, config = worker.recipe, worker.recipe.alignment
     assert config is not None, "the align stage exists only with an alignment block"
+    objective = item_objective(recipe)
     pairs, reference, start = settings["pairs"], settings["reference"], settings["start"]
 
     def before(policy: ParallelModel, afresh: bool) -> None:
@@ -67,9 +70,7 @@ def align_worker(settings: dict[str, Any], say: Say) -> dict[str, Any]:
         config=config,
         limits=Limits(config.epochs, None),
         sparse_lr=recipe.sharding.optimizer.lr * config.sparse_lr_ratio,
-        loss=PreferenceLoss(
-            build_sequence_model(worker), config, recipe.objective, worker.num_items
-        ),
+        loss=PreferenceLoss(build_sequence_model(worker), config, objective, worker.num_items),
         steps_per_epoch=steps_per_epoch,
         loader_at=lambda state: preference_loader(worker, config, pairs, reference, state),
         make_inputs=PreferenceInputsMaker(worker, config),
@@ -79,6 +80,13 @@ def align_worker(settings: dict[str, Any], say: Say) -> dict[str, Any]:
         hashes={"start": start["hash"]},
     )
     return stage.fit()
+
+
+def item_objective(recipe: Recipe) -> ItemObjective:
+    """The objective of a recipe whose model scores items."""
+    objective = recipe.objective
+    assert not isinstance(objective, NextCodeConfig), "a recipe's checks tell decoders apart"
+    return objective
 
 
 def preference_loader(
@@ -127,7 +135,7 @@ def write_reference_once(worker: Worker, policy: ParallelModel, settings: dict[s
     if worker.ctx.broadcast_object(done):
         return
     load_policy(worker, policy, settings["start"])
-    temperature = worker.recipe.objective.temperature
+    temperature = item_objective(worker.recipe).temperature
     catalogue = Catalogue(policy, worker.num_items, worker.recipe.evaluation.catalogue_chunk)
     ids, chosen, rejected = [], [], []
     for pairs in preference_batches(

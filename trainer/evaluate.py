@@ -16,13 +16,13 @@ from data_loaders.loader import EvaluationBatch, evaluation_batches
 from data_loaders.preferences import preference_batches
 from sharding.parallelize import ParallelModel
 from sharding.retrieval import Catalogue
-from trainer.metrics import RankingMetrics, head_mask
+from trainer.generate import GenerationMetrics, ItemGenerator
+from trainer.losses import pretraining_loss
+from trainer.metrics import Popularity, RankingMetrics
 from trainer.monitor.results import protocol
-from trainer.objectives.next_item import NextItemLoss
 from trainer.policy import (
     Say,
     Worker,
-    build_sequence_model,
     open_checkpoint,
     parallelize_policy,
     start_worker,
@@ -64,12 +64,12 @@ def evaluate_worker(settings: dict[str, Any], say: Say) -> dict[str, Any]:
 
 def evaluation_policy(worker: Worker) -> ParallelModel:
     """A policy to load checkpoints into; it is never trained."""
-    model = build_sequence_model(worker)
     recipe = worker.recipe
+    loss = pretraining_loss(worker)
     return parallelize_policy(
         worker,
-        model,
-        NextItemLoss(model, recipe.objective, worker.num_items),
+        loss.model,
+        loss,
         total_steps=1,
         optimizer=recipe.training.optimizer,
         sparse_lr=recipe.sharding.optimizer.lr,
@@ -91,6 +91,8 @@ def rank_policy(
 ) -> dict[str, float]:
     """Ranking metrics of a policy. Collective; equal on all ranks."""
     config = worker.recipe.evaluation
+    if worker.recipe.writes_codes:
+        return _rank_generated(worker, policy, counts, part, max_users)
     catalogue = Catalogue(policy, worker.num_items, config.catalogue_chunk)
 
     def query(users: EvaluationBatch) -> Tensor:
@@ -125,7 +127,7 @@ def _rank(
     max_users: int | None,
 ) -> dict[str, float]:
     config, ctx = worker.recipe.evaluation, worker.ctx
-    metrics = RankingMetrics(config.ks, head_mask(counts, config.head_share).to(ctx.device))
+    metrics = RankingMetrics(config.ks, Popularity.of(counts, config.head_share).to(ctx.device))
     for users in _batches(worker, part, max_users):
         users = users.to(ctx.device)
         queries = query(users)
@@ -134,6 +136,25 @@ def _rank(
         top_ids, _ = catalogue.top_k(queries, max(config.ks), *seen)
         metrics.update(ranks, users.target_ids, top_ids)
     return metrics.result(ctx.all_reduce_sum(metrics.sums()), ctx.all_reduce_max(metrics.covered()))
+
+
+def _rank_generated(
+    worker: Worker,
+    policy: ParallelModel,
+    counts: Tensor,
+    part: Part,
+    max_users: int | None,
+) -> dict[str, float]:
+    """Metrics of a policy that writes ids: a target is found within the beams, or missed."""
+    config = worker.recipe.evaluation
+    generator = ItemGenerator(worker, policy, counts)
+    popularity = Popularity.of(counts, config.head_share).to(worker.ctx.device)
+    metrics = GenerationMetrics.of(config.ks, popularity)
+    for users in _batches(worker, part, max_users):
+        users = users.to(worker.ctx.device)
+        offer = generator.offer(users, max(config.ks), filter_seen=config.filter_seen)
+        metrics.update(generator, offer, users.target_ids)
+    return metrics.result(worker)
 
 
 def _batches(worker: Worker, part: Part, max_users: int | None) -> Iterator[EvaluationBatch]:

@@ -7,12 +7,34 @@ Shape legend: B users of a batch, K recommended items a user, V items of the cat
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-GROUPS = ("", "/head", "/tail")
-"""Key suffixes: every user, users whose target is popular, the other users."""
+GROUPS = ("", "/head", "/tail", "/cold")
+"""Key suffixes: every user, users whose target is popular, the other users, and those of them whose
+target no training event has."""
+
+
+@dataclass(frozen=True)
+class Popularity:
+    """What kind of target an item is, by item id; row 0 is padding."""
+
+    is_head: Tensor
+    """[V+1] bool."""
+    is_cold: Tensor
+    """[V+1] bool."""
+
+    @staticmethod
+    def of(train_counts: Tensor, head_share: float) -> "Popularity":
+        """From the occurrences [V] of items 1…V in training data; see `head_mask`."""
+        is_cold = torch.cat([train_counts.new_zeros(1, dtype=torch.bool), train_counts == 0])
+        return Popularity(head_mask(train_counts, head_share), is_cold)
+
+    def to(self, device: torch.device | str) -> "Popularity":
+        """The same on another device."""
+        return Popularity(self.is_head.to(device), self.is_cold.to(device))
 
 
 def head_mask(train_counts: Tensor, head_share: float) -> Tensor:
@@ -35,29 +57,32 @@ def head_mask(train_counts: Tensor, head_share: float) -> Tensor:
 class RankingMetrics:
     """HR@k, NDCG@k, MRR (also split by popularity of the target) and catalogue coverage@k.
 
+    A rank beyond every cut-off counts as a miss, whoever knows no better.
+
     Each rank updates its own object. Then, over all ranks, `sums()` is all-reduced by SUM and
     `covered()` by MAX, and `result(sums, covered)` holds the metrics of all users.
     """
 
-    def __init__(self, ks: Sequence[int], is_head: Tensor) -> None:
+    def __init__(self, ks: Sequence[int], popularity: Popularity) -> None:
         """Start empty.
 
         Args:
             ks: cut-offs, at most 255 distinct positive ones.
-            is_head: [V+1] bool by item id (`head_mask`); its device is where sums are kept.
+            popularity: of the targets; its device is where sums are kept.
         """
         self.ks = tuple(sorted(set(ks)))
         assert self.ks and self.ks[0] > 0 and len(self.ks) <= 255, f"bad cut-offs {ks}"
-        self._is_head = is_head
-        self._cutoffs = torch.tensor(self.ks, device=is_head.device)
+        self._popularity = popularity
+        device = popularity.is_head.device
+        self._cutoffs = torch.tensor(self.ks, device=device)
         columns = 2 + 2 * len(self.ks)  # users, 1/rank, hits per k, gains per k
-        self._sums = torch.zeros(len(GROUPS), columns, dtype=torch.float64, device=is_head.device)
-        self._covered = torch.zeros(is_head.numel(), dtype=torch.uint8, device=is_head.device)
+        self._sums = torch.zeros(len(GROUPS), columns, dtype=torch.float64, device=device)
+        self._covered = torch.zeros(popularity.is_head.numel(), dtype=torch.uint8, device=device)
 
     @property
     def num_items(self) -> int:
         """V."""
-        return self._is_head.numel() - 1
+        return self._popularity.is_head.numel() - 1
 
     def update(self, ranks: Tensor, target_ids: Tensor, top_ids: Tensor) -> None:
         """Add users.
@@ -74,8 +99,9 @@ class RankingMetrics:
         hits = (place <= self._cutoffs).to(torch.float64)  # [B, len(ks)]
         gains = hits / torch.log2(place + 1)
         terms = torch.cat([torch.ones_like(place), 1 / place, hits, gains], dim=1)
-        head = self._is_head[target_ids].to(torch.float64)
-        groups = torch.stack([torch.ones_like(head), head, 1 - head])  # [3, B]
+        head = self._popularity.is_head[target_ids].to(torch.float64)
+        cold = self._popularity.is_cold[target_ids].to(torch.float64)
+        groups = torch.stack([torch.ones_like(head), head, 1 - head, cold])  # [4, B]
         self._sums += groups @ terms
         self._cover(top_ids[:, : self.ks[-1]])
 
@@ -89,7 +115,7 @@ class RankingMetrics:
         )
 
     def sums(self) -> Tensor:
-        """Copy of this rank's sums, [3, 2 + 2·len(ks)] float64; add over ranks."""
+        """Copy of this rank's sums, [4, 2 + 2·len(ks)] float64; add over ranks."""
         return self._sums.clone()
 
     def covered(self) -> Tensor:
@@ -100,8 +126,8 @@ class RankingMetrics:
         """Metrics of the reduced tensors, or of this rank alone where they are not given.
 
         Returns:
-            `users`, `mrr`, `hr@k`, `ndcg@k`, each also with `/head` and `/tail` where that group
-            has users, and `coverage@k` = distinct recommended items / V.
+            `users`, `mrr`, `hr@k`, `ndcg@k`, each also with `/head`, `/tail` and `/cold` where that
+            group has users, and `coverage@k` = distinct recommended items / V.
 
         Raises:
             ValueError: no user was measured.

@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 
+from configs.decoders import FeatureInputs
 from configs.layout import RunLayout
 from configs.recipe import Recipe
 from configs.training import OptimizerConfig
 from data_loaders.dataset import SequenceDataset
-from models.base import CatalogueSizes, SequenceModel
-from models.build import build_model
+from data_loaders.semantic_ids import SemanticIds, read_semantic_ids
+from models.base import CatalogueSizes, CodeDecoder, SequenceModel, TableModel
+from models.build import build_decoder, build_model
 from sharding.checkpoint import CheckpointInfo, CheckpointStore
 from sharding.parallelize import LossModule, ParallelModel, parallelize
 from sharding.process_group import DistributedContext, current_context
@@ -30,6 +32,7 @@ class Worker:
     layout: RunLayout
     ctx: DistributedContext
     dataset: SequenceDataset
+    semantic_ids: SemanticIds | None
     say: Say
 
     def tell(self, line: str) -> None:
@@ -47,7 +50,8 @@ def start_worker(settings: dict[str, Any], say: Say) -> Worker:
     """Join the process group, seed, and open the prepared data set.
 
     Args:
-        settings: `recipe` (resolved, JSON) and `output` (absolute URL of the run).
+        settings: `recipe` (resolved, JSON), `output` (absolute URL of the run) and `semantic_ids`
+            (URL, or null where the recipe has no tokenizer).
         say: prints a line at the driver.
     """
     recipe = Recipe.model_validate(settings["recipe"])
@@ -56,25 +60,45 @@ def start_worker(settings: dict[str, Any], say: Say) -> Worker:
     torch.manual_seed(recipe.seed)
     layout = RunLayout(settings["output"])
     dataset = SequenceDataset(layout.data, recipe.data.loader.cached_row_groups)
-    return Worker(recipe, layout, ctx, dataset, say)
+    codes_url = settings["semantic_ids"]
+    semantic_ids = None
+    if codes_url is not None:
+        semantic_ids = read_semantic_ids(codes_url, data_fingerprint=dataset.manifest.fingerprint)
+    return Worker(recipe, layout, ctx, dataset, semantic_ids, say)
 
 
 def build_sequence_model(worker: Worker) -> SequenceModel:
-    """The recipe's model, sized by the data set."""
-    manifest = worker.dataset.manifest
-    sizes = CatalogueSizes(
+    """The recipe's model that scores items, sized by the data set."""
+    recipe = worker.recipe
+    assert not isinstance(recipe.model, FeatureInputs), "a recipe's checks tell decoders apart"
+    sizes = catalogue_sizes(worker)
+    return build_model(recipe.model, sizes, recipe.tables, recipe.data.loader.max_length)
+
+
+def build_code_decoder(worker: Worker) -> CodeDecoder:
+    """The recipe's model that writes semantic ids, sized by the data set and its codes."""
+    recipe = worker.recipe
+    assert isinstance(recipe.model, FeatureInputs), "a recipe's checks tell decoders apart"
+    sizes = catalogue_sizes(worker)
+    return build_decoder(recipe.model, sizes, recipe.tables, recipe.data.loader.max_length)
+
+
+def catalogue_sizes(worker: Worker) -> CatalogueSizes:
+    """What sizes the model's tables and vocabularies."""
+    manifest, semantic_ids = worker.dataset.manifest, worker.semantic_ids
+    return CatalogueSizes(
         num_items=manifest.num_items,
         num_users=manifest.num_users,
         user_features=manifest.user_features,
         side_features=manifest.side_features,
+        codebook_sizes=() if semantic_ids is None else semantic_ids.codebook_sizes,
+        num_actions=manifest.actions,
     )
-    recipe = worker.recipe
-    return build_model(recipe.model, sizes, recipe.tables, recipe.data.loader.max_length)
 
 
 def parallelize_policy(
     worker: Worker,
-    model: SequenceModel,
+    model: TableModel,
     loss_module: LossModule,
     *,
     total_steps: int,
@@ -105,7 +129,32 @@ def parallelize_policy(
 def provenance(worker: Worker, **hashes: str) -> dict[str, str]:
     """Hashes and versions that travel with a checkpoint."""
     versions = {f"version/{name}": version(name) for name in TRAVELLING_VERSIONS}
-    return {"data": worker.dataset.manifest.fingerprint, **hashes, **versions}
+    return {**_meanings(worker), **hashes, **versions}
+
+
+def _meanings(worker: Worker) -> dict[str, str]:
+    """Hashes of what gives ids and codes their meaning."""
+    hashes = {"data": worker.dataset.manifest.fingerprint}
+    if worker.semantic_ids is not None:
+        hashes["semantic_ids"] = worker.semantic_ids.fingerprint
+    return hashes
+
+
+def refuse_other_meanings(worker: Worker, info: CheckpointInfo) -> None:
+    """Refuse weights that were trained on other ids or codes than the run has now.
+
+    Raises:
+        ValueError: names the checkpoint and what differs.
+    """
+    for name, now in _meanings(worker).items():
+        then = info.fingerprints.get(name)
+        if then != now:
+            what = {"data": "data set", "semantic_ids": "semantic ids"}[name]
+            raise ValueError(
+                f"checkpoint {info.url} was trained on {what} {str(then)[:12]}, but the run has "
+                f"{now[:12]} now, so its weights would mean other items; restore the {what}, or "
+                "train again with --force"
+            )
 
 
 def checkpoint_reference(info: CheckpointInfo) -> dict[str, Any]:
@@ -119,7 +168,8 @@ def open_checkpoint(
     """The verified checkpoint that an earlier stage named.
 
     Raises:
-        ValueError: it is gone, damaged, or another one lies there now.
+        ValueError: it is gone, damaged, another one lies there now, or it was trained on other
+            data.
     """
     root = reference["url"].rsplit("/", 1)[0]
     store = CheckpointStore(root, keep=2, ctx=worker.ctx)
@@ -129,4 +179,5 @@ def open_checkpoint(
             f"checkpoint {reference['url']} is missing, damaged or changed since its stage ended; "
             "run that stage again with --force"
         )
+    refuse_other_meanings(worker, info)
     return store, info

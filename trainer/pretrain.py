@@ -6,20 +6,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from configs.objectives import SampledSoftmaxConfig
+from configs.objectives import NextCodeConfig, SampledSoftmaxConfig
 from data_loaders.items import train_counts
 from data_loaders.loader import LoaderState, TrainingLoader
 from models.batch import JaggedBatch
+from trainer.codes import NextCodeInputsMaker
 from trainer.evaluate import uses_validation, validation_ranker
 from trainer.in_batch import gather_positives
+from trainer.losses import pretraining_loss
 from trainer.objectives.negatives import draw_negatives
-from trainer.objectives.next_item import NextItemInputs, NextItemLoss
-from trainer.policy import (
-    Say,
-    Worker,
-    build_sequence_model,
-    start_worker,
-)
+from trainer.objectives.next_code import NextCodeLoss
+from trainer.objectives.next_item import NextItemInputs
+from trainer.policy import Say, Worker, start_worker
 from trainer.trainer import Limits, TrainerState
 from trainer.training_stage import TrainingStage
 
@@ -28,11 +26,12 @@ class NextItemInputsMaker:
     """Turns a step's batches into loss inputs: draws the negatives of the global batch."""
 
     def __init__(self, worker: Worker) -> None:
-        self._objective = worker.recipe.objective
+        objective = worker.recipe.objective
+        assert not isinstance(objective, NextCodeConfig), "a recipe's checks tell decoders apart"
+        self._objective = objective
         self._seed = worker.recipe.seed
         self._num_items = worker.num_items
         self._ctx = worker.ctx
-        objective = worker.recipe.objective
         self._num_in_batch = 0
         self._counts: Tensor | None = None
         if isinstance(objective, SampledSoftmaxConfig) and objective.negatives != "uniform":
@@ -70,7 +69,12 @@ def train_worker(settings: dict[str, Any], say: Say) -> dict[str, Any]:
     """
     worker = start_worker(settings, say)
     recipe, config = worker.recipe, worker.recipe.training
-    make_inputs = NextItemInputsMaker(worker)
+    loss = pretraining_loss(worker)
+    make_inputs: NextItemInputsMaker | NextCodeInputsMaker
+    if isinstance(loss, NextCodeLoss):
+        make_inputs = NextCodeInputsMaker(worker, loss.model)
+    else:
+        make_inputs = NextItemInputsMaker(worker)
     max_users = config.validation.max_users if config.validation is not None else None
     with training_loader(worker, TrainerState()) as probe:
         steps_per_epoch = probe.steps_per_epoch
@@ -81,7 +85,7 @@ def train_worker(settings: dict[str, Any], say: Say) -> dict[str, Any]:
         config=config,
         limits=Limits(config.epochs, config.max_steps),
         sparse_lr=recipe.sharding.optimizer.lr,
-        loss=NextItemLoss(build_sequence_model(worker), recipe.objective, worker.num_items),
+        loss=loss,
         steps_per_epoch=steps_per_epoch,
         loader_at=lambda state: training_loader(worker, state),
         make_inputs=lambda step: make_inputs(step.micro_batches, step.step),

@@ -4,11 +4,12 @@ from typing import Any
 
 import numpy as np
 
-from data_loaders.items import find_users, raw_items, titles
+from data_loaders.items import find_users, raw_items, titles, train_counts
 from data_loaders.loader import recommendation_batch
 from models.batch import JaggedBatch
 from sharding.retrieval import Catalogue
 from trainer.evaluate import evaluation_policy, last_tokens, load_policy
+from trainer.generate import ItemGenerator
 from trainer.policy import Say, Worker, start_worker
 
 
@@ -23,14 +24,19 @@ def recommend_worker(settings: dict[str, Any], say: Say) -> dict[str, Any]:
     config, recipe = worker.recipe.recommend, worker.recipe
     policy = evaluation_policy(worker)
     load_policy(worker, policy, settings["policy"])
-    catalogue = Catalogue(policy, worker.num_items, recipe.evaluation.catalogue_chunk)
     # A handful of users: rank 0 asks, the others lend their shards.
     own = _users(worker) if worker.ctx.rank == 0 else np.empty(0, dtype=np.int64)
     users = recommendation_batch(worker.dataset, own, max_length=recipe.data.loader.max_length).to(
         worker.ctx.device
     )
-    queries = policy.query(users.batch)[last_tokens(users)]
-    ids, scores = catalogue.top_k(queries, config.top_k, users.seen_ids, users.seen_offsets)
+    if recipe.writes_codes:
+        generator = ItemGenerator(worker, policy, train_counts(worker.layout.data))
+        offer = generator.offer(users, config.top_k, filter_seen=True)
+        ids, scores = offer.items, offer.scores
+    else:
+        catalogue = Catalogue(policy, worker.num_items, recipe.evaluation.catalogue_chunk)
+        queries = policy.query(users.batch)[last_tokens(users)]
+        ids, scores = catalogue.top_k(queries, config.top_k, users.seen_ids, users.seen_offsets)
     return {"users": _describe(worker, users.batch, ids.cpu().numpy(), scores.cpu().numpy())}
 
 

@@ -12,8 +12,15 @@ from sharding.checkpoint import CheckpointInfo, CheckpointStore
 from sharding.parallelize import ParallelModel
 from trainer.monitor.stage_monitor import StageMonitor
 from trainer.objectives.dpo import PreferenceLoss
+from trainer.objectives.next_code import NextCodeLoss
 from trainer.objectives.next_item import NextItemLoss
-from trainer.policy import Worker, checkpoint_reference, parallelize_policy, provenance
+from trainer.policy import (
+    Worker,
+    checkpoint_reference,
+    parallelize_policy,
+    provenance,
+    refuse_other_meanings,
+)
 from trainer.trainer import Limits, StepLoader, Trainer, TrainerState
 
 
@@ -28,7 +35,7 @@ class TrainingStage:
     config: TrainingConfig | DPOConfig
     limits: Limits
     sparse_lr: float
-    loss: NextItemLoss | PreferenceLoss
+    loss: NextItemLoss | NextCodeLoss | PreferenceLoss
     steps_per_epoch: int
     loader_at: Callable[[TrainerState], StepLoader]
     """The stage's loader at the position of a state."""
@@ -85,6 +92,7 @@ class TrainingStage:
     ) -> TrainerState:
         if info is None:
             return TrainerState()
+        refuse_other_meanings(self.worker, info)
         state = TrainerState(**store.load(policy, info))
         self.worker.tell(f"resuming from step {info.step:,} ({info.url})")
         return state

@@ -48,14 +48,18 @@ def settings_of(root: Path, fingerprint: str, blocks: dict[str, Any], **more: An
         "cluster": {"num_workers": 1},
     }
     recipe = Recipe.model_validate(_merged(recipe, blocks)).model_dump(mode="json")
-    return {"recipe": recipe, "output": str(root), "fingerprint": fingerprint, **more}
+    settings = {"recipe": recipe, "output": str(root), "fingerprint": fingerprint}
+    return settings | {"semantic_ids": None} | more
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    both = {
-        k: _merged(base[k], v) if isinstance(v, dict) and isinstance(base.get(k), dict) else v
-        for k, v in over.items()
-    }
+    """`over` wins; a block of another kind replaces the whole block."""
+    both = {}
+    for key, value in over.items():
+        below = base.get(key)
+        same_kind = isinstance(value, dict) and isinstance(below, dict)
+        same_kind = same_kind and value.get("kind", below.get("kind")) == below.get("kind")
+        both[key] = _merged(below, value) if same_kind else value
     return base | both
 
 

@@ -65,7 +65,9 @@ def measured_plainly(
         rivals = [item for item in order if item not in seen or item == target]
         top = [item for item in order if item not in seen]
         found.append(User(rivals.index(target) + 1, target, top))
-    return loop(ITEMS, KS, set(head), found)
+    counts = training_counts(users)
+    cold = {item for item in range(1, ITEMS + 1) if not counts[item]}
+    return loop(ITEMS, KS, set(head), found, cold)
 
 
 def training_counts(users: Rows) -> Counter[int]:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.metrics import RankingMetrics, head_mask
+from trainer.metrics import Popularity, RankingMetrics, head_mask
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,26 @@ def populations(draw: st.DrawFn) -> tuple[int, list[int], set[int], list[User]]:
     return num_items, ks, head, draw(st.lists(user, min_size=1, max_size=12))
 
 
-def loop(num_items: int, ks: list[int], head: set[int], users: list[User]) -> dict[str, float]:
-    """The definitions, one user at a time."""
+def cold_items(num_items: int, head: set[int]) -> set[int]:
+    """Some of the tail: every third item."""
+    return {item for item in range(3, num_items + 1, 3) if item not in head}
+
+
+def loop(
+    num_items: int,
+    ks: list[int],
+    head: set[int],
+    users: list[User],
+    cold: set[int] | None = None,
+) -> dict[str, float]:
+    """The definitions, one user at a time; `cold` as `measure` has it unless given."""
+    cold = cold_items(num_items, head) if cold is None else cold
     result: dict[str, float] = {}
     groups = {
         "": users,
         "/head": [u for u in users if u.target in head],
         "/tail": [u for u in users if u.target not in head],
+        "/cold": [u for u in users if u.target in cold],
     }
     for suffix, group in groups.items():
         result[f"users{suffix}"] = len(group)
@@ -58,7 +71,9 @@ def measure(
 ) -> RankingMetrics:
     is_head = torch.zeros(num_items + 1, dtype=torch.bool)
     is_head[list(head)] = True
-    metrics = RankingMetrics(ks, is_head)
+    is_cold = torch.zeros(num_items + 1, dtype=torch.bool)
+    is_cold[list(cold_items(num_items, head))] = True
+    metrics = RankingMetrics(ks, Popularity(is_head, is_cold))
     for start in range(0, len(users), batch):
         part = users[start : start + batch]
         metrics.update(
@@ -106,7 +121,7 @@ def test_padding_of_short_recommendations_covers_nothing() -> None:
 
 
 def test_empty_batches_are_welcome_and_no_user_is_a_sentence() -> None:
-    metrics = RankingMetrics([10], torch.zeros(5, dtype=torch.bool))
+    metrics = RankingMetrics([10], Popularity.of(torch.ones(4), 0.5))
     metrics.update(
         torch.empty(0, dtype=torch.int64),
         torch.empty(0, dtype=torch.int64),
@@ -121,3 +136,9 @@ def test_head_is_the_most_popular_share_with_stable_ties() -> None:
     assert head_mask(counts, 0.3).nonzero().flatten().tolist() == [1, 2, 3]
     assert not head_mask(counts, 0.3)[0]
     assert head_mask(counts, 0.07).sum() == 1  # a head is never empty
+
+
+def test_cold_is_what_no_training_event_has() -> None:
+    popularity = Popularity.of(torch.tensor([3, 0, 1, 0]), 0.25)
+    assert popularity.is_cold.tolist() == [False, False, True, False, True]
+    assert popularity.is_head.tolist() == [False, True, False, False, False]

@@ -19,7 +19,7 @@ RESULTS_FILE = "results.json"
 RECOMMENDATIONS_FILE = "recommendations.json"
 PACKAGES = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "deepspeed", "ray", "pyarrow")
 MODEL_ORDER = ("popularity", "pretrained", "aligned")
-HALVES = ("head", "tail")
+TARGETS = ("head", "tail", "cold")
 Part = Literal["validation", "test"]
 Metrics = dict[str, FiniteFloat]
 C = TypeVar("C", bound=Config)
@@ -277,16 +277,20 @@ class TableRow(Config):
 
 
 def table_rows(results: Results, part: Part) -> tuple[TableRow, ...]:
-    """The results table, in reading order; the head/tail split at the cut-off nearest to 10."""
+    """The results table, in reading order; the split by popularity at the cut-off nearest to 10."""
     metrics = {name: results.metrics(name, part) for name in results.ordered_models()}
     measured = {metric for values in metrics.values() for metric in values}
     ks = results.protocol.ks
     near = min(ks, key=lambda k: abs(k - 10))
-    split = [(f"{m.upper()}@{near} {g}", f"{m}@{near}/{g}") for m in ("hr", "ndcg") for g in HALVES]
+    split = [
+        (f"{m.upper()}@{near} {g}", f"{m}@{near}/{g}") for m in ("hr", "ndcg") for g in TARGETS
+    ]
+    by_id = [(f"{m.upper()}@{k} of ids", f"{m}@{k}/id") for m in ("hr", "ndcg") for k in ks]
     layout = [
         ("Hit rate", [(f"HR@{k}", f"hr@{k}") for k in ks]),
         ("Ranking", [*((f"NDCG@{k}", f"ndcg@{k}") for k in ks), ("MRR", "mrr")]),
         ("Popular and rare targets", split),
+        ("Semantic ids", [*by_id, ("Legal ids", "legality")]),
         ("Catalogue coverage", [(f"Coverage@{k}", f"coverage@{k}") for k in ks]),
         ("Held-out preferences", [("Pairs ranked right", "preference_accuracy")]),
     ]

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.alignment import DPOConfig
-from configs.objectives import FullSoftmaxConfig, Objective
+from configs.objectives import FullSoftmaxConfig, ItemObjective
 from models.base import SequenceModel
 from models.batch import PreferenceBatch
 from models.ops.jagged import segment_ids
@@ -77,7 +77,7 @@ class PreferenceLoss(nn.Module):
     """
 
     def __init__(
-        self, model: SequenceModel, config: DPOConfig, objective: Objective, num_items: int
+        self, model: SequenceModel, config: DPOConfig, objective: ItemObjective, num_items: int
     ) -> None:
         super().__init__()
         check_catalogue(objective, num_items)
@@ -85,7 +85,6 @@ class PreferenceLoss(nn.Module):
         self.config = config
         self.objective = objective
         self.num_items = num_items
-        self.train()  # modules begin in training mode, so a resumed run would not switch to it
 
     def train(self, mode: bool = True) -> "PreferenceLoss":
         """Switch the mode; the model's dropout stays off."""

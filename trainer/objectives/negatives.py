@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from configs.objectives import FullSoftmaxConfig, Objective, SampledSoftmaxConfig
+from configs.objectives import FullSoftmaxConfig, ItemObjective, SampledSoftmaxConfig
 from models.batch import JaggedBatch
 from models.ops.dropout import token_keys
 from models.ops.hashing import GOLDEN_64, mix64_int
@@ -19,7 +19,7 @@ _NEGATIVES_SALT = 0x4E454731  # tells these draws from dropout's and the in-batc
 
 
 def draw_negatives(
-    objective: Objective,
+    objective: ItemObjective,
     batch: JaggedBatch,
     num_items: int,
     seed: int,

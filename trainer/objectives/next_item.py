@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from configs.objectives import FullSoftmaxConfig, Objective, SampledSoftmaxConfig
-from models.base import SequenceModel
+from configs.objectives import FullSoftmaxConfig, ItemObjective, SampledSoftmaxConfig
+from models.base import SequenceModel, TableModel
 from models.batch import JaggedBatch
 from sharding.loss_module import LossOutput
 from trainer.objectives.full_softmax import full_softmax
@@ -43,7 +43,7 @@ class NextItemInputs:
 class NextItemLoss(nn.Module):
     """Sum over positions of the cross entropy of the next item."""
 
-    def __init__(self, model: SequenceModel, objective: Objective, num_items: int) -> None:
+    def __init__(self, model: SequenceModel, objective: ItemObjective, num_items: int) -> None:
         """Raises ValueError where the full softmax would score more items than allowed."""
         super().__init__()
         check_catalogue(objective, num_items)
@@ -90,7 +90,7 @@ class NextItemLoss(nn.Module):
         return self.model.flops_per_token(mean_length) + 2 * width * candidates
 
 
-def check_catalogue(objective: Objective, num_items: int) -> None:
+def check_catalogue(objective: ItemObjective, num_items: int) -> None:
     """Raise ValueError where the full softmax would score more items than `max_catalogue`."""
     if isinstance(objective, FullSoftmaxConfig) and num_items > objective.max_catalogue:
         raise ValueError(
@@ -100,20 +100,22 @@ def check_catalogue(objective: Objective, num_items: int) -> None:
         )
 
 
-def model_ids(model: SequenceModel, batch: JaggedBatch) -> dict[str, dict[str, Tensor]]:
+def model_ids(model: TableModel, batch: JaggedBatch) -> dict[str, dict[str, Tensor]]:
     """Ids of the model's own inputs, as the feature `history` of each table."""
     return {table: {"history": ids} for table, ids in model.input_ids(batch).items()}
 
 
 def model_rows(
-    model: SequenceModel, rows: dict[str, Tensor], index: dict[str, dict[str, Tensor]]
+    model: TableModel, rows: dict[str, Tensor], index: dict[str, dict[str, Tensor]]
 ) -> dict[str, Tensor]:
     """The rows of `model_ids`, gathered for the model's forward."""
     names = [spec.name for spec in model.table_specs()]
     return {name: F.embedding(index[name]["history"], rows[name]) for name in names}
 
 
-def scored_ids(objective: Objective, inputs: NextItemInputs, num_items: int) -> dict[str, Tensor]:
+def scored_ids(
+    objective: ItemObjective, inputs: NextItemInputs, num_items: int
+) -> dict[str, Tensor]:
     """Item ids whose keys `next_item_losses` compares with the queries."""
     if isinstance(objective, FullSoftmaxConfig):
         device = inputs.batch.item_ids.device
@@ -123,7 +125,7 @@ def scored_ids(objective: Objective, inputs: NextItemInputs, num_items: int) -> 
 
 
 def next_item_losses(
-    objective: Objective,
+    objective: ItemObjective,
     queries: Tensor,
     keys: Tensor,
     inputs: NextItemInputs,
