@@ -4,6 +4,7 @@ from typing import assert_never
 
 from configs.decoders import (
     Decoder,
+    FeatureInputs,
     HSTUDecoderConfig,
     LazyDecoderConfig,
     OneRecConfig,
@@ -49,7 +50,7 @@ def build_decoder(
             f"model.kind {config.kind} writes semantic ids, and the items have none; "
             "add a tokenize stage before this one"
         )
-    specs = decoder_table_specs(config, sizes, tables)
+    specs = table_specs(config, sizes, tables)
     match config:
         case TIGERConfig():
             return TIGER(config, specs, sizes)
@@ -63,21 +64,14 @@ def build_decoder(
             assert_never(config)
 
 
-def table_specs(config: Model, sizes: CatalogueSizes, tables: InitConfig) -> tuple[TableSpec, ...]:
-    """The tables that a model of this config describes: item, then user_<f>, then side_<f>."""
-    return _specs(config, sizes, tables, item_table=True)
-
-
-def decoder_table_specs(
-    config: Decoder, sizes: CatalogueSizes, tables: InitConfig
+def table_specs(
+    config: Model | Decoder, sizes: CatalogueSizes, tables: InitConfig
 ) -> tuple[TableSpec, ...]:
-    """As `table_specs`; the item table is there only where the config asks for it."""
-    return _specs(config, sizes, tables, item_table=config.item_table)
+    """The tables that a model of this config describes: item, then user_<f>, then side_<f>.
 
-
-def _specs(
-    config: Model | Decoder, sizes: CatalogueSizes, tables: InitConfig, *, item_table: bool
-) -> tuple[TableSpec, ...]:
+    A model that writes semantic ids has an item table only where its config asks for it.
+    """
+    item_table = not isinstance(config, FeatureInputs) or config.item_table
     rows = {"item": sizes.num_items + 1} if item_table else {}
     rows |= _feature_rows("user", config.user_features, sizes.user_features)
     rows |= _feature_rows("side", config.side_features, sizes.side_features)

@@ -38,6 +38,7 @@ BLOCKS: dict[str, Any] = {
     "alignment": None,
 }
 
+
 def settings_for(root: Path, fingerprint: str, workers: int = 1, **more: Any) -> dict[str, Any]:
     blocks = BLOCKS | {"cluster": {"num_workers": workers}}
     return settings_of(root, fingerprint, blocks, semantic_ids=str(root / "codes"), **more)
@@ -93,9 +94,7 @@ def exhaustive(settings: dict[str, Any], reference: dict[str, Any]) -> dict[str,
             for row, items in enumerate(seen):
                 kept = [i for i in items if i != users.target_ids[row]]
                 exclude[row, : len(kept)] = torch.tensor(kept)
-            every.append(
-                sequence_log_probs(logits, asked, generator.trie, exclude=exclude).sum(1)
-            )
+            every.append(sequence_log_probs(logits, asked, generator.trie, exclude=exclude).sum(1))
         return every
 
     scores = torch.stack(policy.infer(batch, use), dim=1)
