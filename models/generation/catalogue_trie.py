@@ -64,7 +64,7 @@ class CatalogueTrie:
         _check_codes(codes, sizes)
         order = _lexicographic_order(codes, sizes, priority)
         index = torch.int32 if codes.shape[0] < 2**31 - 1 else torch.int64
-        starts, tokens = _states(codes[order], index)
+        starts, tokens = _states(codes.index_select(0, order), index)
         indptr = tuple(
             torch.searchsorted(below[:-1], above, out_int32=index == torch.int32)
             for above, below in pairwise(starts)
