@@ -4,8 +4,12 @@ import click
 
 
 def add_commands(group: click.Group) -> None:
-    """Add every bench to the group `tandem bench`."""
+    """Add every bench to the group `tandem bench`; each is one function below."""
+    _add_beam(group)
+    _add_decoders(group)
 
+
+def _add_beam(group: click.Group) -> None:
     @group.command("beam")
     @click.option("--output", required=True, help="Directory (any URL) that receives beam.json.")
     @click.option(
@@ -48,6 +52,8 @@ def add_commands(group: click.Group) -> None:
             say=click.echo,
         )
 
+
+def _add_decoders(group: click.Group) -> None:
     @group.command("decoders")
     @click.option("--output", required=True, help="Directory (any URL) for decoders.json.")
     @click.option("--width", type=click.IntRange(min=8), default=256, show_default=True)
