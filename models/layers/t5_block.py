@@ -18,7 +18,7 @@ from models.layers.decoder_attention import (
     SelfAttentionCache,
 )
 from models.layers.norms import RMSNorm
-from models.ops.dropout import keyed_dropout
+from models.ops.dropout import keyed_dropout, keyed_relu_dropout
 from models.ops.relative_attention import relative_attention
 
 ENCODER_SITES = 3
@@ -39,7 +39,13 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor, keys: Tensor | None) -> Tensor:
         """[..., D] → [..., D]; `keys` [...] switch dropout on."""
-        hidden = dropped(self.expand(x).relu(), keys, self.dropout, self.salt)
+        hidden = self.expand(x)
+        if keys is None:
+            hidden = hidden.relu()
+        else:
+            hidden = hidden.flatten(0, -2)
+            hidden = keyed_relu_dropout(hidden, keys.flatten(), self.dropout, self.salt)
+            hidden = hidden.unflatten(0, keys.shape)
         return dropped(self.contract(hidden), keys, self.dropout, self.salt + 1)
 
     def flops(self) -> float:

@@ -53,6 +53,17 @@ def keyed_dropout(x: Tensor, keys: Tensor, p: float, salt: int) -> Tensor:
     return out.to(x.dtype)
 
 
+def keyed_relu_dropout(x: Tensor, keys: Tensor, p: float, salt: int) -> Tensor:
+    """``keyed_dropout`` of max(``x``, 0) in one pass over memory.
+
+    The output tells which entries passed, so nothing else is kept for the backward pass.
+    """
+    if p == 0.0 or not native.runs_native(x):
+        return keyed_dropout(x.relu(), keys, p, salt)
+    out: Tensor = _NativeReluDropout.apply(x.float(), _salted(keys, salt), p)
+    return out.to(x.dtype)
+
+
 def keyed_dropout_reference(x: Tensor, keys: Tensor, p: float, salt: int) -> Tensor:
     """``keyed_dropout`` in plain PyTorch."""
     mask = keep_mask(keys, x[0].numel() if x.shape[0] else 0, p, salt)
@@ -91,13 +102,36 @@ class _NativeDropout(torch.autograd.Function):
         return _apply_mask(grads[0], salted_keys, ctx.p), None, None
 
 
-def _apply_mask(x: Tensor, salted_keys: Tensor, p: float) -> Tensor:
+class _NativeReluDropout(torch.autograd.Function):
+    """The kernels of csrc/keyed_random.cpp."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, salted_keys: Tensor, p: float) -> Tensor:
+        out = _apply_mask(x, salted_keys, p, "tandem_keyed_relu_dropout")
+        ctx.save_for_backward(out)
+        ctx.scale = 1.0 / (1.0 - p)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (out,) = ctx.saved_tensors
+        d_x = torch.empty_like(out)
+        sizes = (out.numel(), ctx.scale, torch.get_num_threads())
+        kernel = "tandem_keyed_relu_dropout_backward"
+        native.call(kernel, out, grads[0].contiguous(), *sizes, d_x)
+        return d_x, None, None
+
+
+def _apply_mask(
+    x: Tensor, salted_keys: Tensor, p: float, kernel: str = "tandem_keyed_dropout"
+) -> Tensor:
     x = x.contiguous()
     out = torch.empty_like(x)
     tokens = x.shape[0]
     channels = x.numel() // max(tokens, 1)
     native.call(
-        "tandem_keyed_dropout",
+        kernel,
         *(x, salted_keys, tokens, channels, drop_threshold(p), 1.0 / (1.0 - p)),
         *(torch.get_num_threads(), out),
     )

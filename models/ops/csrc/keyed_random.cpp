@@ -34,6 +34,29 @@ void tandem_keyed_dropout(const float* x, const std::int64_t* keys, long tokens,
   }
 }
 
+// The same of max(x, 0); NaN stays NaN.
+void tandem_keyed_relu_dropout(const float* x, const std::int64_t* keys, long tokens, long channels,
+                               long threshold_bits, float scale, long threads, float* out) {
+  const std::uint32_t threshold = std::uint32_t(threshold_bits);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  for (long t = 0; t < tokens; ++t) {
+    const Key key(keys[t]);
+    const float* in = x + t * channels;
+    float* to = out + t * channels;
+    for (long c = 0; c < channels; ++c) {
+      const float positive = in[c] <= 0.f ? 0.f : in[c] * scale;
+      to[c] = key.hash(c) >= threshold ? positive : 0.f;
+    }
+  }
+}
+
+// d_x = d_out * scale where the output above is not zero.
+void tandem_keyed_relu_dropout_backward(const float* out, const float* d_out, long count, float scale,
+                                        long threads, float* d_x) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  for (long e = 0; e < count; ++e) d_x[e] = out[e] == 0.f ? 0.f : d_out[e] * scale;
+}
+
 // out[t, r] = floor(hash of (keys[t], r) * high / 2^32).
 void tandem_keyed_integers(const std::int64_t* keys, long tokens, long count, long high,
                            long threads, std::int64_t* out) {

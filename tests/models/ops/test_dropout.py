@@ -9,6 +9,7 @@ from models.ops.dropout import (
     keep_mask,
     keyed_dropout,
     keyed_dropout_reference,
+    keyed_relu_dropout,
     sub_keys,
     token_keys,
 )
@@ -105,6 +106,28 @@ def test_bfloat16_equals_the_reference_and_keeps_its_dtype() -> None:
     fast.backward(upstream)
     plain.backward(upstream)
     assert torch.equal(x.grad, y.grad)
+
+
+@given(st.lists(INT64, max_size=9), st.integers(0, 70), st.sampled_from([0.0, 0.3]))
+@settings(deadline=None, max_examples=40)
+def test_relu_and_dropout_in_one_pass(keys: list[int], channels: int, p: float) -> None:
+    key_tensor = torch.tensor(keys, dtype=torch.int64)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(len(keys), channels).to(dtype).requires_grad_()
+        y = x.detach().clone().requires_grad_()
+        fast = keyed_relu_dropout(x, key_tensor, p, 7)
+        plain = keyed_dropout_reference(y.relu(), key_tensor, p, 7)
+        assert fast.dtype == dtype
+        assert torch.equal(fast, plain)
+        upstream = torch.randn(x.shape).to(dtype)
+        fast.backward(upstream)
+        plain.backward(upstream)
+        assert torch.equal(x.grad, y.grad)
+
+
+def test_nan_survives_relu_and_dropout() -> None:
+    out = keyed_relu_dropout(torch.full((50, 8), torch.nan), torch.arange(50), 0.3, 1)
+    assert out.isnan().float().mean().item() == pytest.approx(0.7, abs=0.1)
 
 
 def test_parts_of_a_token_have_keys_of_their_own() -> None:

@@ -29,7 +29,7 @@ def test_equals_the_formula_forward_and_backward(
     expected = torch.autograd.grad(plain, [y, w], upstream.double())
     # Of the two terms that may cancel (all of a row of width 1), not of their difference.
     inverse = (y.square().mean(-1, keepdim=True) + EPS).rsqrt()
-    size = float((upstream * w * inverse).abs().max()) if x.numel() else 0.0
+    size = float((upstream * w * inverse).detach().abs().max()) if x.numel() else 0.0
     torch.testing.assert_close(got[0], expected[0].float(), atol=3e-6 * size, rtol=1e-4)
     torch.testing.assert_close(got[1], expected[1].float(), atol=1e-4, rtol=1e-4)
 
