@@ -86,6 +86,7 @@ def _add_stage(stage: StageName, about: str) -> None:
 
 for _stage, _about in {
     "prepare": "Turn raw logs into Parquet shards of user sequences.",
+    "tokenize": "Give items semantic ids.",
     "train": "Pretrain; resumes from the newest checkpoint.",
     "align": "Optimise preferences, from the pretrained checkpoint.",
     "evaluate": "Measure every policy, and popularity beside it.",

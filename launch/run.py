@@ -140,6 +140,7 @@ class _Run:
             self._layout.checkpoints(name, fingerprint),
             self._layout.best(name, fingerprint),
             self._layout.metrics(name, fingerprint),
+            self._layout.semantic_ids(fingerprint),  # of the stage tokenize
         ):
             storage.remove(url)
 

@@ -95,14 +95,21 @@ def _prepare(context: StageContext) -> Outputs:
     }
 
 
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
 # -- tokenize ---------------------------------------------------------------------------------
 
 
 def _tokenize_inputs(recipe: Recipe, done: dict[str, Outputs]) -> dict[str, Any]:
+    from trainer.tokenize import tokenizer_inputs
+
+    assert recipe.tokenizer is not None, "the tokenize stage exists only with a tokenizer block"
     return {
         "data": done["prepare"]["data"],
         "seed": recipe.seed,
-        "settings": _dump(recipe.tokenizer),
+        "settings": tokenizer_inputs(recipe.tokenizer),
     }
 
 
@@ -112,7 +119,9 @@ def _tokenize(context: StageContext) -> Outputs:
     config = context.recipe.tokenizer
     assert config is not None, "the tokenize stage exists only with a tokenizer block"
     url = context.layout.semantic_ids(context.fingerprint)
-    manifest = tokenize(config, context.layout.data, url, seed=context.recipe.seed, say=print)
+    recipe, data = context.recipe, context.layout.data
+    device = recipe.cluster.device
+    manifest = tokenize(config, data, url, seed=recipe.seed, say=_say, device=device)
     return {"url": url, "semantic_ids": manifest.fingerprint}
 
 
