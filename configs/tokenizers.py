@@ -53,6 +53,9 @@ class RQVAEConfig(CodeConfig):
     """Weight of the commitment term."""
     epochs: PositiveFloat = 150
     """Rows drawn over the catalogue's size; below 1 trains on a part of a huge catalogue."""
+    warmup_epochs: NonNegativeFloat = 10
+    """First part of `epochs`: the autoencoder alone, so that k-means starts the codebooks from
+    latents that mean something. 0 starts them from the untrained encoder."""
     batch_size: PositiveInt = 1024
     lr: PositiveFloat = 1e-3
     weight_decay: NonNegativeFloat = 0.0
@@ -68,6 +71,15 @@ class RQVAEConfig(CodeConfig):
             raise ValueError(
                 f"sinkhorn spreads a batch over all {self.codebook_sizes[-1]} codes of the last "
                 f"level, but batch_size is {self.batch_size}; raise batch_size or remove sinkhorn"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _warmup_ends(self) -> "RQVAEConfig":
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"warmup_epochs={self.warmup_epochs:g} leaves none of epochs={self.epochs:g} for "
+                "the codebooks; lower it"
             )
         return self
 
@@ -88,6 +100,19 @@ class ResidualKMeansConfig(CodeConfig):
     """Passes over the data that settle the prices of a level before sizes are made exact."""
     normalize_residuals: bool = False
     """Scale each residual to length one before its level."""
+
+    @model_validator(mode="after")
+    def _options_apply(self) -> "ResidualKMeansConfig":
+        # Compared with the default: a dumped recipe, which workers read, sets every field.
+        default = type(self).model_fields["price_rounds"].default
+        if self.price_rounds != default and not self.balanced:
+            raise ValueError("price_rounds only serves balanced=true; remove it or balance")
+        if self.balanced and self.restarts > 1:
+            raise ValueError(
+                f"restarts={self.restarts} does not go with balanced=true, whose prices settle "
+                "from one start; set restarts=1"
+            )
+        return self
 
 
 class ProductQuantizerConfig(CodeConfig):
@@ -111,6 +136,9 @@ class ProductQuantizerConfig(CodeConfig):
                 "rotation turns coordinates between slices and does nothing with num_levels=1; "
                 "set rotation=false or more levels"
             )
+        default = type(self).model_fields["rotation_rounds"].default
+        if self.rotation_rounds != default and not self.rotation:
+            raise ValueError("rotation_rounds only serves rotation=true; remove it or rotate")
         return self
 
 

@@ -1,9 +1,10 @@
-"""From a tokenizer's config to a quantizer: fresh, fitted, and to files and back.
+"""From a config to a quantizer, and to files and back.
 
 A saved quantizer is `quantizer.safetensors` (tensors, no code) and `quantizer.json`, which is
 written last and holds the config, the width and the hash of the tensors.
 """
 
+import json
 from typing import assert_never
 
 import safetensors
@@ -17,13 +18,10 @@ from configs.tokenizers import (
     RQVAEConfig,
 )
 from configs.tokenizers import Quantizer as QuantizerConfig
-from models.tokenizers.kmeans import Progress, no_progress
-from models.tokenizers.product_quantizer import ProductQuantizer, fit_product_quantizer
+from models.tokenizers.product_quantizer import ProductQuantizer
 from models.tokenizers.quantizer import Quantizer
-from models.tokenizers.residual_kmeans import ResidualKMeans, fit_residual_kmeans
+from models.tokenizers.residual_kmeans import ResidualKMeans
 from models.tokenizers.rq_vae import RQVAE
-from models.tokenizers.rq_vae_training import fit_rq_vae
-from models.tokenizers.shards import Shards
 
 FORMAT = 1
 TENSORS, DESCRIPTION = "quantizer.safetensors", "quantizer.json"
@@ -47,39 +45,13 @@ def build_quantizer(config: QuantizerConfig, width: int) -> Quantizer:
             assert_never(config)
 
 
-def fit_quantizer(
-    config: QuantizerConfig,
-    shards: Shards,
-    width: int,
-    *,
-    seed: int = 0,
-    progress: Progress = no_progress,
-) -> Quantizer:
-    """Fit to the rows of all shards; each shard's `codes` [n, L] are set (fetch: `take_codes`).
-
-    The result depends on no split of the catalogue over shards.
-
-    Raises:
-        ValueError: the config does not fit the data; the sentence says how to mend it.
-    """
-    match config:
-        case RQVAEConfig():
-            return fit_rq_vae(shards, width, config, seed=seed, progress=progress)
-        case ResidualKMeansConfig():
-            return fit_residual_kmeans(shards, width, config, seed=seed, progress=progress)
-        case ProductQuantizerConfig():
-            return fit_product_quantizer(shards, width, config, seed=seed, progress=progress)
-        case _:
-            assert_never(config)
-
-
-def save_quantizer(model: Quantizer, config: QuantizerConfig, url: str) -> str:
+def save_quantizer(model: Quantizer, url: str) -> str:
     """Write a fitted quantizer below `url`; returns the hash of its description and tensors."""
     state = {name: value.contiguous().cpu() for name, value in model.state_dict().items()}
     tensors = safetensors.torch.save(state)
     description = {
         "format": FORMAT,
-        "config": config.model_dump(mode="json"),
+        "config": model.config.model_dump(mode="json"),
         "width": model.width,
         "sha256": storage.sha256_bytes(tensors),
     }
@@ -88,8 +60,8 @@ def save_quantizer(model: Quantizer, config: QuantizerConfig, url: str) -> str:
     return storage.fingerprint(description)
 
 
-def load_quantizer(url: str) -> tuple[Quantizer, QuantizerConfig]:
-    """The quantizer that was saved below `url`, frozen, and its config.
+def load_quantizer(url: str) -> Quantizer:
+    """The quantizer that was saved below `url`, on the CPU and frozen.
 
     Raises:
         ValueError: nothing is there, or it is damaged or of another format.
@@ -106,9 +78,9 @@ def load_quantizer(url: str) -> tuple[Quantizer, QuantizerConfig]:
         raise ValueError(f"{storage.join(url, TENSORS)} is damaged (its hash differs); {MEND}")
     adapter: TypeAdapter[QuantizerConfig] = TypeAdapter(QuantizerConfig)
     try:
-        config = adapter.validate_python(description["config"], strict=False)
+        config = adapter.validate_json(json.dumps(description["config"]))
         model = build_quantizer(config, int(description["width"]))
         model.load_state_dict(safetensors.torch.load(tensors))
     except (ValidationError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
         raise ValueError(f"{place} does not describe its tensors; {MEND}") from error
-    return model.eval().requires_grad_(False), config
+    return model.eval().requires_grad_(False)

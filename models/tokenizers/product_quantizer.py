@@ -37,7 +37,7 @@ class ProductQuantizer(Quantizer):
                 f"embeddings of width {width} cannot be cut into num_levels={config.num_levels} "
                 "equal slices; choose a divisor of the width"
             )
-        self.width, self.codebook_sizes = width, config.codebook_sizes
+        self.config, self.width, self.codebook_sizes = config, width, config.codebook_sizes
         slice_width = width // config.num_levels
         self.rotation = nn.Parameter(torch.eye(width))
         self.codebooks = nn.ParameterList(

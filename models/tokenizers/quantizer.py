@@ -8,12 +8,14 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
+from configs.tokenizers import Quantizer as QuantizerConfig
 from models.tokenizers.nearest import by_blocks
 
 
 class Quantizer(nn.Module, ABC):
     """Maps an embedding to one code per level. Codes of a row depend on nothing but the row."""
 
+    config: QuantizerConfig
     ordered: bool
     """Whether level l refines level l − 1 (residuals), or digits stand side by side (slices)."""
     width: int

@@ -22,6 +22,7 @@ class ResidualKMeans(ResidualQuantizer):
 
     def __init__(self, config: ResidualKMeansConfig, width: int) -> None:
         super().__init__(width, width, config.codebook_sizes, config.normalize_residuals)
+        self.config = config
         self.requires_grad_(False)
 
     def latent(self, x: Tensor) -> Tensor:

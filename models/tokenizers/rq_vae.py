@@ -44,6 +44,8 @@ class RQVAELoss:
 class RQVAE(ResidualQuantizer):
     """Encoder, codebooks and decoder."""
 
+    config: RQVAEConfig
+
     def __init__(self, config: RQVAEConfig, width: int) -> None:
         super().__init__(width, config.code_width, config.codebook_sizes, normalize=False)
         self.config = config
@@ -101,21 +103,30 @@ class RQVAE(ResidualQuantizer):
         return spread_codes(distances, sinkhorn.epsilon, sinkhorn.iterations)
 
     @torch.no_grad()
-    def start(self, rows: Tensor, seed: int) -> None:
-        """Centre and scale from `rows` [m, D]; codebooks by k-means, level by level.
+    def fit_scale(self, rows: Tensor) -> None:
+        """Centre and scale of the data from `rows` [m, D]."""
+        self.center.copy_(rows.mean(0))
+        spread = (rows - self.center).square().mean().sqrt()
+        self.scale.copy_(spread if float(spread) > 0 else torch.ones(()))
+
+    @torch.no_grad()
+    def start_codebooks(self, rows: Tensor, seed: int) -> None:
+        """Codebooks by k-means of what each level sees of `rows` [m, D].
 
         Raises:
             ValueError: fewer rows than codes of a level.
         """
-        self.center.copy_(rows.mean(0))
-        spread = (rows - self.center).square().mean().sqrt()
-        self.scale.copy_(spread if float(spread) > 0 else torch.ones(()))
         residual = by_blocks(self.latent, rows)
         for level, size in enumerate(self.codebook_sizes):
             shards = LocalShards.of(residual)
             clusters = fit_kmeans(shards, size, iterations=START_ITERATIONS, seed=seed + level)
             self.codebooks[level].copy_(clusters.centroids)
             residual = residual - self.codebooks[level][shards.shards[0].labels]
+
+    def plain_loss(self, x: Tensor) -> Tensor:
+        """Mean ‖x − D(E(x))‖² of `x` [B, D], without codes: what the warm-up minimises."""
+        target = (x - self.center) / self.scale
+        return _mean_square(target - self.decoder(self.encoder(target)))
 
     @torch.no_grad()
     def track_usage(self, codes: Tensor) -> None:

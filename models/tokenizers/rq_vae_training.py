@@ -10,67 +10,75 @@ from torch import Tensor
 
 from configs.tokenizers import RQVAEConfig
 from models.ops.keyed_sampling import keyed_integers
-from models.tokenizers.kmeans import Progress, no_progress
+from models.tokenizers.kmeans import Progress, check_enough_rows, no_progress
 from models.tokenizers.rq_vae import RQVAE
 from models.tokenizers.shards import Shard, Shards, gather_rows, keyed_sample, measure
 
 START_ROWS_PER_CODE = 32
 ROWS_FETCHED = 1 << 16
 """Rows asked of the shards at once, so that a step does not wait for a round trip."""
+PROGRESS_STEPS = 50
 BATCH_SALT, REVIVE_SALT = 0x5251, 0x5256
 
 
-def num_steps(config: RQVAEConfig, rows: int) -> int:
-    """Optimizer steps that `epochs` over `rows` items take; at least one."""
-    return max(round(config.epochs * rows / config.batch_size), 1)
+def num_steps(config: RQVAEConfig, rows: int) -> tuple[int, int]:
+    """Optimizer steps that warm-up and all of `epochs` over `rows` items take; a step at least."""
+    batches = rows / config.batch_size
+    return round(config.warmup_epochs * batches), max(round(config.epochs * batches), 1)
 
 
 def train_rq_vae(
     model: RQVAE,
     batches: Iterable[Tensor],
-    total_steps: int,
+    start: Tensor,
+    steps: tuple[int, int],
     *,
     seed: int = 0,
     progress: Progress = no_progress,
-    progress_every: int = 50,
 ) -> None:
     """One AdamW step for each of `batches` [B, D], the rate falling along a cosine.
 
-    `model.start` must have been called. `progress` hears the mean loss since its last call, so
-    that the device is read once in `progress_every` steps.
+    `progress` hears the mean loss since its last call, so that the device is read once in
+    `PROGRESS_STEPS` steps; the loss changes its meaning at the end of the warm-up.
+
+    Args:
+        start: [m, D] rows that give centre, scale and, after the warm-up, the first codebooks.
+        steps: of the warm-up, and all.
 
     Raises:
-        ValueError: the loss stopped being finite.
+        ValueError: the loss stopped being finite, or fewer `start` rows than codes.
     """
-    config = model.config
+    config, (warmup, every) = model.config, steps
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total_steps)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, every)
     device = model.center.device
-    heard = torch.zeros((), device=device)
-    last = 0
+    heard, last = torch.zeros((), device=device), 0
+    model.fit_scale(start.to(device))
     model.train()
-    for step, batch in enumerate(batches, start=1):
+    for step, batch in enumerate(batches):
+        if step == warmup:
+            model.start_codebooks(start.to(device), seed)
         rows = batch.to(device)
-        terms = model(rows)
-        loss = terms.total(config.beta)
+        terms = model(rows) if step >= warmup else None
+        loss = model.plain_loss(rows) if terms is None else terms.total(config.beta)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         schedule.step()
-        if config.dead_code_threshold > 0:
+        if terms is not None and config.dead_code_threshold > 0:
             model.track_usage(terms.codes)
             model.revive(terms.residuals, _revival_draws(model, len(rows), seed, step))
         heard += loss.detach()
-        if step % progress_every == 0 or step == total_steps:
-            mean = float(heard) / (step - last)
+        done = step + 1
+        if done % PROGRESS_STEPS == 0 or done in steps:
+            mean = float(heard) / (done - last)
             if not mean < float("inf"):
                 raise ValueError(
-                    f"the RQ-VAE's loss is not finite by step {step}; lower tokenizer.lr"
+                    f"the RQ-VAE's loss is not finite by step {done}; lower tokenizer.quantizer.lr"
                 )
-            progress(step, total_steps, mean)
-            heard.zero_()
-            last = step
+            progress(done, every, mean)
+            heard, last = torch.zeros((), device=device), done
     model.eval()
 
 
@@ -115,14 +123,15 @@ def fit_rq_vae(
         ValueError: fewer rows than codes, numbers that are not finite, or a loss that is not.
     """
     extent = measure(shards)
+    check_enough_rows(extent, max(config.codebook_sizes))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = RQVAE(config, width).to(device)
     start_rows = max(*config.codebook_sizes, 64) * START_ROWS_PER_CODE
-    model.start(keyed_sample(shards, start_rows, extent.rows, seed).to(device), seed)
+    start = keyed_sample(shards, start_rows, extent.rows, seed)
     steps = num_steps(config, extent.rows)
-    batches = keyed_batches(shards, extent.rows, config.batch_size, steps, seed)
-    train_rq_vae(model, batches, steps, seed=seed, progress=progress)
+    batches = keyed_batches(shards, extent.rows, config.batch_size, steps[1], seed)
+    train_rq_vae(model, batches, start, steps, seed=seed, progress=progress)
     model = model.to("cpu")
     shards.map(encode_rows, model)
     return model
