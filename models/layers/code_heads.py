@@ -23,7 +23,7 @@ class CodeHeads(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """[N, L, D] → logits of every level, L tensors [N, K_l] float32."""
-        return [self.level(level, x[:, level]) for level in range(len(self.levels))]
+        return [self.level(level, state) for level, state in enumerate(x.unbind(1))]
 
     def level(self, level: int, x: Tensor) -> Tensor:
         """[..., D] → logits of one level, [..., K_l] float32."""

@@ -8,8 +8,12 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
+from configs.generation import BeamConfig
 from models.base import CatalogueSizes, CodeDecoder
 from models.batch import JaggedBatch
+from models.generation.catalogue_trie import CatalogueTrie
+from models.generation.log_probs import sequence_log_probs
+from models.generation.search import generate
 from models.ops.jagged import segment_ids
 from tests.models.sequences import make_batch, take, tokens_of
 
@@ -134,6 +138,30 @@ def check_steps_equal_teacher_forcing(
         for level, logits in enumerate(forced):
             assert logits.dtype == stepped[level].dtype == torch.float32
             torch.testing.assert_close(stepped[level][:, beam], logits, atol=2e-5, rtol=1e-4)
+
+
+def check_beam_search_equals_scoring_every_item(
+    model: CodeDecoder, batch: JaggedBatch, positions: Literal["every", "last"]
+) -> None:
+    """Beams as many as items give every id, in the order of its teacher-forced log π."""
+    model.eval()
+    codes = item_codes(torch.arange(1, NUM_ITEMS + 1)).unique(dim=0)
+    trie = CatalogueTrie.build(codes, CODEBOOKS)
+    context = model.encode(batch, embeddings_of(model, batch), 0, positions)
+    requests, ids = requested_codes(batch, positions).shape[0], codes.shape[0]
+    found = generate(model, context, requests, trie, BeamConfig(beams=ids))
+    assert found.valid.all()
+    scores = []
+    for row in codes:
+        wanted = row.expand(requests, -1)
+        logits = model.teacher_forced(context, wanted)
+        scores.append(sequence_log_probs(logits, wanted, trie).sum(1))
+    every = torch.stack(scores, dim=1)
+    torch.testing.assert_close(every.exp().sum(1), torch.ones(requests))
+    expected = every.sort(dim=1, descending=True).values
+    torch.testing.assert_close(found.log_probs, expected, atol=1e-4, rtol=1e-4)
+    places = (found.codes[:, :, None] == codes).all(-1).long().argmax(-1)
+    torch.testing.assert_close(found.log_probs, every.gather(1, places), atol=1e-4, rtol=1e-4)
 
 
 def check_independence_of_the_batch(

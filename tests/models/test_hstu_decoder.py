@@ -110,10 +110,10 @@ def model_by_loops(model: HSTUDecoder, batch: JaggedBatch, rows: dict[str, Tenso
                 assert features.actions is not None and features.times is not None
                 assert batch.action_ids is not None
                 total = total + rows["item"][t] + rows["user_age"][b] + rows["side_device"][t]
-                total = total + features.actions[batch.action_ids[t]]
+                total = total + features.actions.weight[batch.action_ids[t]]
                 elapsed = int(batch.next_timestamps[t] - batch.timestamps[t])
-                total = total + features.times[elapsed.bit_length() if elapsed > 0 else 0]
-            x.append(total * scale + model.positions[t - start])
+                total = total + features.times.weight[elapsed.bit_length() if elapsed > 0 else 0]
+            x.append(total * scale + model.positions.weight[t - start])
         times = batch.timestamps[start:end].tolist()
         following = batch.next_timestamps[start:end].tolist()
         for block in model.blocks:
@@ -173,6 +173,11 @@ def test_future_events_are_not_seen() -> None:
 @pytest.mark.parametrize("positions", ["every", "last"])
 def test_steps_with_a_cache_equal_teacher_forcing(positions: Literal["every", "last"]) -> None:
     decoders.check_steps_equal_teacher_forcing(build(FEATURED), coded_batch([3, 1, 9]), positions)
+
+
+def test_beam_search_equals_scoring_every_item() -> None:
+    model = randomised(build(FEATURED), 0.3)
+    decoders.check_beam_search_equals_scoring_every_item(model, coded_batch([3, 1, 9]), "every")
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -103,7 +103,7 @@ def encoder_by_loops(model: TIGER, x: list[Tensor]) -> list[Tensor]:
 def decoder_by_loops(model: TIGER, encoded: list[Tensor], codes: list[int]) -> list[Tensor]:
     inner, scale = HEADS * HEAD_WIDTH, math.sqrt(8)
     starts = [0, 5, 12]
-    x = [model.begin * scale]
+    x = [model.begin.weight[0] * scale]
     x += [model.codes.rows[starts[at] + codes[at]] * scale for at in range(LEVELS - 1)]
     for layer, block in enumerate(model.decoder):
         assert isinstance(block, DecoderBlock)
@@ -138,9 +138,9 @@ def tiger_by_loops(model: TIGER, batch: JaggedBatch, rows: dict[str, Tensor]) ->
                 assert features.actions is not None and features.times is not None
                 assert batch.action_ids is not None
                 extra = rows["item"][t] + rows["user_age"][b] + rows["side_device"][t]
-                extra = extra + features.actions[batch.action_ids[t]]
+                extra = extra + features.actions.weight[batch.action_ids[t]]
                 elapsed = int(batch.next_timestamps[end - 1] - batch.timestamps[t])
-                extra = extra + features.times[elapsed.bit_length() if elapsed > 0 else 0]
+                extra = extra + features.times.weight[elapsed.bit_length() if elapsed > 0 else 0]
             for level in range(LEVELS):
                 code = model.codes.rows[starts[level] + codes[t, level]]
                 known = float(batch.item_ids[t] > 0)
@@ -170,6 +170,11 @@ def test_float32_kernels_equal_float64() -> None:
 
 def test_steps_with_a_cache_equal_teacher_forcing() -> None:
     decoders.check_steps_equal_teacher_forcing(build(FEATURED), coded_batch([3, 1, 9]), "last")
+
+
+def test_beam_search_equals_scoring_every_item() -> None:
+    model = randomised(build(FEATURED), 0.3)
+    decoders.check_beam_search_equals_scoring_every_item(model, coded_batch([3, 1, 9]), "last")
 
 
 @pytest.mark.parametrize("training", [True, False])
