@@ -81,9 +81,12 @@ def start(*arguments: str, variables: Mapping[str, str] | None = None) -> subpro
     )
 
 
-def finish(job: subprocess.Popen[str], timeout: float = 600) -> str:
-    """Wait for a job; its output. Fails with the output if the job failed."""
-    output, _ = job.communicate(timeout=timeout)
+def finish(job: subprocess.Popen[str], timeout: float = 1200) -> str:
+    """Wait for a job; its output. Fails with the output if the job failed; ends a late one."""
+    try:
+        output, _ = job.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        raise AssertionError(f"not done in {timeout:.0f} s:\n{kill_everything(job)}") from None
     assert job.returncode == 0, f"exit {job.returncode}:\n{output}"
     return output
 
@@ -130,11 +133,17 @@ def _descendants(root: int) -> set[int]:
         found |= more
 
 
-def wait_for(condition: Any, timeout: float = 400) -> None:
-    """Poll until `condition()` holds."""
+def wait_for(
+    condition: Any, timeout: float = 900, job: subprocess.Popen[str] | None = None
+) -> None:
+    """Poll until `condition()` holds; fails when `job`, which is to bring it about, has ended."""
     limit = time.monotonic() + timeout
     while not condition():
-        assert time.monotonic() < limit, "what the test waits for never happened"
+        if job is not None and job.poll() is not None:
+            raise AssertionError(f"the job ended before:\n{job.communicate()[0]}")
+        if time.monotonic() > limit:
+            printed = "" if job is None else kill_everything(job)
+            raise AssertionError(f"what the test waits for never happened:\n{printed}")
         time.sleep(0.05)
 
 

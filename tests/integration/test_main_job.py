@@ -47,7 +47,7 @@ def test_kill_9_of_the_whole_job_then_the_same_command(
     recipe = str(write_recipe(tmp_path))
     job = start("run", recipe)
     # Killed when the second checkpoint of the training stage has been committed.
-    wait_for(lambda: len(checkpoints(tmp_path / "run", "train")) > 1)
+    wait_for(lambda: len(checkpoints(tmp_path / "run", "train")) > 1, job=job)
     kill_everything(job)
     output = finish(start("run", recipe))
     assert "resuming from step" in output
@@ -59,7 +59,7 @@ def test_kill_9_of_the_whole_job_then_the_same_command(
 def test_kill_9_of_one_worker_restarts_the_group(calm: tuple[Path, str], tmp_path: Path) -> None:
     recipe = str(write_recipe(tmp_path))
     job = start("run", recipe, "--until", "train")
-    wait_for(lambda: checkpoints(tmp_path / "run", "train"))
+    wait_for(lambda: checkpoints(tmp_path / "run", "train"), job=job)
     kill_one_worker(job)
     output = finish(job)
     assert "restarting from the newest checkpoint, attempt 2 of 4" in output

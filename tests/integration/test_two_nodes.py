@@ -68,15 +68,15 @@ def test_killed_twice_a_node_replaced_then_submitted(
     inside = {**token, "RAY_ADDRESS": nodes.address}
 
     job = start("run", *arguments, variables=inside)
-    wait_for(lambda: checkpoints(run, "train"))
+    wait_for(lambda: checkpoints(run, "train"), job=job)
     kill_everything(job)
 
     before = checkpoints(run, "train")
     job = start("run", *arguments, variables=inside)
-    wait_for(lambda: checkpoints(run, "train") - before)
+    wait_for(lambda: checkpoints(run, "train") - before, job=job)
     nodes.remove(0)
     nodes.add(place)
-    wait_for(lambda: checkpoints(run, "align"))
+    wait_for(lambda: checkpoints(run, "align"), job=job)
     output = kill_everything(job)
     assert "[2/6] train: pretraining" in output and "resuming from step" in output
     assert "restarting from the newest checkpoint, attempt 2 of 4" in output
