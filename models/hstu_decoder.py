@@ -96,9 +96,9 @@ class HSTUDecoder(CodeDecoder):
         width = config.width
         self.codes = CodeEmbedding(self.codebook_sizes, width, INIT_STD)
         self.features = EventFeatures(config, specs, sizes, width)
-        self.positions = nn.Parameter(torch.empty(self.max_positions, width))
+        self.positions = nn.Embedding(self.max_positions, width)
         std = width**-0.5
-        nn.init.trunc_normal_(self.positions, std=std, a=-2 * std, b=2 * std)
+        nn.init.trunc_normal_(self.positions.weight, std=std, a=-2 * std, b=2 * std)
         self.blocks = nn.ModuleList(
             HSTUBlock(config, self.max_positions, salt=_FIRST_BLOCK_SALT + layer)
             for layer in range(config.num_layers)
@@ -176,5 +176,5 @@ class HSTUDecoder(CodeDecoder):
         if features is not None:
             x = x + features
         places = positions_in_sequence(batch.offsets, batch.num_tokens)
-        x = x * math.sqrt(self.config.width) + F.embedding(places, self.positions)
+        x = x * math.sqrt(self.config.width) + self.positions(places)
         return dropped(x, keys, self.config.dropout, _INPUT_SALT)

@@ -67,7 +67,8 @@ class TIGER(CodeDecoder):
         self.num_levels = len(self.codebook_sizes)
         self.codes = CodeEmbedding(self.codebook_sizes, width, width**-0.5)
         self.features = EventFeatures(config, specs, sizes, width)
-        self.begin = nn.Parameter(torch.randn(width) * width**-0.5)
+        self.begin = nn.Embedding(1, width)
+        nn.init.normal_(self.begin.weight, std=width**-0.5)
         buckets = config.num_heads, config.relative_buckets, config.relative_distance
         self.encoder_bias = RelativeBias(*buckets, bidirectional=True)
         self.decoder_bias = RelativeBias(*buckets, bidirectional=False)
@@ -126,7 +127,7 @@ class TIGER(CodeDecoder):
 
     def teacher_forced(self, context: TIGERContext, codes: Tensor) -> list[Tensor]:
         levels, keys = self.num_levels, context.dropout_keys
-        begin = self.begin.expand(context.num_requests, 1, -1)
+        begin = self._begin(context)
         x = torch.cat([begin, self.codes(codes[:, : levels - 1])], dim=1)
         x = self._drop(x * math.sqrt(self.config.width), keys, _WRITTEN_SALT)
         bias = self.decoder_bias(levels)
@@ -136,6 +137,13 @@ class TIGER(CodeDecoder):
         logits: list[Tensor] = self.heads(x)
         return logits
 
+    def _begin(self, context: TIGERContext) -> Tensor:
+        """What stands before the first code: [N, 1, D]."""
+        keys = context.layers[0].keys
+        first = torch.zeros(context.num_requests, 1, dtype=torch.int64, device=keys.device)
+        begin: Tensor = self.begin(first)
+        return begin
+
     def new_cache(self, context: TIGERContext) -> BeamCache:
         return BeamCache(len(self.decoder), context.num_requests, context.layers[0].keys.device)
 
@@ -143,7 +151,7 @@ class TIGER(CodeDecoder):
         self, context: TIGERContext, cache: BeamCache, level: int, tokens: Tensor | None
     ) -> Tensor:
         if tokens is None:
-            x = self.begin.expand(context.num_requests, 1, -1)
+            x = self._begin(context)
         else:
             x = self.codes.level(level - 1, tokens)
         x = x * math.sqrt(self.config.width)

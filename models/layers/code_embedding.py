@@ -33,13 +33,14 @@ class CodeEmbedding(nn.Module):
         self.register_buffer("starts", starts, persistent=False)
         self.starts: Tensor
 
-    def forward(self, codes: Tensor) -> Tensor:
-        """Codes of the first l levels, [..., l] int64 → [..., l, D]."""
-        return F.embedding(codes + self.starts[: codes.shape[-1]], self.rows)
+    def forward(self, codes: Tensor, first: int = 0) -> Tensor:
+        """Codes of l levels from level `first` on, [..., l] int64 → [..., l, D]."""
+        return F.embedding(codes + self.starts[first : first + codes.shape[-1]], self.rows)
 
     def level(self, level: int, codes: Tensor) -> Tensor:
         """Codes of one level, [...] int64 → [..., D]."""
-        return F.embedding(codes + self.starts[level], self.rows)
+        rows: Tensor = self(codes[..., None], level)
+        return rows.squeeze(-2)
 
     def items(self, batch: JaggedBatch) -> Tensor:
         """Codes of each event's item: [T, L, D]; item 0 has none, its rows are 0.
@@ -51,7 +52,8 @@ class CodeEmbedding(nn.Module):
                 "the model reads semantic ids, which the batch does not carry; "
                 "run `tandem tokenize` and train with its table"
             )
-        return self(batch.item_codes) * (batch.item_ids > 0)[:, None, None]
+        rows: Tensor = self(batch.item_codes)
+        return rows * (batch.item_ids > 0)[:, None, None]
 
 
 class EventFeatures(nn.Module):
@@ -92,10 +94,10 @@ class EventFeatures(nn.Module):
         if self.actions is not None:
             if batch.action_ids is None:
                 raise ValueError("model.actions is on, but the batch carries no actions")
-            parts.append(F.embedding(batch.action_ids, self.actions))
+            parts.append(self.actions(batch.action_ids))
         if self.times is not None:
             buckets = time_buckets(request_times - batch.timestamps)
-            parts.append(F.embedding(buckets, self.times))
+            parts.append(self.times(buckets))
         return _total(parts)
 
     def forward(
@@ -121,8 +123,11 @@ def time_buckets(elapsed: Tensor) -> Tensor:
     return torch.bucketize(elapsed, powers, right=True)
 
 
-def _rows(count: int, width: int) -> nn.Parameter:
-    return nn.Parameter(torch.randn(count, width) * INIT_STD)
+def _rows(count: int, width: int) -> nn.Embedding:
+    """Rows as a module: ZeRO 3 gathers for the backward what a module's own forward reads."""
+    rows = nn.Embedding(count, width)
+    nn.init.normal_(rows.weight, std=INIT_STD)
+    return rows
 
 
 def _total(parts: list[Tensor]) -> Tensor | None:

@@ -6,7 +6,6 @@ Shape legend: H heads, R buckets, S tokens.
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -24,22 +23,25 @@ class RelativeBias(nn.Module):
         super().__init__()
         assert num_buckets >= 4 and num_buckets % 2 == 0 and max_distance > num_buckets // 2
         self.max_distance, self.bidirectional = max_distance, bidirectional
-        self.weight = nn.Parameter(torch.randn(num_buckets, num_heads) * 0.02)
+        self.buckets_to_heads = nn.Embedding(num_buckets, num_heads)
+        nn.init.normal_(self.buckets_to_heads.weight, std=0.02)
 
     def forward(self, size: int) -> Tensor:
         """[H, S, S]: entry (h, i, j) is added to the logit of query i and key j."""
-        places = torch.arange(size, device=self.weight.device)
+        places = torch.arange(size, device=self.buckets_to_heads.weight.device)
         buckets = self.buckets(places[None, :] - places[:, None])
-        return F.embedding(buckets, self.weight).permute(2, 0, 1)
+        bias: Tensor = self.buckets_to_heads(buckets)
+        return bias.permute(2, 0, 1)
 
     def distances(self, size: int) -> Tensor:
         """[H, 2S - 1]: entry j - i + S - 1 is added to the logit of query i and key j."""
-        places = torch.arange(1 - size, size, device=self.weight.device)
-        return F.embedding(self.buckets(places), self.weight).t()
+        places = torch.arange(1 - size, size, device=self.buckets_to_heads.weight.device)
+        bias: Tensor = self.buckets_to_heads(self.buckets(places))
+        return bias.t()
 
     def buckets(self, relative: Tensor) -> Tensor:
         """Bucket of each key place − query place, [...] int64; of a later key 0 if causal."""
-        count, offset = self.weight.shape[0], torch.zeros_like(relative)
+        count, offset = self.buckets_to_heads.num_embeddings, torch.zeros_like(relative)
         if self.bidirectional:
             count //= 2
             offset = (relative > 0) * count

@@ -80,7 +80,7 @@ def attend(
 
 def bias_row(layer: RelativeBias, i: int, count: int, bidirectional: bool) -> Tensor:
     buckets = [bucket(j - i, 8, 10, bidirectional) for j in range(count)]
-    return torch.stack([layer.weight[b] for b in buckets])
+    return torch.stack([layer.buckets_to_heads.weight[b] for b in buckets])
 
 
 def encoder_by_loops(model: TIGER, x: list[Tensor]) -> list[Tensor]:

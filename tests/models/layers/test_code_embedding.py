@@ -58,8 +58,8 @@ def test_features_are_summed() -> None:
             assert times[t] == batch.next_timestamps[end - 1]
             elapsed = int(times[t] - batch.timestamps[t])
             expected = rows["item"][t] + rows["side_device"][t]
-            expected = expected + layer.actions[batch.action_ids[t]]
-            expected = expected + layer.times[min(elapsed.bit_length(), 40)]
+            expected = expected + layer.actions.weight[batch.action_ids[t]]
+            expected = expected + layer.times.weight[min(elapsed.bit_length(), 40)]
             torch.testing.assert_close(events[t], expected)
             torch.testing.assert_close(total[t], expected + rows["user_age"][b])
     assert layer.users(batch, rows) is rows["user_age"]

@@ -56,5 +56,5 @@ def test_both_shapes_hold_the_same_numbers(bidirectional: bool) -> None:
     for i in range(size):
         for j in range(size):
             assert torch.equal(pairs[:, i, j], distances[:, j - i + size - 1])
-            expected = layer.weight[bucket(j - i, 8, 10, bidirectional)]
+            expected = layer.buckets_to_heads.weight[bucket(j - i, 8, 10, bidirectional)]
             assert torch.equal(pairs[:, i, j], expected)
