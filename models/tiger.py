@@ -150,10 +150,7 @@ class TIGER(CodeDecoder):
     def step(
         self, context: TIGERContext, cache: BeamCache, level: int, tokens: Tensor | None
     ) -> Tensor:
-        if tokens is None:
-            x = self._begin(context)
-        else:
-            x = self.codes.level(level - 1, tokens)
+        x = self._begin(context) if tokens is None else self.codes.level(level - 1, tokens)
         x = x * math.sqrt(self.config.width)
         bias = self.decoder_bias(level + 1)[:, level]
         for layer, block in enumerate(self.decoder):
