@@ -43,7 +43,8 @@ class TextEmbedding(EmbeddingConfig):
     table: ItemTable | None = None
     """Where the texts are; default: the titles of the prepared items (data.source.item_text)."""
     columns: tuple[str, ...] = Field(("title",), min_length=1)
-    """Columns of `table` that make the text, joined by ", "; lists of strings are joined alike."""
+    """Columns of `table` that make the text, joined by ", ". So are lists, and a list in a list is
+    a path: [[Beauty, Hair], [Gifts]] reads "Beauty > Hair, Gifts"."""
     batch_size: PositiveInt = 64
 
     @model_validator(mode="after")

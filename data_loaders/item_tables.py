@@ -322,23 +322,23 @@ def _row_texts(columns: Sequence[pa.ChunkedArray]) -> pa.Array:
     return _joined(values, np.repeat(np.arange(rows), len(texts)), rows)
 
 
-def _text(column: pa.Array) -> pa.Array:
-    """A column as large_string; lists (of lists) of strings become one text each."""
+def _text(column: pa.Array, joint: str = ", ") -> pa.Array:
+    """A column as large_string; a list becomes one text, and lists in it are paths: `a > b`."""
     kind = column.type
     if not hasattr(kind, "value_type") or pa.types.is_dictionary(kind):
         return pc.cast(as_text(pa.chunked_array([column])).combine_chunks(), pa.large_string())
     lengths = pc.list_value_length(column).fill_null(0).to_numpy()
     row = np.repeat(np.arange(len(column)), lengths)
-    return _joined(_text(column.flatten()), row, len(column))
+    return _joined(_text(column.flatten(), " > "), row, len(column), joint)
 
 
-def _joined(values: pa.Array, row: np.ndarray, rows: int) -> pa.Array:
-    """Join the values of each row (int64, ascending) by ", ", empty ones left out."""
+def _joined(values: pa.Array, row: np.ndarray, rows: int, joint: str = ", ") -> pa.Array:
+    """Join the values of each row (int64, ascending), empty ones left out."""
     says = pc.fill_null(pc.not_equal(values, ""), False)
     lengths = np.bincount(row[says.to_numpy(zero_copy_only=False)], minlength=rows)
     offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
     lists = pa.ListArray.from_arrays(offsets, values.filter(says))
-    text = pc.binary_join(lists, pa.scalar(", ", pa.large_string()))
+    text = pc.binary_join(lists, pa.scalar(joint, pa.large_string()))
     return pc.if_else(pa.array(lengths > 0), text, pa.scalar(None, pa.large_string()))
 
 

@@ -26,7 +26,7 @@ class Quality:
 
     items: int
     """n"""
-    reconstruction: tuple[float, ...]
+    reconstruction: list[float]
     """Squared error over variance after each level (ordered levels), or of all digits together."""
     neighbours: dict[str, float]
     """`models.tokenizers.quality.NeighbourAgreement` in the sample."""
@@ -41,7 +41,7 @@ def measure_quality(shards: Shards, quantizer: Quantizer, seed: int) -> Quality:
     agreement = neighbour_agreement(rows, codes, seed=seed)
     return Quality(
         items=len(rows),
-        reconstruction=tuple(round(e, DIGITS) for e in _errors(quantizer.to("cpu"), rows, codes)),
+        reconstruction=[round(e, DIGITS) for e in _errors(quantizer.to("cpu"), rows, codes)],
         neighbours={name: round(value, DIGITS) for name, value in asdict(agreement).items()},
     )
 

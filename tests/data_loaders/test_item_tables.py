@@ -99,7 +99,7 @@ def test_texts_are_joined_columns_and_lists(tmp_path: Path) -> None:
     )
     [read] = table.read(0)
     texts = dict(zip(read["key"].to_pylist(), read["value"].to_pylist(), strict=True))
-    assert texts == {"1": "A, x, y, z, 1999", "2": "x", "4": "D, 2.5", "5": "e"}
+    assert texts == {"1": "A, x > y, z, 1999", "2": "x", "4": "D, 2.5", "5": "e"}
 
 
 def test_csv_texts(tmp_path: Path) -> None:
