@@ -1,4 +1,5 @@
-"""Names of a prepared data set: titles of items, dense ids of users. Reads only what is asked for.
+"""Names of a prepared data set: titles of items, dense ids of users, kinds of action. Reads only
+what is asked for.
 
 Shape legend: V items of the catalogue, n ids that are asked for.
 """
@@ -16,6 +17,8 @@ from torch import Tensor
 from configs import storage
 from data_loaders.manifest import MEND, FileEntry, read_manifest
 from data_loaders.shards import partition_of, read_table
+
+ACTIONS = "vocabularies/actions.parquet"
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,14 @@ def train_counts(dataset_url: str) -> Tensor:
         for entry in manifest.items
     ]
     return torch.from_numpy(np.concatenate([part.to_numpy() for part in parts]))
+
+
+def action_names(dataset_url: str) -> tuple[str, ...]:
+    """What the kinds of action are called, by id: id 1 comes first. Empty where there are none."""
+    if not read_manifest(dataset_url).actions:
+        return ()
+    values = read_table(storage.join(dataset_url, ACTIONS), ["value"])["value"]
+    return tuple(str(value) for value in values.to_pylist())
 
 
 def find_users(dataset_url: str, raw_ids: Sequence[str]) -> np.ndarray:

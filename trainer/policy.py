@@ -13,6 +13,7 @@ from configs.layout import RunLayout
 from configs.recipe import Recipe
 from configs.training import OptimizerConfig
 from data_loaders.dataset import SequenceDataset
+from data_loaders.items import action_names
 from data_loaders.semantic_ids import SemanticIds, read_semantic_ids
 from models.base import CatalogueSizes, CodeDecoder, SequenceModel, TableModel
 from models.build import build_decoder, build_model
@@ -93,6 +94,7 @@ def catalogue_sizes(worker: Worker) -> CatalogueSizes:
         side_features=manifest.side_features,
         codebook_sizes=() if semantic_ids is None else semantic_ids.codebook_sizes,
         num_actions=manifest.actions,
+        action_names=action_names(worker.layout.data),
     )
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_loaders.items import find_users, raw_items, titles, train_counts
-from data_loaders.synthetic import write_synthetic
+from data_loaders.items import action_names, find_users, raw_items, titles, train_counts
+from data_loaders.synthetic import ACTIONS, write_synthetic
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +21,12 @@ def test_names_in_the_order_asked(url: str) -> None:
     assert raw_items(url, np.array([7])) == ["item-7"]
     assert titles(url, []) == []
     assert train_counts(url).shape == (40,)
+
+
+def test_kinds_of_action_by_id(url: str, tmp_path: Path) -> None:
+    assert action_names(url) == ()
+    write_synthetic(str(tmp_path), 5, 5, 3.0, 3, actions=True)
+    assert action_names(str(tmp_path)) == ACTIONS
 
 
 def test_users_in_any_shard(url: str) -> None:
