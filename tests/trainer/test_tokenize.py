@@ -17,10 +17,10 @@ from data_loaders.manifest import FileEntry, build_manifest, read_manifest, writ
 from data_loaders.semantic_ids import SemanticIdManifest, read_semantic_ids
 from data_loaders.shards import write_table
 from data_loaders.synthetic import write_synthetic
-from trainer import item_embeddings
+from trainer import item_embeddings, text_encoder
 from trainer.codes_report import summarize_codes
 from trainer.shard_workers import consecutive
-from trainer.tokenize import tokenize
+from trainer.tokenize import tokenize, tokenizer_inputs
 
 ITEMS, WIDTH, CODES = 90, 8, 4
 Blocks = dict[str, Any]
@@ -202,6 +202,27 @@ def test_embeddings_are_scaled_and_side_by_side(tmp_path: Path) -> None:
     lengths = torch.linalg.vector_norm(matrix[2:], dim=1)
     assert torch.allclose(lengths, torch.full((2,), (2**2 + 0.5**2) ** 0.5))
     assert not torch.equal(matrix[2], matrix[3])
+
+
+def test_what_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_encoder, "PACKAGE", "no_such_package")
+    with pytest.raises(ValueError, match=r"not installed on .*pip install '.\[text\]'"):
+        text_encoder.TextEncoder()
+    run_of = {"kind": "collaborative", "run": str(tmp_path)}
+    with pytest.raises(ValueError, match=r"embeddings.0.run=.* has no finished stage 'train'"):
+        tokenizer_inputs(config("v", embeddings=[run_of]))
+    with pytest.raises(ValueError, match="frozen cannot go with collaborative"):
+        config("v", embeddings=[run_of], frozen="ids")
+    with pytest.raises(ValueError, match="reserve=3 keeps codes of the extra digit free"):
+        config("v", "keep", reserve=3)
+
+
+def test_inputs_change_with_the_files(tmp_path: Path) -> None:
+    vectors = write_vectors(tmp_path / "v.parquet", names(5))
+    before = tokenizer_inputs(config(vectors))
+    assert tokenizer_inputs(config(vectors)) == before
+    write_vectors(tmp_path / "v.parquet", names(9))
+    assert tokenizer_inputs(config(vectors)) != before
 
 
 def test_runs_of_alike_sums() -> None:
