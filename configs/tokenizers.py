@@ -51,13 +51,13 @@ class RQVAEConfig(CodeConfig):
     """Hidden widths of the encoder; the decoder mirrors them."""
     beta: NonNegativeFloat = 0.25
     """Weight of the commitment term."""
-    epochs: PositiveFloat = 150
+    epochs: PositiveFloat = 100
     """Rows drawn over the catalogue's size; below 1 trains on a part of a huge catalogue."""
     warmup_epochs: NonNegativeFloat = 10
     """First part of `epochs`: the autoencoder alone, so that k-means starts the codebooks from
     latents that mean something. 0 starts them from the untrained encoder."""
     batch_size: PositiveInt = 1024
-    lr: PositiveFloat = 1e-3
+    lr: PositiveFloat = 3e-3
     weight_decay: NonNegativeFloat = 0.0
     dead_code_threshold: float = Field(0.1, ge=0, lt=1)
     """A code used less than this share of an even use is re-seeded from the batch; 0 never."""
