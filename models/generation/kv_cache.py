@@ -10,6 +10,8 @@ Shape legend: N requests, W beams (W_l at level l, 1 at level 0), H key-value he
 import torch
 from torch import Tensor
 
+from models.ops.beam_attention import Written, along_paths
+
 
 class BeamCache:
     """Written level by level: each decoder layer appends once, then the search selects."""
@@ -37,15 +39,15 @@ class BeamCache:
         assert k.shape[:2] == self.ancestors.shape[:2], "one key a beam"
         self._written[layer].append((k, v))
 
+    def written(self, layer: int) -> Written:
+        """Keys and values of all levels, as they were appended."""
+        levels = self._written[layer]
+        assert len(levels) == self.level + 1, "append comes before reading"
+        return levels
+
     def gather(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values along each beam's own path: [N, W, level + 1, H, d] each."""
-        levels = self._written[layer]
-        assert len(levels) == self.level + 1, "append comes before gather"
-        request = torch.arange(self.ancestors.shape[0], device=self.ancestors.device)[:, None]
-        paths = self.ancestors.unbind(2)
-        k = [written[request, path] for (written, _), path in zip(levels, paths, strict=True)]
-        v = [written[request, path] for (_, written), path in zip(levels, paths, strict=True)]
-        return torch.stack(k, dim=2), torch.stack(v, dim=2)
+        return along_paths(self.written(layer), self.ancestors)
 
     def select(self, parents: Tensor) -> None:
         """Go to the next level with the beams whose parents are `parents` [N, W'] int64."""

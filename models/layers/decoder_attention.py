@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from models.ops.beam_attention import Written, beam_attention
 from models.ops.jagged import jagged_to_padded
 from models.ops.masked_attention import masked_attention
 
@@ -25,8 +26,12 @@ class SelfAttentionCache(Protocol):
     def append(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Keep this position's keys and values [N, W, G, Dh] of a decoder layer."""
 
-    def gather(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [N, W, positions so far, G, Dh] of each beam and its ancestors."""
+    def written(self, layer: int) -> Written:
+        """Keys and values of all positions so far, as they were appended."""
+
+    @property
+    def ancestors(self) -> Tensor:
+        """[N, W, positions so far] int64: whose keys at each position are a beam's own."""
 
 
 @dataclass(frozen=True)
@@ -130,8 +135,9 @@ class CodeSelfAttention(nn.Module):
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """[N, P, D] → [N, P, D]; `bias` [H, P, P] is added to the logits."""
         requests, positions = x.shape[:2]
-        q, k, v = self._project(x)  # [N, P, G, H/G, Dh], [N, P, G, Dh] twice
+        q, k, v = self._project(x)
         # Positions are few: plain products are twice as fast as the fused kernels on a CPU.
+        q = q.unflatten(2, (self.groups, -1)) / math.sqrt(self.head_width)
         q = q.permute(0, 2, 3, 1, 4).flatten(2, 3)
         logits = (q @ k.permute(0, 2, 3, 1)).view(requests, self.num_heads, positions, positions)
         mask = _causal_mask(positions, x.device)
@@ -146,12 +152,7 @@ class CodeSelfAttention(nn.Module):
         """[N, W, D], the newest position p of each beam → [N, W, D]; `bias` [H, p + 1]."""
         q, k, v = self._project(x)
         cache.append(layer, k, v)
-        keys, values = cache.gather(layer)  # [N, W, p + 1, G, Dh]
-        logits = (q[:, :, None] * keys[..., None, :]).sum(dim=-1)  # [N, W, p + 1, G, H/G]
-        if bias is not None:
-            logits = logits + bias.t().unflatten(1, (self.groups, -1))
-        weights = logits.softmax(dim=2).to(values.dtype)
-        attended = (weights[..., None] * values[..., None, :]).sum(dim=2)
+        attended = beam_attention(q, cache.written(layer), cache.ancestors, bias)
         return self.output(attended.flatten(2))
 
     def flops(self, positions: int) -> float:
@@ -161,11 +162,11 @@ class CodeSelfAttention(nn.Module):
         return positions * projections + 2 * 2 * inner * positions * (positions + 1) / 2
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Scaled queries [..., G, H/G, Dh], keys and values [..., G, Dh]."""
+        """Queries [..., H, Dh], keys and values [..., G, Dh]."""
         heads = self.num_heads, self.groups, self.groups
-        q, k, v = self.qkv(x).split([count * self.head_width for count in heads], dim=-1)
-        q = q.unflatten(-1, (self.groups, -1, self.head_width)) / math.sqrt(self.head_width)
-        return q, k.unflatten(-1, (self.groups, -1)), v.unflatten(-1, (self.groups, -1))
+        parts = self.qkv(x).split([count * self.head_width for count in heads], dim=-1)
+        q, k, v = (x.unflatten(-1, (-1, self.head_width)) for x in parts)
+        return q, k, v
 
 
 def _causal_mask(positions: int, device: torch.device) -> Tensor:

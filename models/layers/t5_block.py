@@ -41,7 +41,7 @@ class FeedForward(nn.Module):
         """[..., D] → [..., D]; `keys` [...] switch dropout on."""
         hidden = self.expand(x)
         if keys is None:
-            hidden = hidden.relu()
+            hidden = hidden.relu_()  # the product's backward does not read its result
         else:
             hidden = hidden.flatten(0, -2)
             hidden = keyed_relu_dropout(hidden, keys.flatten(), self.dropout, self.salt)

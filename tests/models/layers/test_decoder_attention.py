@@ -28,24 +28,22 @@ class LoopCache:
     def append(self, layer: int, keys: Tensor, values: Tensor) -> None:
         self.rows.setdefault(layer, []).append((keys, values))
 
-    def gather(self, layer: int) -> tuple[Tensor, Tensor]:
-        rows = self.rows[layer]
+    def written(self, layer: int) -> list[tuple[Tensor, Tensor]]:
+        return self.rows[layer]
+
+    @property
+    def ancestors(self) -> Tensor:
+        (rows,) = self.rows.values()  # one layer
         requests, beams = rows[-1][0].shape[:2]
-        out = []
-        for kind in (0, 1):
-            per_request = []
-            for n in range(requests):
-                per_beam = []
-                for w in range(beams):
-                    at, found = w, []
-                    for level in range(len(rows) - 1, -1, -1):
-                        found.append(rows[level][kind][n, at])
-                        if level:
-                            at = int(self.parents[level - 1][n, at])
-                    per_beam.append(torch.stack(found[::-1]))
-                per_request.append(torch.stack(per_beam))
-            out.append(torch.stack(per_request))
-        return out[0], out[1]
+        paths = torch.empty(requests, beams, len(rows), dtype=torch.int64)
+        for n in range(requests):
+            for w in range(beams):
+                at = w
+                for level in range(len(rows) - 1, -1, -1):
+                    paths[n, w, level] = at
+                    if level:
+                        at = int(self.parents[level - 1][n, at])
+        return paths
 
 
 def head_by_head(
