@@ -270,6 +270,7 @@ def _report_inputs(recipe: Recipe, done: dict[str, Outputs]) -> dict[str, Any]:
         "results": storage.sha256_file(done["evaluate"]["results"]),
         "recommendations": storage.sha256_file(done["recommend"]["recommendations"]),
         "metrics": [done[s]["metrics"] for s in ("train", "align") if s in done],
+        **({"semantic_ids": done["tokenize"]["semantic_ids"]} if "tokenize" in done else {}),
     }
 
 
@@ -280,6 +281,7 @@ def _report(context: StageContext) -> Outputs:
     return write_report(
         context.layout,
         metrics={s: done[s]["metrics"] for s in ("train", "align") if s in done},
+        semantic_ids=done["tokenize"]["url"] if "tokenize" in done else None,
     )
 
 
@@ -328,7 +330,7 @@ GRAPH: dict[StageName, Stage] = {
     ),
     "report": Stage(
         "report",
-        ("train", "align", "evaluate", "recommend"),
+        ("tokenize", "train", "align", "evaluate", "recommend"),
         False,
         _report_inputs,
         _report,

@@ -59,7 +59,12 @@ def evaluate_worker(settings: dict[str, Any], say: Say) -> dict[str, Any]:
             )
         models[name]["checkpoint"] = reference["hash"]
         worker.tell(f"evaluated {name}")
-    return {"models": models, "protocol": protocol(recipe, worker.dataset.manifest.fingerprint)}
+    codes = worker.semantic_ids
+    return {
+        "models": models,
+        "protocol": protocol(recipe, worker.dataset.manifest.fingerprint),
+        "semantic_ids": None if codes is None else codes.fingerprint,
+    }
 
 
 def evaluation_policy(worker: Worker) -> ParallelModel:

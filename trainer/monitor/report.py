@@ -11,6 +11,7 @@ from markupsafe import Markup
 from configs.layout import RunLayout
 from configs.storage import exists, join, write_bytes
 from data_loaders.manifest import MANIFEST, DatasetManifest, read_manifest
+from data_loaders.semantic_ids import SemanticIdManifest, read_semantic_id_manifest
 from trainer.monitor.figures import (
     ReportFigure,
     bar_figures,
@@ -32,6 +33,11 @@ from trainer.monitor.results import (
     table_rows,
 )
 from trainer.monitor.terminal import change_cells, printable
+from trainer.monitor.tokenizer_report import (
+    tokenizer_figures,
+    tokenizer_rows,
+    tokenizer_sentence,
+)
 from trainer.monitor.tracker import MetricRow, read_rows
 
 REPORT_FILE, PICTURE_FILE = "report.html", "report.png"
@@ -41,13 +47,16 @@ KEY_METRICS = ("ndcg@10", "hr@10", "coverage@10", "preference_accuracy")
 DEFAULT_METRIC = "ndcg@10"
 
 
-def write_report(layout: RunLayout, metrics: Mapping[str, str]) -> dict[str, str]:
+def write_report(
+    layout: RunLayout, metrics: Mapping[str, str], semantic_ids: str | None = None
+) -> dict[str, str]:
     """Write `report.html` and `report.png` into the run's directory.
 
     Args:
         layout: where the run's results, recommendations and data lie; what is absent (other than
             results) is left out of the report.
         metrics: stage (`train`, `align`) → directory of its tracker.
+        semantic_ids: directory of the items' semantic ids, if they have any.
 
     Returns:
         `report` and `picture`: the URLs written.
@@ -63,6 +72,7 @@ def write_report(layout: RunLayout, metrics: Mapping[str, str]) -> dict[str, str
         stages,
         read_manifest(layout.data) if has_data else None,
         read_recommendations(layout.recommendations) if exists(layout.recommendations) else None,
+        None if semantic_ids is None else read_semantic_id_manifest(semantic_ids),
     )
     picture = summary_png(results, stages, _selection_metric(results, "train"))
     report_url, picture_url = join(layout.root, REPORT_FILE), join(layout.root, PICTURE_FILE)
@@ -76,6 +86,7 @@ def render_report(
     stages: Mapping[str, Sequence[MetricRow]],
     manifest: DatasetManifest | None,
     recommendations: Recommendations | None,
+    semantic_ids: SemanticIdManifest | None = None,
 ) -> str:
     """The HTML document. Everything that stems from data is escaped by the template engine."""
     environment = Environment(
@@ -98,6 +109,7 @@ def render_report(
         bars=_embedded(bar_figures(results)),
         stages=[_stage(results, stage, rows) for stage, rows in stages.items()],
         recommendations=_recommendations(recommendations),
+        semantic_ids=None if semantic_ids is None else _semantic_ids(semantic_ids),
         data=None if manifest is None else _data(manifest),
         provenance=_provenance(results, manifest),
         recipe=yaml.safe_dump(results.recipe, sort_keys=False, allow_unicode=True),
@@ -255,6 +267,14 @@ def _recommendations(recommendations: Recommendations | None) -> dict[str, Any] 
     }
 
 
+def _semantic_ids(manifest: SemanticIdManifest) -> dict[str, Any]:
+    return {
+        "sentence": tokenizer_sentence(manifest),
+        "rows": tokenizer_rows(manifest),
+        "figures": _embedded(tokenizer_figures(manifest)),
+    }
+
+
 def _data(manifest: DatasetManifest) -> dict[str, Any]:
     counts = manifest.counts
     bad = sum(counts.quarantined.values())
@@ -273,6 +293,7 @@ def _provenance(results: Results, manifest: DatasetManifest | None) -> list[dict
         "Seed": str(results.seed),
         "Protocol fingerprint": results.protocol.fingerprint,
         "Data fingerprint": results.protocol.data,
+        "Semantic ids fingerprint": results.semantic_ids,
         "Data set": None if manifest is None else manifest.name,
         **{
             f"Checkpoint, {model}": results.models[model].checkpoint

@@ -101,6 +101,8 @@ class Results(Config):
     models: dict[str, ModelResult]
     """`popularity`, `pretrained`, `aligned`, or other names."""
     preferences: PreferenceCounts | None = None
+    semantic_ids: str | None = None
+    """Fingerprint of the item → semantic id table, where items have semantic ids."""
 
     def ordered_models(self) -> tuple[str, ...]:
         """Model names: the usual three in their order, then the others by name."""
@@ -135,7 +137,7 @@ def write_results(
     Args:
         url: of the file.
         recipe: the resolved recipe.
-        measured: what the evaluation answered: `models` and `protocol`.
+        measured: what the evaluation answered: `models`, `protocol` and `semantic_ids`.
         pairs: counts of the alignment's `pairs` and `validation_pairs`, if there was one.
     """
     results = Results(
@@ -148,6 +150,7 @@ def write_results(
         preferences=None
         if pairs is None
         else PreferenceCounts(pairs=pairs["pairs"], validation_pairs=pairs["validation_pairs"]),
+        semantic_ids=measured["semantic_ids"],
     )
     write_json(url, results.model_dump(mode="json"))
     return results

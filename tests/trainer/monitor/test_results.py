@@ -37,6 +37,7 @@ def test_written_results_read_back_whole() -> None:
             },
         },
         "protocol": protocol(chosen, "d" * 64),
+        "semantic_ids": "e" * 64,
     }
     pairs = {"url": "memory://pairs", "pairs": 9, "validation_pairs": 1}
     written = write_results(URL, chosen, measured, pairs)
@@ -44,6 +45,7 @@ def test_written_results_read_back_whole() -> None:
     stored = read_json(URL)
     assert stored["seed"] == 3 and stored["preferences"] == {"pairs": 9, "validation_pairs": 1}
     assert stored["models"]["pretrained"] == measured["models"]["pretrained"]
+    assert stored["semantic_ids"] == "e" * 64
     assert {"python", "torch", "ray"} <= stored["versions"].keys()
 
 

@@ -5,7 +5,9 @@ import pytest
 
 from data_loaders.manifest import seal
 from data_loaders.semantic_ids import SemanticIdManifest
+from tests.trainer.monitor import invented
 from trainer.codes_report import POINTS, summarize_codes, usage_report
+from trainer.monitor.report import render_report
 from trainer.monitor.tokenizer_report import (
     tokenizer_figures,
     tokenizer_rows,
@@ -71,3 +73,13 @@ def test_sizes_of_large_codebooks_are_thinned() -> None:
     assert level["sizes"][0] == counts.max() == level["largest"]
     assert level["sizes"][-1] == counts.min() == level["smallest"]
     assert level["sizes"] == sorted(level["sizes"], reverse=True)
+
+
+def test_the_report_of_a_run_shows_its_semantic_ids() -> None:
+    results = invented.results()
+    html = render_report(results, {}, None, None, manifest(sample=SAMPLE))
+    assert "Semantic ids</h2>" in html and "10 items, codes 4 × 1, made elsewhere." in html
+    assert html.count("<figure>") == render_report(results, {}, None, None).count("<figure>") + len(
+        tokenizer_figures(manifest(sample=SAMPLE))
+    )
+    assert "Semantic ids</h2>" not in render_report(results, {}, None, None)
