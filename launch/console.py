@@ -12,6 +12,7 @@ from types import TracebackType
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 POLL_S = 0.3
 
@@ -35,7 +36,11 @@ class Console:
     """Context that prints what workers `say` until it closes."""
 
     def __init__(self) -> None:
-        self._buffer: ActorHandle = _LineBuffer.remote()  # type: ignore[attr-defined]
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        # On the driver's own node, so that the loss of another one does not silence the rest.
+        self._buffer: ActorHandle = _LineBuffer.options(  # type: ignore[attr-defined]
+            scheduling_strategy=here
+        ).remote()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._pump, daemon=True)
 

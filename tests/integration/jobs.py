@@ -104,9 +104,14 @@ def kill_everything(job: subprocess.Popen[str]) -> str:
 
 def kill_one_worker(job: subprocess.Popen[str]) -> None:
     """`kill -9` of one rank of the job's worker group."""
-    workers = [pid for pid in _descendants(job.pid) if b"RayTrainWorker" in _command(pid)]
+    workers = workers_below(job.pid)
     assert workers, "the job has no worker to kill"
     os.kill(min(workers), signal.SIGKILL)
+
+
+def workers_below(root: int) -> set[int]:
+    """Ranks of worker groups among the descendants of a process."""
+    return {pid for pid in _descendants(root) if b"RayTrainWorker" in _command(pid)}
 
 
 def _command(pid: int) -> bytes:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.integration.jobs import ROOT
+from tests.integration.jobs import ROOT, workers_below
 
 
 class Nodes:
@@ -22,6 +22,10 @@ class Nodes:
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
         self.address, self.job_server = self._answer().split()
+
+    def workers(self) -> set[int]:
+        """Processes that are ranks of a worker group."""
+        return workers_below(self._process.pid)
 
     def add(self, directory: Path) -> int:
         """Start a node of one CPU whose processes stand in `directory`; its number."""

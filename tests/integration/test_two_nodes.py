@@ -70,6 +70,7 @@ def test_killed_twice_a_node_replaced_then_submitted(
     job = start("run", *arguments, variables=inside)
     wait_for(lambda: checkpoints(run, "train"), job=job)
     kill_everything(job)
+    wait_for(lambda: not nodes.workers())  # Ray ends them once it sees that their driver is dead
 
     before = checkpoints(run, "train")
     job = start("run", *arguments, variables=inside)
@@ -78,8 +79,10 @@ def test_killed_twice_a_node_replaced_then_submitted(
     nodes.add(place)
     wait_for(lambda: checkpoints(run, "align"), job=job)
     output = kill_everything(job)
-    assert "[2/6] train: pretraining" in output and "resuming from step" in output
-    assert "restarting from the newest checkpoint, attempt 2 of 4" in output
+    wait_for(lambda: not nodes.workers())
+    _, died, restarted = output.partition("restarting from the newest checkpoint, attempt 2 of 4")
+    assert died, output
+    assert "resuming from step" in restarted and "2 workers on 2 nodes" in restarted, output
 
     output = finish(start("submit", *arguments, "--address", nodes.job_server, variables=token))
     assert "[2/6] train: unchanged, skipped" in output
