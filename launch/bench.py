@@ -1,5 +1,7 @@
 """`tandem bench`: measurements that the README quotes, each against how others do it."""
 
+from typing import Any
+
 import click
 
 
@@ -11,7 +13,16 @@ def add_commands(group: click.Group) -> None:
 
 def _add_beam(group: click.Group) -> None:
     @group.command("beam")
-    @click.option("--output", required=True, help="Directory (any URL) that receives beam.json.")
+    @click.option(
+        "--output", required=True, help="Directory (any URL) for beam.json and generation.json."
+    )
+    @click.option(
+        "--part",
+        type=click.Choice(["all", "constraint", "generation"]),
+        default="all",
+        show_default=True,
+        help="The constraint step alone, whole generation alone, or both.",
+    )
     @click.option(
         "--items",
         type=click.IntRange(min=2),
@@ -31,26 +42,24 @@ def _add_beam(group: click.Group) -> None:
     @click.option("--batch", type=click.IntRange(min=1), default=16, show_default=True)
     @click.option("--repeats", type=click.IntRange(min=1), default=20, show_default=True)
     @click.option("--seed", type=int, default=0, show_default=True)
-    def beam(
-        output: str,
-        items: tuple[int, ...],
-        beams: tuple[int, ...],
-        batch: int,
-        repeats: int,
-        seed: int,
-    ) -> None:
-        """Constrained beam search, against a dict trie and a compare of prefixes."""
+    @click.option(
+        "--threads",
+        type=click.IntRange(min=1),
+        default=None,
+        help="Threads of every contestant.  [default: the machine's cores]",
+    )
+    def beam(output: str, part: str, threads: int | None, **sizes: Any) -> None:
+        """Constrained beam search: its constraint step, against a dict trie and a compare of
+        prefixes, and whole generation, against transformers' generate (extra `bench`)."""
+        from trainer.bench import measure
         from trainer.bench.beam import bench_beam
+        from trainer.bench.generation import bench_generation
 
-        bench_beam(
-            output,
-            items=items,
-            beams=beams,
-            batch=batch,
-            repeats=repeats,
-            seed=seed,
-            say=click.echo,
-        )
+        with measure.threads(threads):
+            if part in ("all", "constraint"):
+                bench_beam(output, **sizes, say=click.echo)
+            if part in ("all", "generation"):
+                bench_generation(output, **sizes, say=click.echo)
 
 
 def _add_decoders(group: click.Group) -> None:

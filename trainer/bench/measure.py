@@ -1,8 +1,10 @@
 """Timing and tables that the benches share."""
 
+import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -29,6 +31,17 @@ def best_of(call: Callable[[], R], repeats: int, budget_s: float = 2.0) -> tuple
         if end - begun > budget_s:
             break
     return shortest, result  # type: ignore[return-value]  # at least one repeat
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """PyTorch computes with `count` threads within; None takes all cores this process may use."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(len(os.sched_getaffinity(0)) if count is None else count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def machine() -> dict[str, Any]:

@@ -15,6 +15,7 @@ from trainer.bench import beam, rivals
 def test_bench_beam_leaves_a_table_and_json(tmp_path: Path) -> None:
     arguments = ["bench", "beam", "--output", str(tmp_path), "--batch", "2", "--repeats", "1"]
     cases = ["--items", "40", "--items", "3000", "--beams", "5", "--beams", "30"]
+    cases += ["--part", "constraint"]
     result = CliRunner().invoke(main, [*arguments, *cases])
     assert result.exit_code == 0, result.output
     assert result.stdout.count("mean step") == 4 and "compare timed" not in result.stdout
