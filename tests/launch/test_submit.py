@@ -114,9 +114,9 @@ def test_ctrl_c_leaves_the_job_or_stops_it(tmp_path: Path, job_server: str) -> N
         first = following.stdout.readline() if following.stdout else ""
         assert first.startswith("submitted raysubmit_")
         job = submit.Job(JobSubmissionClient(job_server), first.split()[1])
-        wait_for(lambda: job.status().value == "RUNNING", timeout=60)
+        wait_for(lambda: job.status().value == "RUNNING", timeout=300)
         following.send_signal(signal.SIGINT)
-        rest, _ = following.communicate(timeout=60)
+        rest, _ = following.communicate(timeout=300)
     finally:
         following.kill()
     assert following.returncode == submit.STOPPED_CODE, rest
