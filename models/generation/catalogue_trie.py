@@ -169,6 +169,16 @@ class CatalogueTrie:
         found = (low < end) & (self.tokens[level][low.clamp(max=last)] == tokens)
         return torch.where(found, low, -1)
 
+    def ids_below(self, level: int, states: Tensor) -> Tensor:
+        """Distinct ids that begin with each of the prefixes `states` [...] of `level`: int64 [...].
+
+        0 for the state -1.
+        """
+        first, last = states.clamp(min=0), states + 1
+        for indptr in self.indptr[level:]:
+            first, last = indptr[first].long(), indptr[last].long()
+        return last - first
+
     def slot_range(self, level: int, states: Tensor) -> tuple[Tensor, Tensor]:
         """First and behind-last slot of the items below `states` [...] of `level`: int64 [...].
 

@@ -6,7 +6,7 @@ are ever candidates, so what comes out is legal by construction. Shapes are stat
 waits for the device.
 
 Shape legend: N requests, W ids a request, W_l beams of level l (W_0 = 1), L code levels, K_l codes
-of level l, k items a request, E excluded items a request.
+of level l, k items a request, E excluded items a request, U undecided beams.
 """
 
 from collections.abc import Sequence
@@ -23,6 +23,9 @@ from models.generation.kv_cache import BeamCache
 from models.generation.restrictions import AllowList, Restriction, restrict
 from models.generation.strategies import TrieLevel, advance, first_beams, width_of
 
+_WORTH_ASKING_LESS = 0.75
+"""Share of beams from which on leaving out the others does not pay."""
+
 
 class StepDecoder(Protocol):
     """What a model must do to be searched (`models.base.CodeDecoder` is one)."""
@@ -38,7 +41,8 @@ class StepDecoder(Protocol):
         """Logits [N, W_level, K_level] of the next code of every beam.
 
         `tokens` [N, W_level] int64 are the codes chosen at level - 1 (0 where there is no beam);
-        None at level 0, where W is 1. Appends to the cache, once a layer.
+        None at level 0, where W is 1. Appends to the cache, once a layer. W_level may be less than
+        the beams searched: those that can go one way only are not asked about.
         """
 
 
@@ -97,16 +101,23 @@ def generate(
     root = torch.zeros(num_requests, 1, dtype=torch.int64, device=trie.device)
     beams, cache = first_beams(config, keys, root), decoder.new_cache(context)
     codes = root.new_zeros(num_requests, 1, 0)
-    tokens = None
+    tokens, undecided = None, None
     for level in range(trie.num_levels):
         logits = decoder.step(context, cache, level, tokens)
+        if undecided is not None:
+            logits = undecided.spread(logits)
         assert logits.shape == (*beams.states.shape, trie.codebook_sizes[level])
         beams = advance(config, beams, logits, TrieLevel(trie, level, restriction))
         earlier = codes.gather(1, beams.parents[..., None].expand(-1, -1, level))
         codes = torch.cat([earlier, beams.tokens[..., None]], dim=2)
-        tokens = beams.tokens
         if level + 1 < trie.num_levels:
-            cache.select(beams.parents)
+            parents, tokens = beams.parents, beams.tokens
+            if undecided is not None:
+                parents = undecided.places.gather(1, parents)
+            undecided = _undecided(trie, level + 1, beams.states)
+            if undecided is not None:
+                parents, tokens = (x.gather(1, undecided.beams) for x in (parents, tokens))
+            cache.select(parents)
     missing = width_of(config) - beams.states.shape[1]  # a catalogue of fewer than W ids
     valid = pad(beams.states >= 0, (0, missing))
     return Generated(
@@ -159,6 +170,38 @@ def item_of_each(
     first = there.to(torch.uint8).argmax(-1, keepdim=True)
     items = trie.items[slots.gather(-1, first)].long()
     return items.where(there.gather(-1, first), 0).squeeze(-1)
+
+
+@dataclass(frozen=True)
+class _Undecided:
+    """The beams of one level that the model is asked about."""
+
+    beams: Tensor
+    """[N, U] int64; filled up with others in requests that have fewer."""
+    places: Tensor
+    """[N, W] int64, where each beam is among them; of one that is not, any."""
+
+    def spread(self, logits: Tensor) -> Tensor:
+        """[N, U, K] → [N, W, K]; beams that were not asked about get some other's logits."""
+        request = torch.arange(logits.shape[0], device=logits.device)[:, None]
+        return logits[request, self.places]
+
+
+def _undecided(trie: CatalogueTrie, level: int, states: Tensor) -> _Undecided | None:
+    """Beams [N, W] of `level` with more than one id below them; None: ask about all.
+
+    If only one id begins with a prefix, what follows has log-probability 0 whatever the logits are,
+    here and on all later levels. How many beams are left shapes the next step, which another device
+    would have to be waited for; so only the CPU profits.
+    """
+    if states.device.type != "cpu" or states.numel() == 0:
+        return None
+    is_open = trie.ids_below(level, states) > 1
+    count = max(1, int(is_open.sum(1).max()))
+    if count > _WORTH_ASKING_LESS * states.shape[1]:
+        return None
+    beams = is_open.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :count]
+    return _Undecided(beams, (is_open.cumsum(1) - 1).clamp(min=0))
 
 
 def _check(

@@ -17,8 +17,7 @@ from torch import Tensor
 from configs import storage
 from configs.generation import BeamConfig
 from models.generation.catalogue_trie import CatalogueTrie
-from models.generation.kv_cache import BeamCache
-from models.generation.search import Generated, generate, items_of
+from models.generation.search import Generated, items_of
 from models.generation.strategies import Beams, TrieLevel, advance, first_beams
 from trainer.bench.measure import best_of, machine, table
 from trainer.bench.rivals import DictTrie, Mask, PrefixComparison, masked_step, no_mask
@@ -225,36 +224,18 @@ def _rival(mask: Mask, step: _Step, picked: Beams, repeats: int, share: float = 
     return seconds * batch / timed
 
 
-class _RandomDecoder:
-    """Random logits, and a record of the steps that they were asked for."""
-
-    codebook_sizes = (CODES,) * LEVELS
-
-    def __init__(self, batch: int, generator: torch.Generator) -> None:
-        self._batch, self._generator = batch, generator
-        self.logits: list[Tensor] = []
-
-    def new_cache(self, context: None) -> BeamCache:
-        return BeamCache(0, self._batch, "cpu")
-
-    def step(self, context: None, cache: BeamCache, level: int, tokens: Tensor | None) -> Tensor:
-        width = 1 if tokens is None else tokens.shape[1]
-        self.logits.append(torch.randn(self._batch, width, CODES, generator=self._generator))
-        return self.logits[-1]
-
-
 def _recorded(
     trie: CatalogueTrie, config: BeamConfig, batch: int, generator: torch.Generator
 ) -> tuple[list[_Step], Generated]:
-    decoder = _RandomDecoder(batch, generator)
-    found = generate(decoder, None, batch, trie, config)
-    assert bool(found.valid.all()), "more beams than ids"
+    """The steps of a search under random logits, and what it found."""
     root = torch.zeros(batch, 1, dtype=torch.int64)
     beams, prefixes, steps = first_beams(config, None, root), root[..., None][..., :0], []
-    for level, logits in enumerate(decoder.logits):
+    for level in range(LEVELS):
+        logits = torch.randn(*beams.states.shape, CODES, generator=generator)
         steps.append(_Step(prefixes, beams, logits, TrieLevel(trie, level, None)))
         beams = advance(config, beams, logits, steps[-1].at)
         earlier = prefixes.gather(1, beams.parents[..., None].expand(-1, -1, level))
         prefixes = torch.cat([earlier, beams.tokens[..., None]], dim=2)
-    assert torch.equal(prefixes, found.codes)
-    return steps, found
+    valid, scores = beams.states >= 0, beams.scores
+    assert bool(valid.all()), "more beams than ids"
+    return steps, Generated(prefixes, beams.states, scores, scores, scores, valid)

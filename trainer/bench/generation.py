@@ -49,6 +49,9 @@ BAR = 8.0
 PARAMETERS_APART = 0.02
 TOLERANCE = 1e-4
 """Of log-probabilities of an id."""
+TURN_S = 0.5
+"""A contestant calls until its turn has lasted this long. Were turns as short as calls, the quicker
+contestant would find a quiet moment of a busy machine sooner."""
 BUDGET_S = 60.0
 """Of one case; the round that exceeds it is the last."""
 
@@ -224,20 +227,27 @@ class _Case:
 def _in_turns(
     runs: dict[str, Callable[[], object]], repeats: int
 ) -> dict[str, tuple[float, float]]:
-    """Shortest wall and CPU seconds of each, of `repeats` rounds after one that warms up."""
+    """Wall and CPU seconds of each, the shortest of `repeats` turns after one that warms up."""
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     begun = time.perf_counter()
     for _ in range(repeats + 1):
         for name, run in runs.items():
-            start, cpu = time.perf_counter(), time.process_time()
-            run()
-            taken[name].append((time.perf_counter() - start, time.process_time() - cpu))
+            taken[name].append(_turn(run))
         if time.perf_counter() - begun > BUDGET_S and len(taken[OURS]) > 1:
             break
     return {
         name: (min(wall for wall, _ in times[1:]), min(cpu for _, cpu in times[1:]))
         for name, times in taken.items()
     }
+
+
+def _turn(run: Callable[[], object]) -> tuple[float, float]:
+    """Mean wall and CPU seconds of as many calls as fill a turn."""
+    start, cpu, calls = time.perf_counter(), time.process_time(), 0
+    while calls == 0 or time.perf_counter() - start < TURN_S:
+        run()
+        calls += 1
+    return (time.perf_counter() - start) / calls, (time.process_time() - cpu) / calls
 
 
 def _times(ours: GenerationRow, row: GenerationRow) -> float:

@@ -75,6 +75,16 @@ def test_states_and_slots_name_each_other(catalogue: Catalogue, data: st.DataObj
         assert torch.equal(every_first[1:], every_last[:-1]) and every_last[-1] == trie.num_items
 
 
+@given(catalogues())
+def test_ids_below_are_the_distinct_ids_with_a_prefix(catalogue: Catalogue) -> None:
+    trie, ids = catalogue.trie, catalogue.codes.unique(dim=0)
+    for level in range(trie.num_levels + 1):
+        prefixes = ids[:, :level].unique(dim=0) if level else ids[:1, :0]
+        expected = [int((ids[:, :level] == prefix).all(1).sum()) for prefix in prefixes]
+        assert trie.ids_below(level, trie.walk(prefixes)).tolist() == expected
+        assert trie.ids_below(level, torch.tensor([[-1]])).tolist() == [[0]]
+
+
 def test_priority_orders_items_that_share_an_id() -> None:
     codes = torch.tensor([[1, 0], [0, 2], [1, 0], [1, 0], [0, 2]])
     counts = torch.tensor([3, 1, 9, 3, 1])

@@ -10,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from configs.generation import AncestralConfig, BeamConfig, GenerationConfig, GumbelTopKConfig
+from models.generation import search as search_module
 from models.generation.catalogue_trie import CatalogueTrie
 from models.generation.kv_cache import BeamCache
 from models.generation.restrictions import AllowList, restrict
@@ -205,6 +206,46 @@ def test_an_interior_state_whose_items_are_all_seen_is_no_dead_end() -> None:
     exclude = torch.tensor([[2, 1]])
     found = generate(decoder, contexts, 1, trie, BeamConfig(beams=1), exclude=exclude)
     assert found.codes.tolist() == [[[1, 0]]] and found.log_probs.item() == 0.0
+
+
+@pytest.mark.parametrize(
+    "config",
+    [BeamConfig(beams=12), GumbelTopKConfig(samples=12), AncestralConfig(samples=12, top_p=0.9)],
+)
+@pytest.mark.parametrize("seen", [False, True])
+def test_beams_that_can_go_one_way_only_are_not_asked_about(
+    config: GenerationConfig, seen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    class Recording(TinyDecoder):
+        def step(
+            self, context: Tensor, cache: BeamCache, level: int, tokens: Tensor | None
+        ) -> Tensor:
+            asked.append(1 if tokens is None else tokens.shape[1])
+            return super().step(context, cache, level, tokens)
+
+    sizes, requests = (6, 6, 6, 6), 4
+    codes = torch.randint(6, (40, 4), generator=torch.Generator().manual_seed(3))
+    trie, decoder = CatalogueTrie.build(codes, sizes), Recording(sizes, 0)
+    contexts = decoder.contexts(requests)
+    keys = None if isinstance(config, BeamConfig) else torch.arange(requests)
+    exclude = torch.randint(1, 41, (requests, 12)) if seen else None
+
+    def run() -> Generated:
+        return generate(decoder, contexts, requests, trie, config, keys=keys, exclude=exclude)
+
+    less = run()
+    widths = asked.copy()
+    monkeypatch.setattr(search_module, "_WORTH_ASKING_LESS", 0.0)
+    asked.clear()
+    everything = run()
+    assert asked[2:] == [12, 12] and widths[:2] == asked[:2]
+    assert widths[2] < 12 and widths[3] < widths[2]
+    for name in ("codes", "states", "valid"):
+        assert torch.equal(getattr(less, name), getattr(everything, name))
+    for name in ("scores", "log_probs", "sampling_log_probs"):
+        torch.testing.assert_close(getattr(less, name), getattr(everything, name))
 
 
 def test_what_does_not_fit_is_refused() -> None:
