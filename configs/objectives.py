@@ -16,7 +16,8 @@ class SampledSoftmaxConfig(Config):
     num_negatives: PositiveInt = 128
     """Uniform negatives per group that shares them (uniform and mixed)."""
     shared: Literal["batch", "sequence", "position"] = "position"
-    """Who shares one draw: every position of the global batch, of a sequence, or nobody."""
+    """Who shares one uniform draw: every position of the global batch, of a sequence, or nobody.
+    In-batch negatives are shared by all positions of the global batch."""
     in_batch_negatives: PositiveInt = 512
     """Positives of the global batch taken as negatives (in_batch and mixed)."""
     logq_correction: bool = False
@@ -24,10 +25,11 @@ class SampledSoftmaxConfig(Config):
 
     @model_validator(mode="after")
     def _in_batch_is_shared(self) -> "SampledSoftmaxConfig":
-        if self.negatives != "uniform" and self.shared != "batch":
+        if self.negatives == "in_batch" and self.shared != "batch":
             raise ValueError(
-                f"negatives={self.negatives!r} are the positives of the whole batch and need "
-                f"shared='batch', got shared={self.shared!r}"
+                f"negatives='in_batch' are the positives of the whole batch, which all positions "
+                f"share: shared={self.shared!r} cannot be; add objective.shared=batch, or take "
+                "negatives='mixed', whose uniform part may be drawn per sequence or position"
             )
         return self
 

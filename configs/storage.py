@@ -1,5 +1,6 @@
 """Files of a run on any fsspec URL: paths, hashes, and JSON that is either whole or absent."""
 
+import errno
 import hashlib
 import json
 import os
@@ -107,11 +108,30 @@ def fingerprint(value: Any) -> str:
     return sha256_bytes(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())
 
 
+class StorageFullError(OSError, ValueError):
+    """There is no room to write, or no right to: a sentence that names the place and the mend."""
+
+
 def write_bytes(url: str, data: bytes) -> None:
     """Write a file that appears whole or not at all.
 
     Local: temporary file, fsync, rename. Object stores publish an object only when it is complete.
+
+    Raises:
+        StorageFullError: the place is full or may not be written.
     """
+    try:
+        _write_whole(url, data)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        raise StorageFullError(
+            f"{url} cannot be written ({error.strerror}); free space or grant rights there, or put "
+            "`output` elsewhere, and run the same command again"
+        ) from error
+
+
+def _write_whole(url: str, data: bytes) -> None:
     fs, path = filesystem(url)
     if not isinstance(fs, LocalFileSystem):
         with fs.open(path, "wb") as stream:

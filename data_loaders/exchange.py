@@ -20,6 +20,8 @@ import ray
 from ray.data import DataContext, Dataset
 from ray.data.context import ShuffleStrategy
 
+from configs.storage import StorageFullError
+
 Report = dict[str, Any]
 """JSON-able facts about one part: counts and paths."""
 
@@ -174,7 +176,7 @@ def users_error(error: Exception) -> Exception:
     cause: BaseException | None = error
     while cause is not None:
         inner = getattr(cause, "cause", None) or cause.__cause__
-        if type(cause) is ValueError:
+        if type(cause) in (ValueError, StorageFullError):
             return ValueError(str(cause).partition("\n")[0])  # Ray appends advice about retries
         cause = inner
     return error

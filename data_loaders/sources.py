@@ -85,11 +85,17 @@ class RawRows:
 def source_signature(source: Source, raw_url: str) -> list[Any]:
     """JSON-able facts that change when the source's files do: name, size and version of each.
 
-    A public set is known by its name: it does not change.
+    The log's, and those of the tables beside it. A public set is known by its name: it does not
+    change.
     """
     if source.kind == "public":
         return [source.name]
-    return files_signature(raw_url, "data.source.url")
+    beside = {"user_table": source.user_table, "item_text": source.item_text}
+    return files_signature(raw_url, "data.source.url") + [
+        [name, files_signature(table.url, f"data.source.{name}.url")]
+        for name, table in beside.items()
+        if table is not None
+    ]
 
 
 def files_signature(url: str, place: str) -> list[Any]:

@@ -21,7 +21,7 @@ import ray
 from ray._private.services import get_ray_address_from_environment
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
 from launch.address import protect_token, refuse_open
 from launch.console import Console
@@ -104,6 +104,7 @@ def run_workers(entry: str, settings: dict[str, Any], cluster: ClusterConfig) ->
         ValueError: the worker's own sentence, when the mistake is the user's.
         RuntimeError: the group failed more often than allowed.
     """
+    _check_resources(cluster)
     with Console() as console:
         for attempt in range(cluster.max_failures + 1):
             try:
@@ -112,6 +113,12 @@ def run_workers(entry: str, settings: dict[str, Any], cluster: ClusterConfig) ->
                 sentence = _user_error(error)
                 if sentence is not None:
                     raise ValueError(sentence) from None
+                if isinstance(error, ControllerError):
+                    raise ValueError(
+                        f"the worker group did not start within cluster.start_timeout_s="
+                        f"{cluster.start_timeout_s} ({_summary(error)}); {_needs(cluster)}: see "
+                        "`ray status`, or lower cluster.num_workers"
+                    ) from error
                 if attempt == cluster.max_failures:
                     raise RuntimeError(
                         f"the worker group failed {attempt + 1} times "
@@ -125,12 +132,46 @@ def run_workers(entry: str, settings: dict[str, Any], cluster: ClusterConfig) ->
     raise AssertionError("unreachable")
 
 
+def _check_resources(cluster: ClusterConfig) -> None:
+    """Tell when the group does not fit the cluster as it is; refuse what can never fit.
+
+    Raises:
+        ValueError: the embedded Ray, which does not grow, lacks a resource.
+    """
+    has = ray.cluster_resources()
+    wanted = _resources(cluster)
+    lacking = [
+        f"{count * cluster.num_workers:g} {name}s (it has {has.get(name, 0):g})"
+        for name, count in wanted.items()
+        if has.get(name, 0) < count * cluster.num_workers
+    ]
+    if not lacking:
+        return
+    sentence = f"cluster.num_workers={cluster.num_workers} with cluster.device={cluster.device!r} "
+    sentence += f"need {' and '.join(lacking)}"
+    if cluster.address == "local":
+        raise ValueError(f"{sentence}; join a cluster by cluster.address, or lower them")
+    print(f"{sentence}: waiting for nodes to join", flush=True)
+
+
+def _resources(cluster: ClusterConfig) -> dict[str, float]:
+    """What one worker takes."""
+    return {"CPU": cluster.cpus_per_worker} | ({"GPU": 1.0} if cluster.device == "cuda" else {})
+
+
+def _needs(cluster: ClusterConfig) -> str:
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    each = " and ".join(f"{count:g} {name}" for name, count in _resources(cluster).items())
+    return (
+        f"{cluster.num_workers} workers of {each} each, placed by {cluster.placement_strategy}, "
+        f"are wanted of a cluster with {ray.cluster_resources().get('CPU', 0):g} CPUs and "
+        f"{ray.cluster_resources().get('GPU', 0):g} GPUs on {len(nodes)} nodes"
+    )
+
+
 def _run_group(
     entry: str, settings: dict[str, Any], cluster: ClusterConfig, console: Console
 ) -> Any:
-    resources: dict[str, float] = {"CPU": cluster.cpus_per_worker}
-    if cluster.device == "cuda":
-        resources["GPU"] = 1
     trainer = TorchTrainer(
         _enter,
         train_loop_config={"entry": entry, "settings": settings, "say": console.writer()},
@@ -140,7 +181,7 @@ def _run_group(
         scaling_config=ScalingConfig(
             num_workers=cluster.num_workers,
             use_gpu=cluster.device == "cuda",
-            resources_per_worker=resources,
+            resources_per_worker=_resources(cluster),
             placement_strategy=cluster.placement_strategy,
         ),
         run_config=RunConfig(
@@ -150,7 +191,9 @@ def _run_group(
             # and nothing half written can block the next start.
             storage_path="ray-train",
             storage_filesystem=PyFileSystem(FSSpecHandler(MemoryFileSystem())),
-            failure_config=FailureConfig(max_failures=0),
+            failure_config=FailureConfig(
+                max_failures=0, controller_failure_limit=cluster.max_failures
+            ),
         ),
     )
     return trainer.fit().return_value

@@ -330,7 +330,7 @@ GRAPH: dict[StageName, Stage] = {
     ),
     "report": Stage(
         "report",
-        ("tokenize", "train", "align", "evaluate", "recommend"),
+        ("prepare", "tokenize", "train", "align", "evaluate", "recommend"),
         False,
         _report_inputs,
         _report,

@@ -141,7 +141,7 @@ class Trainer:
         if self.monitor is None:
             return
         self.monitor.add_tokens(tokens)
-        if step % self.log_every and step != self.total_steps:
+        if step % self.log_every and step not in (1, self.total_steps):
             return
         values = {"lr": result.lr, "sparse_lr": result.sparse_lr}
         values |= {"dense_grad_norm": result.dense_grad_norm} | result.metrics

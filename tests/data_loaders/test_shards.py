@@ -64,3 +64,10 @@ def test_dense_codes_rank_the_distinct_strings(texts: list[str], cut: int) -> No
 def test_lookup_gives_zero_for_null_and_unknown() -> None:
     vocabulary = _chunked(["a", "b"])
     assert lookup(_chunked(["b", None, "z", "a"], 2), vocabulary).tolist() == [2, 0, 0, 1]
+
+
+def test_a_full_disk_is_told_with_its_place_and_mend(small_disk: Path) -> None:
+    table = pa.table({"a": np.random.default_rng(0).integers(0, 1 << 60, 1 << 18)})
+    with pytest.raises(ValueError, match=r"part\.parquet cannot be written .No space.* `output`"):
+        write_table(str(small_disk), "part.parquet", table)
+    assert list(small_disk.iterdir()) == []

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configs.data import CsvSource, PublicSource
+from configs.data import CsvSource, PublicSource, UserTable
 from data_loaders import delimited, jsonl, sources
 from data_loaders.sources import FILE_SHIFT, TableFiles, places, plan, read_chunk, source_signature
 
@@ -343,4 +343,11 @@ def test_signature_changes_with_the_files(tmp_path: Path) -> None:
     assert before == source_signature(source, source.url)
     path.write_text("user,item\n1,2\n3,4\n")
     assert source_signature(source, source.url) != before
+    users = UserTable(url=str(tmp_path / "users.csv"), format="csv", features=("age",))
+    source = CsvSource(url=str(path))
+    beside = source.model_copy(update={"user_table": users})
+    (tmp_path / "users.csv").write_text("user,age\n1,20\n")
+    known = source_signature(beside, source.url)
+    (tmp_path / "users.csv").write_text("user,age\n1,20\n2,30\n")
+    assert source_signature(beside, source.url) != known
     assert source_signature(PublicSource(name="ml-100k"), "anywhere") == ["ml-100k"]

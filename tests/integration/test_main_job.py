@@ -2,6 +2,11 @@
 
 from pathlib import Path
 
+import pytest
+
+from configs.load import load_recipe
+from configs.recipe import STAGES, StageName
+from launch.run import run
 from tests.integration.jobs import (
     checkpoints,
     finish,
@@ -18,14 +23,14 @@ from tests.integration.jobs import (
 
 def test_all_stages_leave_their_results(calm: tuple[Path, str]) -> None:
     directory, output = calm
-    run = directory / "run"
-    models = results(run)["models"]
+    done = directory / "run"
+    models = results(done)["models"]
     assert set(models) == {"popularity", "pretrained", "aligned"}
     # Users walk in steps of one or two: the model must see it, popularity cannot.
     assert models["pretrained"]["test"]["hr@5"] > 2 * models["popularity"]["test"]["hr@5"]
     assert models["aligned"]["preference_accuracy"] >= models["pretrained"]["preference_accuracy"]
-    assert (run / "recommendations.json").exists()
-    assert list(run.glob("report*.html")), output
+    assert (done / "recommendations.json").exists()
+    assert list(done.glob("report*.html")), output
     assert "ndcg@10" in output.lower()
 
 
@@ -33,6 +38,25 @@ def test_a_second_run_skips_everything(calm: tuple[Path, str]) -> None:
     directory, _ = calm
     output = finish(start("run", str(directory / "tiny.yaml")))
     assert output.count("unchanged, skipped") == 6
+
+
+@pytest.mark.parametrize("stage", STAGES[:1] + STAGES[2:])
+def test_each_stage_alone_finds_what_it_needs(
+    calm: tuple[Path, str], stage: StageName, capfd: pytest.CaptureFixture[str]
+) -> None:
+    loaded = load_recipe(calm[0] / "tiny.yaml", [])
+    run(loaded, only=stage)
+    assert f"{stage}: unchanged, skipped" in capfd.readouterr().out
+
+
+def test_the_report_alone_is_written_anew(
+    calm: tuple[Path, str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    [report] = (calm[0] / "run").glob("report*.html")
+    before = report.stat().st_mtime_ns
+    run(load_recipe(calm[0] / "tiny.yaml", []), only="report", force=True)
+    assert "report: done in" in capfd.readouterr().out
+    assert report.stat().st_mtime_ns > before
 
 
 def test_a_changed_setting_reruns_only_what_depends_on_it(calm: tuple[Path, str]) -> None:

@@ -6,8 +6,7 @@ import pickle
 import resource
 import shutil
 import signal
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -280,18 +279,6 @@ def test_a_write_error_is_one_sentence_on_all_ranks(
     for root, said, sentence in zip(roots, LIMITS, ranks[0], strict=True):
         assert said in sentence and "File too large" in sentence and str(root) in sentence
         assert "earlier ones are intact" in sentence and "\n" not in sentence
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("mounting a small disk needs root; RLIMIT_FSIZE stands for it above")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
 
 
 def test_a_full_disk_leaves_earlier_checkpoints_intact(small_disk: Path, copy: Path) -> None:

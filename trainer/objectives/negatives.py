@@ -52,7 +52,8 @@ def draw_negatives(
     if count:
         ids = _uniform(objective, batch, num_items, count, seed, step)
     if global_positives is not None and in_batch:
-        ids = torch.cat([ids, global_positives.to(device)])
+        shared = global_positives.to(device).expand(*ids.shape[:-1], -1)
+        ids = torch.cat([ids, shared], dim=-1)
     logq = None
     if objective.logq_correction:
         logq = _expected_log_count(ids, count, in_batch, num_items, item_counts)

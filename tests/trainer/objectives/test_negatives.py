@@ -88,6 +88,22 @@ def test_positives_of_the_global_batch_join_the_pool() -> None:
     assert inputs.negative_ids is not None and torch.equal(inputs.negative_ids, pool)
 
 
+@pytest.mark.parametrize("shared, groups", [("sequence", 2), ("position", 6)])
+def test_a_mixture_draws_its_uniform_part_for_whom_it_is_asked(shared: str, groups: int) -> None:
+    batch, pool = make_batch([4, 2], NUM_ITEMS), torch.tensor([5, 5, 9])
+    uniform = SampledSoftmaxConfig(num_negatives=8, shared=shared)
+    mixed = uniform.model_copy(update={"negatives": "mixed"})
+    inputs = draw_negatives(mixed, batch, NUM_ITEMS, 1, 2, global_positives=pool)
+    assert inputs.negative_ids is not None
+    assert torch.equal(inputs.negative_ids[:, :8], draw(uniform, batch, 1, 2))
+    assert torch.equal(inputs.negative_ids[:, 8:], pool.expand(groups, -1))
+
+
+def test_positives_alone_are_shared_by_the_whole_batch() -> None:
+    with pytest.raises(ValueError, match=r"objective\.shared=batch"):
+        SampledSoftmaxConfig(negatives="in_batch", shared="position")
+
+
 def test_log_expected_counts() -> None:
     """Uniform: R/V of each item. In batch: M times its frequency. Mixed: the sum."""
     batch, pool = make_batch([4, 2], 3), torch.tensor([1, 1, 3])

@@ -26,6 +26,8 @@ OBJECTIVES: list[Objective] = [
     SampledSoftmaxConfig(num_negatives=6, shared="batch"),
     SampledSoftmaxConfig(num_negatives=6, shared="batch", negatives="mixed"),
     FullSoftmaxConfig(chunk_tokens=4),
+    SampledSoftmaxConfig(num_negatives=6, shared="sequence", negatives="mixed"),
+    SampledSoftmaxConfig(num_negatives=6, shared="position", negatives="mixed"),
 ]
 
 
