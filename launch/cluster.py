@@ -141,16 +141,16 @@ def _check_resources(cluster: ClusterConfig) -> None:
     has = ray.cluster_resources()
     wanted = _resources(cluster)
     lacking = [
-        f"{count * cluster.num_workers:g} {name}s (it has {has.get(name, 0):g})"
+        f"{count * cluster.num_workers:g} {name}s, and the cluster has {has.get(name, 0):g}"
         for name, count in wanted.items()
         if has.get(name, 0) < count * cluster.num_workers
     ]
     if not lacking:
         return
     sentence = f"cluster.num_workers={cluster.num_workers} with cluster.device={cluster.device!r} "
-    sentence += f"need {' and '.join(lacking)}"
+    sentence += f"needs {'; '.join(lacking)}"
     if cluster.address == "local":
-        raise ValueError(f"{sentence}; join a cluster by cluster.address, or lower them")
+        raise ValueError(f"{sentence}; join a larger cluster by cluster.address, or lower num_workers")
     print(f"{sentence}: waiting for nodes to join", flush=True)
 
 
