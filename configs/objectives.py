@@ -53,8 +53,8 @@ class NextCodeConfig(Config):
 
     kind: Literal["next_code"] = "next_code"
     normalization: Literal["codebook", "catalogue"] = "catalogue"
-    """What a code competes with: the codes that continue an item of the catalogue (as in generation,
-    so that training, search and evaluation share one definition), or every code of its level."""
+    """What a code competes with: the codes that continue an item of the catalogue, as in generation
+    (training, search and evaluation share one definition), or every code of its level."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Share of the target spread evenly over the codes that compete."""
     windows_per_user: PositiveInt | None = None

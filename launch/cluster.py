@@ -150,7 +150,7 @@ def _check_resources(cluster: ClusterConfig) -> None:
     sentence = f"cluster.num_workers={cluster.num_workers} with cluster.device={cluster.device!r} "
     sentence += f"needs {'; '.join(lacking)}"
     if cluster.address == "local":
-        raise ValueError(f"{sentence}; join a larger cluster by cluster.address, or lower num_workers")
+        raise ValueError(f"{sentence}; join a larger one by cluster.address, or lower num_workers")
     print(f"{sentence}: waiting for nodes to join", flush=True)
 
 
