@@ -12,10 +12,8 @@ import shlex
 import shutil
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -57,7 +55,6 @@ class Job:
 
     def __init__(self, client: JobSubmissionClient, job_id: str) -> None:
         self._client, self.job_id = client, job_id
-        self._interrupted = threading.Event()
 
     def follow(self, on_interrupt: OnInterrupt = "ask") -> int:
         """Print the job's log until it ends.
@@ -71,22 +68,11 @@ class Job:
         Raises:
             ValueError: the job server was lost for two minutes.
         """
-        # In a thread of its own, which Ctrl-C abandons: an event loop would turn Ctrl-C into a
-        # cancellation, and a connection that is just being made may swallow that.
-        ended: Future[None] = Future()
-        threading.Thread(target=self._follow, args=(ended,), daemon=True).start()
         try:
-            ended.result()
+            asyncio.run(self._print_log())
         except KeyboardInterrupt:
-            self._interrupted.set()
             return self.interrupted(on_interrupt)
         return self.exit_code()
-
-    def _follow(self, ended: "Future[None]") -> None:
-        try:
-            ended.set_result(asyncio.run(self._print_log()))
-        except Exception as error:  # noqa: BLE001 - raised again where the result is awaited
-            ended.set_exception(error)
 
     async def _print_log(self) -> None:
         """A broken connection is made again; the server then starts from the first line."""
@@ -96,8 +82,6 @@ class Job:
             position = 0
             try:
                 async for text in self._client.tail_job_logs(self.job_id):
-                    if self._interrupted.is_set():
-                        return
                     click.echo(text[max(0, printed - position) :], nl=False)
                     position += len(text)
                     printed = max(printed, position)
