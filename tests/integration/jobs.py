@@ -78,6 +78,8 @@ def start(*arguments: str, variables: Mapping[str, str] | None = None) -> subpro
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        # A suite that a shell started in the background ignores Ctrl-C, and so would the job.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
