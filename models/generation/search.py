@@ -21,7 +21,7 @@ from configs.generation import BeamConfig, GenerationConfig
 from models.generation.catalogue_trie import CatalogueTrie
 from models.generation.kv_cache import BeamCache
 from models.generation.restrictions import AllowList, Restriction, restrict
-from models.generation.strategies import TrieLevel, advance, first_beams, width_of
+from models.generation.strategies import Beams, TrieLevel, advance, first_beams, width_of
 
 _WORTH_ASKING_LESS = 0.75
 """Share of beams from which on leaving out the others does not pay."""
@@ -118,7 +118,12 @@ def generate(
             if undecided is not None:
                 parents, tokens = (x.gather(1, undecided.beams) for x in (parents, tokens))
             cache.select(parents)
-    missing = width_of(config) - beams.states.shape[1]  # a catalogue of fewer than W ids
+    return _padded(beams, codes, width_of(config))
+
+
+def _padded(beams: Beams, codes: Tensor, width: int) -> Generated:
+    """The last level's beams and their codes [N, W_L, L], filled up to `width`."""
+    missing = width - beams.states.shape[1]  # a catalogue of fewer than W ids
     valid = pad(beams.states >= 0, (0, missing))
     return Generated(
         codes=pad(codes, (0, 0, 0, missing)) * valid[..., None],
