@@ -52,6 +52,19 @@ def test_a_dead_worker_is_replaced_and_a_mistake_is_not(
     assert list(tmp_path.iterdir()) == [attempts]  # Ray Train leaves nothing beside the run
 
 
+def test_a_group_that_can_never_fit_is_refused_at_once(embedded: None, tmp_path: Path) -> None:
+    attempts = tmp_path / "attempts"
+    settings = {"attempts": str(attempts), "then": ("done",)}
+    for more, lacking in (
+        ({"device": "cuda"}, "needs 1 GPUs, and the cluster has 0; join a larger one"),
+        ({"num_workers": 3, "data_cpus": 3}, "needs 3 CPUs, and the cluster has 2"),
+    ):
+        cluster = CLUSTER.model_copy(update=more)
+        with pytest.raises(ValueError, match=f"cluster.num_workers=.* {lacking}"):
+            run_workers(f"{__name__}:work", settings, cluster)
+    assert not attempts.exists()
+
+
 @pytest.mark.slow
 def test_a_group_that_keeps_dying_ends_the_stage(embedded: None, tmp_path: Path) -> None:
     settings = {"attempts": str(tmp_path / "attempts"), "then": ("die", "die", "done")}

@@ -172,7 +172,14 @@ def start_from_weights(root: str) -> None:
             is_weight = key.endswith(("/weight", "item.weight"))
             assert torch.equal(value, (saved if is_weight else fresh)[key]), key
         assert (policy.step, policy.engine.adam_step) == (0, 0)
+        store.load_start(policy, newest(store))  # alignment goes on with the tables' Adagrad sums
+        for key, value in whole_state(policy).items():
+            kept = key.endswith(("/weight", "item.weight", ".momentum1"))
+            assert torch.equal(value, (saved if kept else fresh)[key]), key
+        assert not torch.equal(saved["tables/item.momentum1"], fresh["tables/item.momentum1"])
+        assert (policy.step, policy.engine.adam_step) == (0, 0)
         other = make_policy(ctx, replace(settings, optimizer="sgd"))
+        store.load_start(other, newest(store))  # sgd keeps no sums: the weights alone
         store.load_weights(other, newest(store))  # weights do not depend on the optimizer
         assert torch.equal(other.tables.gather("item"), saved["tables/item.weight"])
 
