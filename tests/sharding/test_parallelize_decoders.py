@@ -87,7 +87,7 @@ def make_policy(case: Case) -> ParallelModel:
     sizes = CatalogueSizes(ITEMS, 9, {}, {}, SIZES, ACTIONS)
     model = build_decoder(config, sizes, recipe.tables, 7)
     return parallelize(
-        NextCodeLoss(model, NextCodeConfig()),
+        NextCodeLoss(model, NextCodeConfig(normalization="codebook")),
         model.table_specs(),
         recipe,
         current_context("cpu"),
