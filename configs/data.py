@@ -17,6 +17,7 @@ PublicName = Literal[
     "kuairand-pure",
 ]
 TimestampUnit = Literal["s", "ms", "us", "iso8601"]
+DwellUnit = Literal["s", "ms", "us"]
 
 
 def epoch_seconds(value: str | float) -> float:
@@ -41,7 +42,9 @@ class ColumnMap(Config):
     item: str = "item"
     timestamp: str = "timestamp"
     rating: str | None = None
-    """A numeric column: rating, dwell time, or any graded feedback."""
+    """A numeric column: rating, or any graded feedback."""
+    dwell: str | None = None
+    """A numeric column: how long the user stayed with the item (dwell, watch or play time)."""
     order: str | None = None
     """A numeric column that orders a user's events of equal time (without it, the log's order)."""
     action: str | None = None
@@ -89,8 +92,18 @@ class LogSource(Config):
     url: str
     columns: ColumnMap = ColumnMap()
     timestamp_unit: TimestampUnit = "s"
+    dwell_unit: DwellUnit = "s"
     item_text: ItemText | None = None
     user_table: UserTable | None = None
+
+    @model_validator(mode="after")
+    def _unit_of_a_column(self) -> "LogSource":
+        if self.dwell_unit != "s" and self.columns.dwell is None:
+            raise ValueError(
+                f"dwell_unit={self.dwell_unit!r} is the unit of columns.dwell, which maps no "
+                "column: map it or leave out the unit"
+            )
+        return self
 
 
 class CsvSource(LogSource):

@@ -20,6 +20,8 @@ class FeatureInputs(Config):
     """Add an embedding of the event's action."""
     times: bool = False
     """Add an embedding of the logarithm of the time between the event and the request."""
+    dwell_times: bool = False
+    """Add an embedding of the logarithm of the time that the user stayed with the event's item."""
 
 
 class TIGERConfig(FeatureInputs):

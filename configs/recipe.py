@@ -152,6 +152,13 @@ def _features_are_mapped(recipe: Recipe) -> None:
                 f"model.side_features names {name!r}, which data.source.columns.side_features "
                 f"{list(source.columns.side_features)} does not map"
             )
+    if isinstance(recipe.model, FeatureInputs):
+        for switch, column in (("actions", "action"), ("dwell_times", "dwell")):
+            if getattr(recipe.model, switch) and getattr(source.columns, column) is None:
+                raise ValueError(
+                    f"model.{switch} is on, but data.source.columns.{column} maps no column of the "
+                    f"log: map one or set model.{switch} to false"
+                )
     if recipe.data.cleaning.min_rating is not None and source.columns.rating is None:
         raise ValueError(
             f"data.cleaning.min_rating={recipe.data.cleaning.min_rating} needs a rating: map "

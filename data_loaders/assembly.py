@@ -105,6 +105,8 @@ def _no_events(job: Job) -> pa.Table:
     kinds |= dict.fromkeys(job.rules.categories(), pa.string())
     if job.source.columns.rating is not None:
         kinds["rating"] = pa.float32()
+    if job.source.columns.dwell is not None:
+        kinds["dwell"] = pa.float32()
     if job.source.columns.order is not None:
         kinds["order"] = pa.float64()
     return pa.table({name: pa.array([], kind) for name, kind in kinds.items()})
@@ -138,6 +140,9 @@ def _sequences(
     }
     if job.source.columns.rating is not None:
         columns["ratings"] = lists(events["rating"].to_numpy())
+    if job.source.columns.dwell is not None:
+        seconds = events["dwell"].to_numpy() / np.float32(job.rules.dwell_per_second)
+        columns["dwell_times"] = lists(seconds)
     for name in job.rules.categories():
         vocabulary = read_table(vocabulary_url(job.root, _vocabulary(name)), ["value"])["value"]
         column = "action_ids" if name == "action" else name

@@ -59,6 +59,7 @@ def jagged_batch(slices: Slices, following: Following) -> JaggedBatch:
         next_timestamps=shifted(events["timestamps"], following.timestamps),
         target_ids=shifted(events["item_ids"], following.item_ids),
         ratings=tensors.get("ratings"),
+        dwell_times=tensors.get("dwell_times"),
         action_ids=tensors.get("action_ids"),
         user_features={
             name.removeprefix(USER): torch.from_numpy(values)

@@ -29,6 +29,7 @@ OPEN_FILES = 32
 """Shards whose footers are kept parsed."""
 
 Columns = Mapping[str, type[np.generic]]
+_FLOATS = ("ratings", "dwell_times")
 
 
 @dataclass(frozen=True)
@@ -279,10 +280,11 @@ class SequenceDataset:
 def event_columns(manifest: DatasetManifest) -> dict[str, type[np.generic]]:
     """The list columns that a prepared data set has, with the types of their elements."""
     names = ["item_ids", "timestamps"]
-    names += ["ratings"] * manifest.has_ratings + ["action_ids"] * (manifest.actions > 0)
+    names += ["ratings"] * manifest.has_ratings + ["dwell_times"] * manifest.has_dwell_times
+    names += ["action_ids"] * (manifest.actions > 0)
     return column_types([*names, *(f"side_{name}" for name in manifest.side_features)])
 
 
 def column_types(names: Iterable[str]) -> dict[str, type[np.generic]]:
-    """Columns with their types: ratings are float32, all else are ids or times."""
-    return {name: np.float32 if name == "ratings" else np.int64 for name in names}
+    """Columns with their types: ratings and dwell times are float32, all else ids or times."""
+    return {name: np.float32 if name in _FLOATS else np.int64 for name in names}

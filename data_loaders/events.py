@@ -2,7 +2,8 @@
 
 Columns of an event: `user`, `item` string; `time` int64 microseconds; `place` int64, where it
 stands in the log, which orders events of equal time; where mapped, `order` float64, which does so
-before `place`, `rating` float32 (NaN: none), `action` and `side_<name>` string.
+before `place`, `rating` and `dwell` (in the log's unit) float32 (NaN: none), `action` and
+`side_<name>` string.
 """
 
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from configs.data import CleaningConfig, ColumnMap, TimestampUnit, epoch_seconds
+from configs.data import CleaningConfig, ColumnMap, DwellUnit, TimestampUnit, epoch_seconds
 from data_loaders.shards import dense_codes
 
 SECOND = 1_000_000
@@ -29,6 +30,8 @@ REASONS = (
     "impossible_timestamp",
     "unparsable_rating",
     "unparsable_order",
+    "unparsable_dwell",
+    "impossible_dwell",
 )
 """Reasons found in a single row; an event has the first that applies. 0 is a good event."""
 MALFORMED = "malformed_row"
@@ -45,17 +48,30 @@ class EventRules:
     """Microseconds; earlier is impossible."""
     latest: int
     """Microseconds; this and later is impossible."""
+    dwell_unit: DwellUnit = "s"
 
     @classmethod
-    def of(cls, columns: ColumnMap, unit: TimestampUnit, cleaning: CleaningConfig) -> "EventRules":
+    def of(
+        cls,
+        columns: ColumnMap,
+        unit: TimestampUnit,
+        cleaning: CleaningConfig,
+        dwell_unit: DwellUnit = "s",
+    ) -> "EventRules":
         """Rules of a recipe."""
-        return cls(columns, unit, date_us(cleaning.earliest), date_us(cleaning.latest))
+        earliest, latest = date_us(cleaning.earliest), date_us(cleaning.latest)
+        return cls(columns, unit, earliest, latest, dwell_unit)
+
+    @property
+    def dwell_per_second(self) -> int:
+        """Units of `dwell` in a second."""
+        return SECOND // _PER_UNIT[self.dwell_unit]
 
     def wanted(self) -> dict[str, str]:
         """Recipe key → column of the log."""
         prefix, columns = "data.source.columns", self.columns
         keys = {f"{prefix}.{key}": getattr(columns, key) for key in ("user", "item", "timestamp")}
-        for key in ("rating", "order", "action"):
+        for key in ("rating", "dwell", "order", "action"):
             if getattr(columns, key) is not None:
                 keys[f"{prefix}.{key}"] = getattr(columns, key)
         for index, name in enumerate(columns.side_features):
@@ -87,13 +103,12 @@ def type_events(raw: pa.Table, rules: EventRules) -> tuple[pa.Table, np.ndarray]
     user, item = as_text(raw[columns.user]), as_text(raw[columns.item])
     time, no_time, bad_time = parse_time(raw[columns.timestamp], rules.unit)
     typed: dict[str, pa.ChunkedArray | np.ndarray] = {"user": user, "item": item, "time": time}
-    bad_rating = np.zeros(raw.num_rows, bool)
+    bad_rating, bad_order, bad_dwell, negative = np.zeros((4, raw.num_rows), bool)
     if columns.rating is not None:
-        rating, _, bad_rating = parse_number(raw[columns.rating])
-        with np.errstate(over="ignore"):  # too large for float32 is no rating
-            typed["rating"] = rating.astype(np.float32)
-        bad_rating |= np.isinf(typed["rating"])
-    bad_order = np.zeros(raw.num_rows, bool)
+        typed["rating"], bad_rating = _graded(raw[columns.rating])
+    if columns.dwell is not None:
+        typed["dwell"], bad_dwell = _graded(raw[columns.dwell])
+        negative = typed["dwell"] < 0
     if columns.order is not None:
         typed["order"], no_order, bad_order = parse_number(raw[columns.order])
         bad_order |= no_order
@@ -101,7 +116,16 @@ def type_events(raw: pa.Table, rules: EventRules) -> tuple[pa.Table, np.ndarray]
         typed[name] = as_text(raw[column])
     impossible = (time < rules.earliest) | (time >= rules.latest)
     found = [_absent(user), _absent(item), no_time, bad_time, impossible, bad_rating, bad_order]
+    found += [bad_dwell, negative]
     return pa.table(typed), np.select(found, range(1, len(REASONS)), 0)
+
+
+def _graded(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """float32 [n] (NaN: none), and bool [n] unparsable; too large for float32 is that, too."""
+    values, _, bad = parse_number(column)
+    with np.errstate(over="ignore"):
+        narrow = values.astype(np.float32)
+    return narrow, bad | np.isinf(narrow)
 
 
 def quarantined(

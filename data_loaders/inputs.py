@@ -33,7 +33,7 @@ def make_job(config: DataConfig, root: str, source: Log) -> Job:
             f"data.cleaning.min_rating={config.cleaning.min_rating} needs a rating: map "
             "data.source.columns.rating"
         )
-    rules = EventRules.of(source.columns, source.timestamp_unit, config.cleaning)
+    rules = EventRules.of(source.columns, source.timestamp_unit, config.cleaning, source.dwell_unit)
     split = config.split
     if isinstance(split, LeaveLastOut):  # what trains is the loader's matter; the data are the same
         split = split.model_copy(update={"include_validation_in_training": False})

@@ -8,7 +8,7 @@ differs from the manifest's is damaged.
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, ValidationError
 
 from configs import storage
 from configs.base import Config
@@ -78,6 +78,8 @@ class DatasetManifest(Sealed):
     actions: NonNegativeInt
     """Number of behaviours; 0 where the source maps none."""
     has_ratings: bool
+    has_dwell_times: bool = Field(default=False, exclude_if=lambda has: not has)
+    """Written where true only: data sets of before there were dwell times stay what they are."""
     split: Split
     counts: EventCounts
     length_histogram: dict[int, PositiveInt]

@@ -15,7 +15,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from configs import storage
-from configs.data import ColumnMap, ItemText, ParquetSource, PublicName, TimestampUnit, UserTable
+from configs.data import (
+    ColumnMap,
+    DwellUnit,
+    ItemText,
+    ParquetSource,
+    PublicName,
+    TimestampUnit,
+    UserTable,
+)
 from data_loaders import public_formats
 from data_loaders.download import (
     RemoteFile,
@@ -60,6 +68,7 @@ class PublicSet:
     events_file: str
     columns: ColumnMap
     unit: TimestampUnit = "s"
+    dwell_unit: DwellUnit = "s"
     titles: tuple[str, str, str] | None = None
     """File, item column, title column."""
     users: tuple[str, str, tuple[str, ...]] | None = None
@@ -120,6 +129,7 @@ def source_of(name: str, url: str, say: Say = print) -> ParquetSource:
         url=files[0],
         columns=columns,
         timestamp_unit=entry.unit,
+        dwell_unit=entry.dwell_unit,
         item_text=item_text,
         user_table=user_table,
     )
@@ -324,9 +334,11 @@ _SETS: dict[str, PublicSet] = {
                 item="video_id",
                 timestamp="time_ms",
                 rating="is_click",
+                dwell="play_time_ms",
                 side_features=("tab",),
             ),
             unit="ms",
+            dwell_unit="ms",
             users=(
                 "user_features.parquet",
                 "user_id",

@@ -46,6 +46,7 @@ def write_synthetic(
     ratings: bool = True,
     features: bool = True,
     actions: bool = False,
+    dwell_times: bool = False,
 ) -> DatasetManifest:
     """Write a synthetic data set into the directory `url` and return its manifest.
 
@@ -56,10 +57,13 @@ def write_synthetic(
         ratings: whether events carry a rating of 1…5.
         features: whether users have a `segment` and events a `genre`.
         actions: whether events carry an action id.
+        dwell_times: whether events carry a dwell time, some of them unknown.
     """
     users = _users(num_users, mean_length, seed)
     events = _events(users, num_items, seed)
-    table = _sequence_table(users, events, ratings, features, actions)
+    kept = ["item_ids", "timestamps"] + ["ratings"] * ratings + ["dwell_times"] * dwell_times
+    kept += ["action_ids"] * actions + ["side_genre"] * features
+    table = _sequence_table(users, events, kept, features)
     bounds = [num_users * shard // num_shards for shard in range(num_shards + 1)]
     bounds += [num_users] * empty_shards
     shards = tuple(
@@ -67,19 +71,20 @@ def write_synthetic(
         for index, (first, last) in enumerate(itertools.pairwise(bounds))
     )
     vocabularies = _vocabularies(features, actions)
-    kept = int(users["length"].sum())
+    count = int(users["length"].sum())
     manifest = build_manifest(
         name="synthetic",
         num_users=num_users,
         num_items=num_items,
-        num_events=kept,
+        num_events=count,
         user_features={"segment": len(STRIDES)} if features else {},
         side_features={"genre": GENRES} if features else {},
         actions=len(ACTIONS) if actions else 0,
         has_ratings=ratings,
+        has_dwell_times=dwell_times,
         split=LeaveLastOut(),
         counts=EventCounts(
-            read=kept, kept=kept, quarantined={}, below_min_rating=0, core_removed=0
+            read=count, kept=count, quarantined={}, below_min_rating=0, core_removed=0
         ),
         length_histogram=_histogram(users["length"]),
         shards=shards,
@@ -131,17 +136,23 @@ def _events(users: dict[str, np.ndarray], num_items: int, seed: int) -> dict[str
         "item_ids": items + 1,
         "timestamps": 1_000_000_000 + elapsed - np.repeat(elapsed[first], length),
         "ratings": np.where(low, 3.0, rating).astype(np.float32),
+        "dwell_times": _dwell_times(items, disliked, low),
         "action_ids": 1 + (items + segment) % len(ACTIONS),
         "side_genre": 1 + items % GENRES,
     }
 
 
+def _dwell_times(items: np.ndarray, disliked: np.ndarray, unknown: np.ndarray) -> np.ndarray:
+    """float32 [T] seconds, NaN where unknown: what is disliked is left after a quarter of it."""
+    seconds = np.where(disliked, 0.25, 1.0) * (4.0 + items % 60)
+    return np.where(unknown, np.nan, seconds).astype(np.float32)
+
+
 def _sequence_table(
     users: dict[str, np.ndarray],
     events: dict[str, np.ndarray],
-    ratings: bool,
+    kept: list[str],
     features: bool,
-    actions: bool,
 ) -> pa.Table:
     length = users["length"]
     offsets = pa.array(np.concatenate([[0], np.cumsum(length)]).astype(np.int32))
@@ -151,8 +162,6 @@ def _sequence_table(
     }
     for name in ("length", "train_end", "validation_end"):
         columns[name] = pa.array(users[name].astype(np.int32))
-    kept = ["item_ids", "timestamps"]
-    kept += ["ratings"] * ratings + ["action_ids"] * actions + ["side_genre"] * features
     for name in kept:
         columns[name] = pa.ListArray.from_arrays(offsets, pa.array(events[name]))
     if features:

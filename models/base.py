@@ -42,6 +42,8 @@ class CatalogueSizes:
     """Kinds of action, without the unknown 0."""
     action_names: tuple[str, ...] = ()
     """What they are called, by id; id 1 comes first."""
+    has_dwell_times: bool = False
+    """Whether events say how long the user stayed."""
 
 
 class TableModel(nn.Module, ABC):

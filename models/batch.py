@@ -33,6 +33,9 @@ class JaggedBatch:
     """[T] int64, item to predict; 0 = no prediction here."""
     ratings: Tensor | None = None
     """[T] float32, rating of the input event where the source maps one."""
+    dwell_times: Tensor | None = None
+    """[T] float32 seconds that the user stayed with the input event's item, NaN where the log does
+    not say; where the source maps one."""
     action_ids: Tensor | None = None
     """[T] int64, behaviour of the input event where the source maps one."""
     user_features: dict[str, Tensor] = field(default_factory=dict)

@@ -95,6 +95,7 @@ def catalogue_sizes(worker: Worker) -> CatalogueSizes:
         codebook_sizes=() if semantic_ids is None else semantic_ids.codebook_sizes,
         num_actions=manifest.actions,
         action_names=action_names(worker.layout.data),
+        has_dwell_times=manifest.has_dwell_times,
     )
 
 

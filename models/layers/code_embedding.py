@@ -16,6 +16,9 @@ from models.ops.jagged import segment_ids
 
 TIME_BUCKETS = 41
 """0 for no time at all, then one per power of two seconds; the last starts at 2^39 s."""
+DWELL_BUCKETS = 21
+"""0 for unknown, 1 below 2^-4 s, then one per power of two seconds; the last starts at 2^14 s."""
+_SHORTEST_DWELL = -4
 INIT_STD = 0.02
 
 
@@ -66,7 +69,7 @@ class EventFeatures(nn.Module):
         sizes: CatalogueSizes,
         width: int,
     ) -> None:
-        """Raises ValueError where the model wants actions and the data set has none."""
+        """Raises ValueError where the model wants actions or dwell times that the data set lacks."""
         super().__init__()
         self.user_tables = tuple(s.name for s in specs if s.name.startswith("user_"))
         self.event_tables = tuple(s.name for s in specs if not s.name.startswith("user_"))
@@ -75,8 +78,15 @@ class EventFeatures(nn.Module):
                 "model.actions is on, but the prepared data set has no actions; map a column to "
                 "`action` in data.source and prepare again, or set model.actions to false"
             )
+        if config.dwell_times and not sizes.has_dwell_times:
+            raise ValueError(
+                "model.dwell_times is on, but the prepared data set has no dwell times; map a "
+                "column to `dwell` in data.source and prepare again, or set model.dwell_times to "
+                "false"
+            )
         self.actions = _rows(sizes.num_actions + 1, width) if config.actions else None
         self.times = _rows(TIME_BUCKETS, width) if config.times else None
+        self.dwell_times = _rows(DWELL_BUCKETS, width) if config.dwell_times else None
 
     def users(self, batch: JaggedBatch, embeddings: dict[str, Tensor]) -> Tensor | None:
         """Sum of the rows of the user's features: [B, D]; None where the model has none."""
@@ -85,7 +95,7 @@ class EventFeatures(nn.Module):
     def events(
         self, batch: JaggedBatch, embeddings: dict[str, Tensor], request_times: Tensor
     ) -> Tensor | None:
-        """Sum over item row, side features, action and time: [T, D]; None where there is none.
+        """Sum over item row, side features, action, dwell, age: [T, D]; None where there is none.
 
         `request_times` [T] int64 seconds: when the item was asked for that each event helps to
         predict.
@@ -98,6 +108,10 @@ class EventFeatures(nn.Module):
         if self.times is not None:
             buckets = time_buckets(request_times - batch.timestamps)
             parts.append(self.times(buckets))
+        if self.dwell_times is not None:
+            if batch.dwell_times is None:
+                raise ValueError("model.dwell_times is on, but the batch carries no dwell times")
+            parts.append(self.dwell_times(dwell_buckets(batch.dwell_times)))
         return _total(parts)
 
     def forward(
@@ -121,6 +135,13 @@ def time_buckets(elapsed: Tensor) -> Tensor:
     """⌊log2⌋ + 1 of int64 seconds, exactly; 0 below a second, at most 40."""
     powers = 2 ** torch.arange(TIME_BUCKETS - 1, device=elapsed.device)
     return torch.bucketize(elapsed, powers, right=True)
+
+
+def dwell_buckets(seconds: Tensor) -> Tensor:
+    """1 + ⌊log2⌋ from 2^-4 float32 seconds on, exactly: 1 … 20; 0 where NaN."""
+    exponents = torch.arange(DWELL_BUCKETS - 2, device=seconds.device) + _SHORTEST_DWELL
+    buckets = 1 + torch.bucketize(seconds, torch.exp2(exponents.float()), right=True)
+    return buckets.masked_fill(seconds.isnan(), 0)
 
 
 def _rows(count: int, width: int) -> nn.Embedding:

@@ -130,6 +130,7 @@ def _of_tokens(batch: JaggedBatch, tokens: Tensor, offsets: Tensor) -> JaggedBat
         next_timestamps=batch.next_timestamps[tokens],
         target_ids=batch.target_ids[tokens],
         ratings=taken(batch.ratings),
+        dwell_times=taken(batch.dwell_times),
         action_ids=taken(batch.action_ids),
         item_codes=taken(batch.item_codes),
         side_features={name: x[tokens] for name, x in batch.side_features.items()},

@@ -259,3 +259,29 @@ def test_reading_recipes_needs_neither_torch_nor_ray() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("columns", "unit", "part"),
+    [
+        ("{action: a}", "s", "model.dwell_times is on, but data.source.columns.dwell maps no"),
+        ("{dwell: t}", "ms", "model.actions is on, but data.source.columns.action maps no"),
+        ("{action: a}", "ms", "dwell_unit='ms' is the unit of columns.dwell, which maps no"),
+        ("{dwell: t, action: a}", "ms", None),
+    ],
+)
+def test_what_decoders_read_of_events_is_mapped(
+    folder: Path, columns: str, unit: str, part: str | None
+) -> None:
+    overrides = [
+        f"data.source={{kind: csv, url: x, columns: {columns}, dwell_unit: {unit}}}",
+        "model={kind: tiger, actions: true, dwell_times: true}",
+        "tokenizer={embeddings: [{kind: text}]}",
+        "objective={kind: next_code}",
+        "generation.beams=200",
+    ]
+    if part is None:
+        recipe = load_recipe("base.yaml", overrides).recipe
+        assert recipe.data.source.columns.dwell == "t"  # type: ignore[union-attr]
+    else:
+        assert part in problem("base.yaml", *overrides)

@@ -62,6 +62,22 @@ def test_an_event_without_its_order_is_bad() -> None:
     assert events["order"][0].as_py() == 2.0
 
 
+def test_a_dwell_time_is_a_number_that_may_be_absent_but_not_negative() -> None:
+    columns = ColumnMap(dwell="ms", rating="ms")  # one column may be both
+    rules = EventRules.of(columns, "s", CleaningConfig(), "ms")
+    assert rules.wanted()["data.source.columns.dwell"] == "ms" and rules.dwell_per_second == 1000
+    values = ["1500", None, "long", "-1", "1e39", "0"]
+    names = {"user": ["u"] * 6, "item": ["i"] * 6, "timestamp": ["9e8"] * 6}
+    events, code = type_events(pa.table(names | {"ms": values}), rules)
+    found = [REASONS[c] for c in code]
+    assert found == ["", "", "unparsable_rating", "impossible_dwell", "unparsable_rating", ""]
+    dwell = events["dwell"].to_numpy()
+    assert dwell.dtype == np.float32 and np.isnan(dwell[1]) and dwell[[0, 5]].tolist() == [1500, 0]
+    alone = EventRules.of(ColumnMap(dwell="ms"), "s", CleaningConfig())
+    found = [REASONS[c] for c in type_events(pa.table(names | {"ms": values}), alone)[1]]
+    assert found == ["", "", "unparsable_dwell", "impossible_dwell", "unparsable_dwell", ""]
+
+
 @pytest.mark.parametrize("text", [" ", "\t ", "NaN", "null", " NULL ", "None", "N/A"])
 def test_text_that_stands_for_nothing_is_no_user_and_no_item(text: str) -> None:
     raw = pa.table(

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator
 from itertools import islice
+from math import isnan
 from pathlib import Path
 
 import numpy as np
@@ -34,9 +35,8 @@ Step = StepBatches[JaggedBatch]
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("loader")
-    write_synthetic(
-        str(path), USERS, 40, 9, 2, num_shards=3, rows_per_group=8, empty_shards=1, actions=True
-    )
+    more = {"num_shards": 3, "rows_per_group": 8, "empty_shards": 1}
+    write_synthetic(str(path), USERS, 40, 9, 2, **more, actions=True, dwell_times=True)
     return path
 
 
@@ -87,6 +87,11 @@ def tokens(step: Step) -> list[int]:
     return [batch.num_tokens for batch in step.micro_batches]
 
 
+def known(seconds: list[float]) -> list[float | None]:
+    """Dwell times; NaN, which equals nothing, becomes None."""
+    return [None if isnan(value) else value for value in seconds]
+
+
 def by_sample(ranks: list[Step]) -> dict[int, tuple]:
     """Sample id → everything that its batch says about it."""
     found: dict[int, tuple] = {}
@@ -96,7 +101,8 @@ def by_sample(ranks: list[Step]) -> dict[int, tuple]:
         for b, sample in enumerate(batch.sample_ids.tolist()):
             own = slice(int(batch.offsets[b]), int(batch.offsets[b + 1]))
             row = [int(batch.user_ids[b]), int(batch.user_features["segment"][b])]
-            found[sample] = (*row, *(tuple(values[own].tolist()) for values in per_token))
+            dwelt = tuple(known(batch.dwell_times[own].tolist()))
+            found[sample] = (*row, *(tuple(values[own].tolist()) for values in per_token), dwelt)
     return found
 
 
@@ -115,6 +121,7 @@ def reference(row: dict, include_validation: bool = False) -> tuple:
         tuple(row["ratings"][inputs]),
         tuple(row["action_ids"][inputs]),
         tuple(row["side_genre"][inputs]),
+        tuple(known(row["dwell_times"][inputs])),  # of what is predicted nothing is told
     )
 
 
@@ -267,7 +274,7 @@ def test_errors_of_the_thread_reach_the_caller(tmp_path: Path, depth: int) -> No
 
 
 def _evaluated(batches: Iterator[EvaluationBatch]) -> dict[int, tuple]:
-    """user id → (inputs, next times, next items, target, seen)."""
+    """user id → (inputs, their dwell times, next times, next items, target, seen)."""
     found = {}
     for entry in batches:
         batch = entry.batch
@@ -276,6 +283,7 @@ def _evaluated(batches: Iterator[EvaluationBatch]) -> dict[int, tuple]:
             seen = slice(int(entry.seen_offsets[b]), int(entry.seen_offsets[b + 1]))
             found[user] = (
                 batch.item_ids[own].tolist(),
+                known(batch.dwell_times[own].tolist()),
                 batch.next_timestamps[own].tolist(),
                 batch.target_ids[own].tolist(),
                 int(entry.target_ids[b]),
@@ -310,6 +318,7 @@ def test_evaluation_covers_every_target_once(
             begin = max(target - LENGTH, 0)
             expected[row["user_id"]] = (
                 row["item_ids"][begin:target],
+                known(row["dwell_times"][begin:target]),  # not the target's
                 row["timestamps"][begin + 1 : target + 1],
                 row["item_ids"][begin + 1 : target + 1],
                 row["item_ids"][target],
@@ -353,7 +362,8 @@ def test_recommendation_takes_the_whole_history(
     for sample in picked:
         row = users[sample]
         items, times = row["item_ids"][-LENGTH:], row["timestamps"][-LENGTH:]
-        expected = (items, [*times[1:], times[-1]], [*items[1:], 0], 0, row["item_ids"])
+        dwelt = known(row["dwell_times"][-LENGTH:])
+        expected = (items, dwelt, [*times[1:], times[-1]], [*items[1:], 0], 0, row["item_ids"])
         assert found[sample + 1] == expected
     assert dataset.raw_users(picked) == [users[sample]["user"] for sample in picked]
     nobody = recommendation_batch(dataset, picked[:0], LENGTH)

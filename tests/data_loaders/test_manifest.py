@@ -57,6 +57,15 @@ def test_round_trip_and_fingerprint_ignores_only_the_name(tmp_path: Path) -> Non
     write_manifest(str(tmp_path), manifest)
     assert read_manifest(str(tmp_path)) == manifest
     assert _manifest(name="other").fingerprint == manifest.fingerprint
+    # Files of before there were dwell times say nothing of them, and keep their fingerprint.
+    assert "has_dwell_times" not in json.loads((tmp_path / "manifest.json").read_text())
+    with_dwell = build_manifest(
+        **manifest.model_dump(exclude={"fingerprint"}), has_dwell_times=True
+    )
+    assert with_dwell.fingerprint != manifest.fingerprint
+    write_manifest(str(tmp_path), with_dwell)
+    assert read_manifest(str(tmp_path)).has_dwell_times
+    write_manifest(str(tmp_path), manifest)
     assert _manifest(path="sequences/part-00001.parquet").fingerprint != manifest.fingerprint
 
 

@@ -33,7 +33,7 @@ from data_loaders.sequences import prepare
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
-COLUMNS = ColumnMap(rating="rating", action="action", side_features=("tab",))
+COLUMNS = ColumnMap(rating="rating", dwell="watched_ms", action="action", side_features=("tab",))
 YEAR_2020 = 1_577_836_800
 SHARDS = ShardConfig(num_shards=3, rows_per_group=4)
 Event = dict[str, Any]
@@ -53,6 +53,7 @@ def _log(num_users: int = 25, num_items: int = 30, seed: int = 0) -> list[Event]
                     "rating": float(random.integers(1, 6)),
                     "action": random.choice(["click", "like"]),
                     "tab": str(random.integers(0, 4)),
+                    "watched_ms": None if user % 5 == 1 else 250 * (user + len(events) % 7),
                 }
             )
     return [events[index] for index in random.permutation(len(events))]
@@ -106,7 +107,7 @@ def _config(source: Any, **options: Any) -> DataConfig:
 
 def _csv(path: Path, log: list[Event]) -> CsvSource:
     pd.DataFrame(log).to_csv(path, index=False)
-    return CsvSource(url=str(path), columns=COLUMNS)
+    return CsvSource(url=str(path), columns=COLUMNS, dwell_unit="ms")
 
 
 def _prepare(config: DataConfig, url: Path) -> DatasetManifest:
@@ -132,6 +133,9 @@ def _check(url: Path, manifest: DatasetManifest, expected: _Expected) -> None:
         assert [raw[i] for i in row["item_ids"]] == [e["item"] for e in events]
         assert row["timestamps"] == [e["timestamp"] for e in events]
         assert row["ratings"] == [e["rating"] for e in events]
+        for seconds, event in zip(row["dwell_times"], events, strict=True):
+            watched = event["watched_ms"]
+            assert np.isnan(seconds) if watched is None else seconds == watched / 1000
         actions, tabs = vocabularies["actions"], vocabularies["side_tab"]
         assert [actions[i] for i in row["action_ids"]] == [e["action"] for e in events]
         assert [tabs[i] for i in row["side_tab"]] == [e["tab"] for e in events]
@@ -204,7 +208,7 @@ def test_core_and_ratings_equal_a_loop_and_files_do_not_matter(tmp_path: Path) -
         pq.write_table(pa.Table.from_pylist(share), parts / f"{number}.parquet")
     again = _prepare(
         _config(
-            ParquetSource(url=str(parts), columns=COLUMNS),
+            ParquetSource(url=str(parts), columns=COLUMNS, dwell_unit="ms"),
             cleaning=cleaning,
             split=LeaveLastOut(include_validation_in_training=True),  # the loader's matter
         ),

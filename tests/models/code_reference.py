@@ -20,19 +20,26 @@ from models.layers.experts import Experts
 from models.layers.feedforward import GatedFeedForward
 from models.layers.norms import LAYER_NORM_EPS, RMSNorm
 from models.layers.pathways import PathwayNetwork
+from tests.models.decoders import dwell_row, dwell_times
 
 SIZES = (7, 5, 6)
 """Codebook sizes of the tests' catalogue."""
 
 
 def coded(batch: JaggedBatch, num_actions: int = 0) -> JaggedBatch:
-    """The batch with codes that depend on the item alone, ratings, and perhaps actions."""
+    """The batch with codes that depend on the item alone, ratings, dwell times, perhaps actions."""
     codes = torch.stack(
         [(batch.item_ids * (3 + 2 * level)) % size for level, size in enumerate(SIZES)]
     )
     actions = (batch.item_ids * 7) % (num_actions + 1) if num_actions else None
     ratings = ((batch.item_ids * 5) % 9).float() / 2 + 1
-    return replace(batch, item_codes=codes.t(), ratings=ratings, action_ids=actions)
+    return replace(
+        batch,
+        item_codes=codes.t(),
+        ratings=ratings,
+        action_ids=actions,
+        dwell_times=dwell_times(batch.item_ids),
+    )
 
 
 def randomized(model: CodeDecoder, std: float = 0.4) -> CodeDecoder:
@@ -154,6 +161,9 @@ def event_rows(
             row = row + rows_of(features.actions)[batch.action_ids[t]]
         if features.times is not None:
             row = row + rows_of(features.times)[time_buckets(elapsed[t : t + 1])[0]]
+        if features.dwell_times is not None:
+            assert batch.dwell_times is not None
+            row = row + dwell_row(rows_of(features.dwell_times), float(batch.dwell_times[t]))
         rows.append(row)
     return rows
 

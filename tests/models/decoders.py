@@ -1,5 +1,6 @@
 """Batches with codes and checks that all code decoders share."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -27,6 +28,7 @@ SIZES = CatalogueSizes(
     side_features={"device": 7},
     codebook_sizes=CODEBOOKS,
     num_actions=3,
+    has_dwell_times=True,
 )
 
 
@@ -39,8 +41,20 @@ def item_codes(items: Tensor) -> Tensor:
     return table[items]
 
 
+def dwell_times(items: Tensor) -> Tensor:
+    """Seconds from 2^-6 to 2^16 that depend on the item; those of some are unknown."""
+    return torch.where(items % 7 == 0, torch.nan, 1.5 * 2.0 ** (items % 23 - 6))
+
+
+def dwell_row(table: Tensor, seconds: float) -> Tensor:
+    """The row of a dwell time, from the definition: 1 + ⌊log2⌋ counted from 2^-4 seconds on."""
+    if math.isnan(seconds):
+        return table[0]
+    return table[max(1, min(math.floor(math.log2(seconds)) + 6, 20))]
+
+
 def coded_batch(lengths: list[int], seed: int = 0) -> JaggedBatch:
-    """A batch with codes, actions, features and one unknown item."""
+    """A batch with codes, actions, dwell times, features and one unknown item."""
     batch = make_batch(lengths, NUM_ITEMS, seed, 1.0, {"age": 5}, {"device": 7})
     if batch.num_tokens > 1:
         batch.item_ids[1] = 0
@@ -48,12 +62,14 @@ def coded_batch(lengths: list[int], seed: int = 0) -> JaggedBatch:
         batch,
         item_codes=item_codes(batch.item_ids),
         action_ids=batch.item_ids % 4,
+        dwell_times=dwell_times(batch.item_ids),
     )
 
 
 def part_of(batch: JaggedBatch, sequences: list[int]) -> JaggedBatch:
-    """Some of the sequences, with their codes and actions."""
+    """Some of the sequences, with their codes, actions and dwell times."""
     assert batch.item_codes is not None and batch.action_ids is not None
+    assert batch.dwell_times is not None
     none = batch.item_ids[:0]
     return replace(
         take(batch, sequences),
@@ -61,6 +77,9 @@ def part_of(batch: JaggedBatch, sequences: list[int]) -> JaggedBatch:
             [item_codes(none), *(tokens_of(batch, batch.item_codes, b) for b in sequences)]
         ),
         action_ids=torch.cat([none, *(tokens_of(batch, batch.action_ids, b) for b in sequences)]),
+        dwell_times=torch.cat(
+            [none.float(), *(tokens_of(batch, batch.dwell_times, b) for b in sequences)]
+        ),
     )
 
 

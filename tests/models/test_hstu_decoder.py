@@ -37,6 +37,7 @@ FEATURED = CONFIG.model_copy(
         "side_features": ("device",),
         "actions": True,
         "times": True,
+        "dwell_times": True,
     }
 )
 LEVELS, STARTS = 3, [0, 5, 12]
@@ -113,6 +114,9 @@ def model_by_loops(model: HSTUDecoder, batch: JaggedBatch, rows: dict[str, Tenso
                 total = total + features.actions.weight[batch.action_ids[t]]
                 elapsed = int(batch.next_timestamps[t] - batch.timestamps[t])
                 total = total + features.times.weight[elapsed.bit_length() if elapsed > 0 else 0]
+                assert features.dwell_times is not None and batch.dwell_times is not None
+                seconds = float(batch.dwell_times[t])
+                total = total + decoders.dwell_row(features.dwell_times.weight, seconds)
             x.append(total * scale + model.positions.weight[t - start])
         times = batch.timestamps[start:end].tolist()
         following = batch.next_timestamps[start:end].tolist()

@@ -39,10 +39,11 @@ SMALL = {
     "experts": {"num_experts": 4, "top_k": 2, "num_shared": 1, "expert_width": 5},
     "times": True,
     "actions": True,
+    "dwell_times": True,
     "user_features": ("age",),
     "side_features": ("shop",),
 }
-CATALOGUE = CatalogueSizes(ITEMS, 9, {"age": AGES}, {"shop": 5}, SIZES, ACTIONS)
+CATALOGUE = CatalogueSizes(ITEMS, 9, {"age": AGES}, {"shop": 5}, SIZES, ACTIONS, (), True)
 
 
 def build(**changes: Any) -> LazyDecoder:

@@ -50,11 +50,12 @@ SMALL = {
     "lifelong": LIFELONG,
     "experts": {"num_experts": 4, "top_k": 2, "expert_width": 5},
     "times": True,
+    "dwell_times": True,
     "user_features": ("age",),
     "item_table": True,
 }
 ACTION_NAMES = ("click", "like", "share")
-CATALOGUE = CatalogueSizes(ITEMS, 9, {"age": AGES}, {}, SIZES, ACTIONS, ACTION_NAMES)
+CATALOGUE = CatalogueSizes(ITEMS, 9, {"age": AGES}, {}, SIZES, ACTIONS, ACTION_NAMES, True)
 ALONE = {
     "positive_history": None,
     "positive_actions": (),
@@ -62,6 +63,7 @@ ALONE = {
     "user_features": (),
     "experts": None,
     "times": False,
+    "dwell_times": False,
     "item_table": False,
 }
 SHAPES: list[dict[str, Any]] = [

@@ -35,6 +35,7 @@ FEATURED = CONFIG.model_copy(
         "side_features": ("device",),
         "actions": True,
         "times": True,
+        "dwell_times": True,
     }
 )
 HEADS, HEAD_WIDTH, LEVELS = 2, 3, 3
@@ -141,6 +142,9 @@ def tiger_by_loops(model: TIGER, batch: JaggedBatch, rows: dict[str, Tensor]) ->
                 extra = extra + features.actions.weight[batch.action_ids[t]]
                 elapsed = int(batch.next_timestamps[end - 1] - batch.timestamps[t])
                 extra = extra + features.times.weight[elapsed.bit_length() if elapsed > 0 else 0]
+                assert features.dwell_times is not None and batch.dwell_times is not None
+                seconds = float(batch.dwell_times[t])
+                extra = extra + decoders.dwell_row(features.dwell_times.weight, seconds)
             for level in range(LEVELS):
                 code = model.codes.rows[starts[level] + codes[t, level]]
                 known = float(batch.item_ids[t] > 0)
@@ -214,6 +218,8 @@ def test_codes_and_actions_that_are_missing_are_named() -> None:
     no_actions = decoders.CatalogueSizes(9, 9, {}, {}, (4, 4))
     with pytest.raises(ValueError, match=r"model\.actions"):
         TIGER(CONFIG.model_copy(update={"actions": True}), (), no_actions)
+    with pytest.raises(ValueError, match=r"model\.dwell_times is on.*map a column to `dwell`"):
+        TIGER(CONFIG.model_copy(update={"dwell_times": True}), (), no_actions)
 
 
 def test_flops_count_the_products() -> None:

@@ -26,7 +26,7 @@ from trainer.objectives.next_code import NextCodeInputs, NextCodeLoss
 
 ITEMS, SAMPLES, STEPS, ACTIONS = 40, 6, 3, 2
 EXPERTS = {"num_experts": 4, "top_k": 2, "expert_width": 6, "bias_rate": 0.05}
-INPUTS = {"dropout": 0.2, "times": True, "actions": True, "item_table": True}
+INPUTS = {"dropout": 0.2} | dict.fromkeys(("times", "actions", "dwell_times", "item_table"), True)
 SIZED = {"width": 8, "num_heads": 2, "feedforward_width": 8, "experts": EXPERTS}
 DECODER: TypeAdapter[Decoder] = TypeAdapter(Decoder)
 MODELS: dict[str, dict[str, Any]] = {
@@ -84,7 +84,7 @@ def make_policy(case: Case) -> ParallelModel:
     )
     config = DECODER.validate_python({"kind": case.model} | INPUTS | MODELS[case.model])
     torch.manual_seed(5)
-    sizes = CatalogueSizes(ITEMS, 9, {}, {}, SIZES, ACTIONS)
+    sizes = CatalogueSizes(ITEMS, 9, {}, {}, SIZES, ACTIONS, (), True)
     model = build_decoder(config, sizes, recipe.tables, 7)
     return parallelize(
         NextCodeLoss(model, NextCodeConfig(normalization="codebook")),

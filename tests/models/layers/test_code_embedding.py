@@ -1,5 +1,7 @@
 """Embeddings of codes and of what events carry, against plain look-ups."""
 
+from math import nan
+
 import pytest
 import torch
 
@@ -8,16 +10,22 @@ from models.base import CatalogueSizes, TableSpec
 from models.layers.code_embedding import (
     CodeEmbedding,
     EventFeatures,
+    dwell_buckets,
     last_request_times,
     time_buckets,
 )
-from tests.models.decoders import CODEBOOKS, coded_batch, spans
+from tests.models.decoders import CODEBOOKS, coded_batch, dwell_row, spans
 
 WIDTH = 4
-SIZES = CatalogueSizes(50, 30, {"age": 5}, {"device": 7}, CODEBOOKS, 3)
+SIZES = CatalogueSizes(50, 30, {"age": 5}, {"device": 7}, CODEBOOKS, 3, (), True)
 SPECS = tuple(TableSpec(name, 9, WIDTH, 0.02) for name in ("item", "user_age", "side_device"))
 ALL = FeatureInputs(
-    item_table=True, user_features=("age",), side_features=("device",), actions=True, times=True
+    item_table=True,
+    user_features=("age",),
+    side_features=("device",),
+    actions=True,
+    times=True,
+    dwell_times=True,
 )
 
 
@@ -52,6 +60,7 @@ def test_features_are_summed() -> None:
     times = last_request_times(batch)
     total, events = layer(batch, rows, times), layer.events(batch, rows, times)
     assert total is not None and events is not None
+    assert layer.dwell_times is not None and batch.dwell_times is not None
     assert layer.actions is not None and layer.times is not None and batch.action_ids is not None
     for b, (start, end) in enumerate(spans(batch)):
         for t in range(start, end):
@@ -60,6 +69,7 @@ def test_features_are_summed() -> None:
             expected = rows["item"][t] + rows["side_device"][t]
             expected = expected + layer.actions.weight[batch.action_ids[t]]
             expected = expected + layer.times.weight[min(elapsed.bit_length(), 40)]
+            expected = expected + dwell_row(layer.dwell_times.weight, float(batch.dwell_times[t]))
             torch.testing.assert_close(events[t], expected)
             torch.testing.assert_close(total[t], expected + rows["user_age"][b])
     assert layer.users(batch, rows) is rows["user_age"]
@@ -77,6 +87,15 @@ def test_time_buckets_are_powers_of_two() -> None:
     assert time_buckets(torch.tensor(elapsed)).tolist() == expected
 
 
-def test_missing_actions_are_named() -> None:
-    with pytest.raises(ValueError, match=r"model\.actions"):
-        EventFeatures(ALL, SPECS, CatalogueSizes(50, 30, {}, {}, CODEBOOKS), WIDTH)
+def test_dwell_buckets_are_powers_of_two_and_one_for_unknown() -> None:
+    below = torch.nextafter(torch.tensor(8.0), torch.tensor(0.0))
+    seconds = [nan, 0.0, 0.0624, 0.0625, 0.124, 0.125, 1.0, 1.99, float(below), 8.0, 2.0**14, 1e9]
+    expected = [0, 1, 1, 2, 2, 3, 6, 6, 8, 9, 20, 20]
+    assert dwell_buckets(torch.tensor(seconds)).tolist() == expected
+
+
+def test_what_the_data_set_lacks_is_named() -> None:
+    nothing = CatalogueSizes(50, 30, {}, {}, CODEBOOKS)
+    for switch in ("actions", "dwell_times"):
+        with pytest.raises(ValueError, match=rf"model\.{switch}.*prepare again"):
+            EventFeatures(FeatureInputs.model_validate({switch: True}), SPECS, nothing, WIDTH)

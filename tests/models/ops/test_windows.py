@@ -12,7 +12,15 @@ from models.ops.windows import latest_events, sliding_sessions, sliding_windows
 from tests.models.sequences import make_batch, take, tokens_of
 
 LENGTHS = st.lists(st.integers(0, 9), max_size=6)
-TOKEN_FIELDS = ("item_ids", "timestamps", "next_timestamps", "ratings", "action_ids", "item_codes")
+TOKEN_FIELDS = (
+    "item_ids",
+    "timestamps",
+    "next_timestamps",
+    "ratings",
+    "dwell_times",
+    "action_ids",
+    "item_codes",
+)
 
 
 def full_batch(lengths: list[int], predicting: float, seed: int = 0) -> JaggedBatch:
@@ -23,6 +31,7 @@ def full_batch(lengths: list[int], predicting: float, seed: int = 0) -> JaggedBa
         batch,
         sample_ids=batch.sample_ids * 7 + 3,
         ratings=torch.rand(total),
+        dwell_times=torch.rand(total),
         action_ids=torch.randint(0, 4, (total,)),
         item_codes=torch.randint(0, 8, (total, 3)),
     )
@@ -82,7 +91,7 @@ def test_the_draw_limits_windows_and_depends_on_no_batching(
         available = int((tokens_of(batch, batch.target_ids, b) > 0).sum())
         own = int((windows.user_ids == batch.user_ids[b]).sum())
         assert own == min(available, limit)
-    plain = replace(batch, ratings=None, action_ids=None, item_codes=None)
+    plain = replace(batch, ratings=None, dwell_times=None, action_ids=None, item_codes=None)
     chosen = data.draw(st.lists(st.integers(0, max(len(lengths) - 1, 0)), unique=True))
     chosen = [b for b in chosen if b < len(lengths)]
     rest = [b for b in range(len(lengths)) if b not in chosen]
