@@ -18,6 +18,7 @@ PublicName = Literal[
 ]
 TimestampUnit = Literal["s", "ms", "us", "iso8601"]
 DwellUnit = Literal["s", "ms", "us"]
+LabelName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")]
 
 
 def epoch_seconds(value: str | float) -> float:
@@ -49,6 +50,9 @@ class ColumnMap(Config):
     """A numeric column that orders a user's events of equal time (without it, the log's order)."""
     action: str | None = None
     """A column that names the behaviour (click, like, …); becomes a dense action id."""
+    labels: dict[LabelName, str] = Field(default_factory=dict, max_length=62)
+    """Label → a column that is 0/1 or true/false: what the user did at the event, several at once
+    (like, hate, long_view, …). Where it is empty the log does not say so: it counts as 0."""
     side_features: tuple[str, ...] = ()
     """Categorical columns of the event that become `side_<name>` dense ids, one per event."""
 

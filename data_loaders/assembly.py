@@ -109,6 +109,8 @@ def _no_events(job: Job) -> pa.Table:
         kinds["dwell"] = pa.float32()
     if job.source.columns.order is not None:
         kinds["order"] = pa.float64()
+    if job.source.columns.labels:
+        kinds["labels"] = pa.int64()
     return pa.table({name: pa.array([], kind) for name, kind in kinds.items()})
 
 
@@ -143,6 +145,8 @@ def _sequences(
     if job.source.columns.dwell is not None:
         seconds = events["dwell"].to_numpy() / np.float32(job.rules.dwell_per_second)
         columns["dwell_times"] = lists(seconds)
+    if job.source.columns.labels:
+        columns["labels"] = lists(events["labels"].to_numpy())
     for name in job.rules.categories():
         vocabulary = read_table(vocabulary_url(job.root, _vocabulary(name)), ["value"])["value"]
         column = "action_ids" if name == "action" else name

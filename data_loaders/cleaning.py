@@ -146,6 +146,8 @@ def _quarantine_duplicates(
         raw[columns.dwell] = copies["dwell"]
     if columns.order is not None:
         raw[columns.order] = copies["order"]
+    for bit, column in enumerate(columns.labels.values()):
+        raw[column] = pa.array((copies["labels"].to_numpy() >> bit) & 1)
     raw |= {column: copies[name] for name, column in job.rules.categories().items()}
     place = copies["place"].to_numpy()
     files = np.asarray(names, dtype=object)[place >> FILE_SHIFT]

@@ -61,6 +61,7 @@ def jagged_batch(slices: Slices, following: Following) -> JaggedBatch:
         ratings=tensors.get("ratings"),
         dwell_times=tensors.get("dwell_times"),
         action_ids=tensors.get("action_ids"),
+        labels=tensors.get("labels"),
         user_features={
             name.removeprefix(USER): torch.from_numpy(values)
             for name, values in rows.items()

@@ -282,9 +282,10 @@ def event_columns(manifest: DatasetManifest) -> dict[str, type[np.generic]]:
     names = ["item_ids", "timestamps"]
     names += ["ratings"] * manifest.has_ratings + ["dwell_times"] * manifest.has_dwell_times
     names += ["action_ids"] * (manifest.actions > 0)
+    names += ["labels"] * bool(manifest.labels)
     return column_types([*names, *(f"side_{name}" for name in manifest.side_features)])
 
 
 def column_types(names: Iterable[str]) -> dict[str, type[np.generic]]:
-    """Columns with their types: ratings and dwell times are float32, all else ids or times."""
+    """Columns with their types: ratings and dwell times are float32, all else int64."""
     return {name: np.float32 if name in _FLOATS else np.int64 for name in names}

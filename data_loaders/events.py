@@ -2,11 +2,11 @@
 
 Columns of an event: `user`, `item` string; `time` int64 microseconds; `place` int64, where it
 stands in the log, which orders events of equal time; where mapped, `order` float64, which does so
-before `place`, `rating` and `dwell` (in the log's unit) float32 (NaN: none), `action` and
-`side_<name>` string.
+before `place`, `rating` and `dwell` (in the log's unit) float32 (NaN: none), `labels` int64 (bit b:
+the recipe's label b), `action` and `side_<name>` string.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +20,7 @@ from data_loaders.shards import dense_codes
 SECOND = 1_000_000
 _PER_UNIT = {"s": SECOND, "ms": 1000, "us": 1}
 _NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
+_TRUE_TEXT, _FALSE_TEXT = pa.array(["true", "1", "1.0"]), pa.array(["false", "0", "0.0"])
 _NULL_TEXT = pa.array(["", "nan", "null", "none", "na", "n/a", "\\n"])
 REASONS = (
     "",
@@ -32,6 +33,7 @@ REASONS = (
     "unparsable_order",
     "unparsable_dwell",
     "impossible_dwell",
+    "unparsable_label",
 )
 """Reasons found in a single row; an event has the first that applies. 0 is a good event."""
 MALFORMED = "malformed_row"
@@ -74,6 +76,8 @@ class EventRules:
         for key in ("rating", "dwell", "order", "action"):
             if getattr(columns, key) is not None:
                 keys[f"{prefix}.{key}"] = getattr(columns, key)
+        for name, column in columns.labels.items():
+            keys[f"{prefix}.labels.{name}"] = column
         for index, name in enumerate(columns.side_features):
             keys[f"{prefix}.side_features.{index}"] = name
         return keys
@@ -103,7 +107,7 @@ def type_events(raw: pa.Table, rules: EventRules) -> tuple[pa.Table, np.ndarray]
     user, item = as_text(raw[columns.user]), as_text(raw[columns.item])
     time, no_time, bad_time = parse_time(raw[columns.timestamp], rules.unit)
     typed: dict[str, pa.ChunkedArray | np.ndarray] = {"user": user, "item": item, "time": time}
-    bad_rating, bad_order, bad_dwell, negative = np.zeros((4, raw.num_rows), bool)
+    bad_rating, bad_order, bad_dwell, negative, bad_label = np.zeros((5, raw.num_rows), bool)
     if columns.rating is not None:
         typed["rating"], bad_rating = _graded(raw[columns.rating])
     if columns.dwell is not None:
@@ -112,11 +116,13 @@ def type_events(raw: pa.Table, rules: EventRules) -> tuple[pa.Table, np.ndarray]
     if columns.order is not None:
         typed["order"], no_order, bad_order = parse_number(raw[columns.order])
         bad_order |= no_order
+    if columns.labels:
+        typed["labels"], bad_label = parse_labels([raw[c] for c in columns.labels.values()])
     for name, column in rules.categories().items():
         typed[name] = as_text(raw[column])
     impossible = (time < rules.earliest) | (time >= rules.latest)
     found = [_absent(user), _absent(item), no_time, bad_time, impossible, bad_rating, bad_order]
-    found += [bad_dwell, negative]
+    found += [bad_dwell, negative, bad_label]
     return pa.table(typed), np.select(found, range(1, len(REASONS)), 0)
 
 
@@ -198,6 +204,20 @@ def parse_number(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray, np.nd
         bad = np.zeros(len(column), bool)
     values = pc.cast(column, pa.float64(), safe=False).to_numpy().astype(np.float64)
     return values, null, bad | np.isinf(values)
+
+
+def parse_labels(columns: Sequence[pa.ChunkedArray]) -> tuple[np.ndarray, np.ndarray]:
+    """int64 [n] bit mask whose bit b is set where column b is true, and bool [n] unparsable.
+
+    0/1, true/false and their texts are labels; what is absent counts as 0; all else is unparsable.
+    """
+    mask, bad = np.zeros(len(columns[0]), np.int64), np.zeros(len(columns[0]), bool)
+    for bit, column in enumerate(columns):
+        text = pc.utf8_lower(pc.utf8_trim_whitespace(as_text(column)))
+        is_true = _true(pc.is_in(text, _TRUE_TEXT))
+        bad |= ~(is_true | _true(pc.is_in(text, _FALSE_TEXT)) | _absent(text))
+        mask |= is_true.astype(np.int64) << bit
+    return mask, bad
 
 
 def parse_time(

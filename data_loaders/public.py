@@ -269,6 +269,16 @@ def _amazon(name: PublicName, category: str, about: str, events: int) -> PublicS
 _MOVIELENS = ColumnMap(user="userId", item="movieId", timestamp="timestamp", rating="rating")
 _MOVIES = ("movies.parquet", "movieId", "title")
 _MOVIELENS_USERS = ("users.parquet", "userId", ("gender", "age", "occupation"))
+_KUAIRAND_LABELS = {
+    "click": "is_click",
+    "like": "is_like",
+    "follow": "is_follow",
+    "comment": "is_comment",
+    "forward": "is_forward",
+    "hate": "is_hate",
+    "long_view": "long_view",
+    "profile": "is_profile_enter",
+}
 _SETS: dict[str, PublicSet] = {
     entry.name: entry
     for entry in (
@@ -336,6 +346,7 @@ _SETS: dict[str, PublicSet] = {
                 rating="is_click",
                 dwell="play_time_ms",
                 side_features=("tab",),
+                labels=_KUAIRAND_LABELS,
             ),
             unit="ms",
             dwell_unit="ms",

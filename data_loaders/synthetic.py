@@ -1,8 +1,8 @@
 """A small prepared data set made of noise-free rules, for tests, benchmarks and dry runs.
 
 It has the layout and manifest of `tandem prepare` and something to learn in every column: items
-follow cycles whose stride depends on the user's segment, ratings follow from item and segment, and
-the side feature is a function of the item. It is a pure function of its arguments.
+follow cycles whose stride depends on the user's segment, ratings and labels follow from item and
+segment, and the side feature is a function of the item. It is a pure function of its arguments.
 
 Shape legend: U users, T events of all users, V items.
 """
@@ -29,6 +29,7 @@ STRIDES = (1, 2, 3, 5)
 """Stride of each user segment's cycle through the items."""
 GENRES = 5
 ACTIONS = ("click", "like", "share")
+LABELS = ("like", "hate", "long_view")
 FOLLOW = 0.8
 """Probability that an event follows the cycle instead of jumping to a uniform item."""
 
@@ -47,6 +48,7 @@ def write_synthetic(
     features: bool = True,
     actions: bool = False,
     dwell_times: bool = False,
+    labels: bool = False,
 ) -> DatasetManifest:
     """Write a synthetic data set into the directory `url` and return its manifest.
 
@@ -58,11 +60,13 @@ def write_synthetic(
         features: whether users have a `segment` and events a `genre`.
         actions: whether events carry an action id.
         dwell_times: whether events carry a dwell time, some of them unknown.
+        labels: whether events carry `LABELS`: hated is a third of the items by segment, liked and
+            long viewed are shares of the others.
     """
     users = _users(num_users, mean_length, seed)
     events = _events(users, num_items, seed)
     kept = ["item_ids", "timestamps"] + ["ratings"] * ratings + ["dwell_times"] * dwell_times
-    kept += ["action_ids"] * actions + ["side_genre"] * features
+    kept += ["action_ids"] * actions + ["labels"] * labels + ["side_genre"] * features
     table = _sequence_table(users, events, kept, features)
     bounds = [num_users * shard // num_shards for shard in range(num_shards + 1)]
     bounds += [num_users] * empty_shards
@@ -82,6 +86,7 @@ def write_synthetic(
         actions=len(ACTIONS) if actions else 0,
         has_ratings=ratings,
         has_dwell_times=dwell_times,
+        labels=LABELS if labels else (),
         split=LeaveLastOut(),
         counts=EventCounts(
             read=count, kept=count, quarantined={}, below_min_rating=0, core_removed=0
@@ -132,12 +137,15 @@ def _events(users: dict[str, np.ndarray], num_items: int, seed: int) -> dict[str
     disliked = (items + segment) % 3 == 0
     high, low = _uniform(seed, 5, total) < 0.5, _uniform(seed, 6, total) < 0.1
     rating = np.where(disliked, np.where(high, 2.0, 1.0), np.where(high, 5.0, 4.0))
+    liked = ~disliked & (items % 2 == 0)
+    long_view = ~disliked & ((items + segment) % 3 == 1)
     return {
         "item_ids": items + 1,
         "timestamps": 1_000_000_000 + elapsed - np.repeat(elapsed[first], length),
         "ratings": np.where(low, 3.0, rating).astype(np.float32),
         "dwell_times": _dwell_times(items, disliked, low),
         "action_ids": 1 + (items + segment) % len(ACTIONS),
+        "labels": liked + 2 * disliked.astype(np.int64) + 4 * long_view,
         "side_genre": 1 + items % GENRES,
     }
 

@@ -38,6 +38,8 @@ class JaggedBatch:
     not say; where the source maps one."""
     action_ids: Tensor | None = None
     """[T] int64, behaviour of the input event where the source maps one."""
+    labels: Tensor | None = None
+    """[T] int64 bit mask of what the user did at the input event, where the source maps labels."""
     user_features: dict[str, Tensor] = field(default_factory=dict)
     """name → [B] int64 dense category of the user; 0 = unknown."""
     item_codes: Tensor | None = None

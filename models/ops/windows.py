@@ -132,6 +132,7 @@ def _of_tokens(batch: JaggedBatch, tokens: Tensor, offsets: Tensor) -> JaggedBat
         ratings=taken(batch.ratings),
         dwell_times=taken(batch.dwell_times),
         action_ids=taken(batch.action_ids),
+        labels=taken(batch.labels),
         item_codes=taken(batch.item_codes),
         side_features={name: x[tokens] for name, x in batch.side_features.items()},
     )

@@ -20,7 +20,16 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Uneven row groups: shards of 23, 23 and 24 rows in groups of 7, and two empty shards."""
     path = tmp_path_factory.mktemp("dataset")
     write_synthetic(
-        str(path), USERS, 40, 6, 1, num_shards=3, rows_per_group=7, empty_shards=2, actions=True
+        str(path),
+        USERS,
+        40,
+        6,
+        1,
+        num_shards=3,
+        rows_per_group=7,
+        empty_shards=2,
+        actions=True,
+        labels=True,
     )
     return path
 
@@ -53,7 +62,7 @@ def test_slices_equal_rows_read_whole(
     assert slices.rows["user_id"].tolist() == (ids + 1).tolist()
     assert slices.rows["user_segment"].tolist() == [row["user_segment"] for row in rows]
     assert slices.offsets.tolist() == np.concatenate([[0], np.cumsum(end - begin)]).tolist()
-    names = ("item_ids", "timestamps", "ratings", "action_ids", "side_genre")
+    names = ("item_ids", "timestamps", "ratings", "action_ids", "labels", "side_genre")
     assert set(slices.events) == set(names)
     for name in names:
         expected = [v for row, b, e in zip(rows, begin, end, strict=True) for v in row[name][b:e]]

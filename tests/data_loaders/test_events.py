@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from configs.data import CleaningConfig, ColumnMap, GlobalTime
 from data_loaders.events import (
@@ -17,6 +18,7 @@ from data_loaders.events import (
     date_us,
     first_of_duplicates,
     malformed_rows,
+    parse_labels,
     parse_number,
     parse_time,
     quarantined,
@@ -95,6 +97,34 @@ def test_a_rating_beyond_float32_is_unparsable(value: str | float) -> None:
     )
     raw = raw.rename_columns(["user", "item", "timestamp", "rating", "kind"])
     assert [REASONS[c] for c in type_events(raw, RULES)[1]] == ["unparsable_rating"]
+
+
+def test_labels_become_bits_and_what_is_no_label_is_bad() -> None:
+    like = ["1", " TRUE", "0", "", None, "yes", "2", "false"]
+    hate = [1, 0, None, 1, 0, 1, 0, 1]
+    view = [True, False, None, True, True, False, True, False]
+    raw = pa.table({"l": like, "h": pa.array(hate, pa.float64()), "v": view})
+    raw = raw.append_column("user", pa.array(["u"] * 8)).append_column("item", pa.array(["i"] * 8))
+    raw = raw.append_column("timestamp", pa.array([YEAR_2020] * 8))
+    labels = {"like": "l", "hate": "h", "long_view": "v", "again": "l"}
+    rules = EventRules.of(ColumnMap(labels=labels), "s", CleaningConfig())
+    assert rules.wanted()["data.source.columns.labels.hate"] == "h"
+    events, code = type_events(raw, rules)
+    bad = [REASONS[c] == "unparsable_label" for c in code]
+    assert bad == [False] * 5 + [True, True, False]
+    masks = [m for m, b in zip(events["labels"].to_pylist(), bad, strict=True) if not b]
+    assert masks == [0b1111, 0b1001, 0, 0b0110, 0b0100, 0b0010]
+
+
+def test_sixty_two_labels_fit_and_more_are_refused() -> None:
+    names = {f"l{bit}": f"c{bit}" for bit in range(62)}
+    mask, bad = parse_labels([_column([bit % 2, 1]) for bit in range(62)])
+    assert mask.tolist() == [sum(1 << b for b in range(1, 62, 2)), 2**62 - 1] and not bad.any()
+    assert len(ColumnMap(labels=names).labels) == 62
+    with pytest.raises(ValidationError, match="at most 62"):
+        ColumnMap(labels=names | {"more": "c"})
+    with pytest.raises(ValidationError, match="pattern"):
+        ColumnMap(labels={"long view": "c"})
 
 
 def test_a_rating_may_be_absent() -> None:

@@ -36,7 +36,7 @@ Step = StepBatches[JaggedBatch]
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("loader")
     more = {"num_shards": 3, "rows_per_group": 8, "empty_shards": 1}
-    write_synthetic(str(path), USERS, 40, 9, 2, **more, actions=True, dwell_times=True)
+    write_synthetic(str(path), USERS, 40, 9, 2, **more, actions=True, labels=True, dwell_times=True)
     return path
 
 
@@ -97,7 +97,7 @@ def by_sample(ranks: list[Step]) -> dict[int, tuple]:
     found: dict[int, tuple] = {}
     for batch in (batch for step in ranks for batch in step.micro_batches):
         per_token = [batch.item_ids, batch.timestamps, batch.next_timestamps, batch.target_ids]
-        per_token += [batch.ratings, batch.action_ids, batch.side_features["genre"]]
+        per_token += [batch.ratings, batch.action_ids, batch.labels, batch.side_features["genre"]]
         for b, sample in enumerate(batch.sample_ids.tolist()):
             own = slice(int(batch.offsets[b]), int(batch.offsets[b + 1]))
             row = [int(batch.user_ids[b]), int(batch.user_features["segment"][b])]
@@ -120,6 +120,7 @@ def reference(row: dict, include_validation: bool = False) -> tuple:
         tuple(row["item_ids"][following]),
         tuple(row["ratings"][inputs]),
         tuple(row["action_ids"][inputs]),
+        tuple(row["labels"][inputs]),
         tuple(row["side_genre"][inputs]),
         tuple(known(row["dwell_times"][inputs])),  # of what is predicted nothing is told
     )
@@ -207,7 +208,7 @@ def test_a_rank_without_data_gets_empty_batches(dataset: SequenceDataset) -> Non
     assert len(empty) == 6
     batch = empty[0]
     assert batch.offsets.tolist() == [0] and batch.num_tokens == 0
-    for value in (batch.item_ids, batch.target_ids, batch.user_ids, batch.action_ids):
+    for value in (batch.item_ids, batch.target_ids, batch.user_ids, batch.action_ids, batch.labels):
         assert value is not None and value.dtype == torch.int64 and value.shape == (0,)
     assert batch.ratings is not None and batch.ratings.dtype == torch.float32
     assert batch.user_features["segment"].shape == batch.side_features["genre"].shape == (0,)

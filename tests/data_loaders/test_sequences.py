@@ -33,7 +33,10 @@ from data_loaders.sequences import prepare
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
-COLUMNS = ColumnMap(rating="rating", dwell="watched_ms", action="action", side_features=("tab",))
+LABELS = {"finished": "done", "liked": "like"}
+COLUMNS = ColumnMap(
+    rating="rating", dwell="watched_ms", action="action", side_features=("tab",), labels=LABELS
+)
 YEAR_2020 = 1_577_836_800
 SHARDS = ShardConfig(num_shards=3, rows_per_group=4)
 Event = dict[str, Any]
@@ -54,6 +57,8 @@ def _log(num_users: int = 25, num_items: int = 30, seed: int = 0) -> list[Event]
                     "action": random.choice(["click", "like"]),
                     "tab": str(random.integers(0, 4)),
                     "watched_ms": None if user % 5 == 1 else 250 * (user + len(events) % 7),
+                    "like": bool(random.integers(0, 2)),
+                    "done": int(random.integers(0, 2)),
                 }
             )
     return [events[index] for index in random.permutation(len(events))]
@@ -139,6 +144,7 @@ def _check(url: Path, manifest: DatasetManifest, expected: _Expected) -> None:
         actions, tabs = vocabularies["actions"], vocabularies["side_tab"]
         assert [actions[i] for i in row["action_ids"]] == [e["action"] for e in events]
         assert [tabs[i] for i in row["side_tab"]] == [e["tab"] for e in events]
+        assert row["labels"] == [e["done"] + 2 * e["like"] for e in events]
         assert row["length"] == len(events)
         train_count.update(e["item"] for e in events[: row["train_end"]])
     assert {row["item"]: row["train_count"] for row in items if row["train_count"]} == train_count
@@ -149,6 +155,7 @@ def _check_manifest(
     url: Path, manifest: DatasetManifest, expected: _Expected, rows: list[Event]
 ) -> None:
     assert read_manifest(str(url)) == manifest
+    assert manifest.labels == ("finished", "liked")
     assert manifest.num_users == len(rows)
     assert manifest.num_events == sum(row["length"] for row in rows)
     counts = manifest.counts
@@ -183,6 +190,8 @@ def test_equals_a_loop_over_events(tmp_path: Path) -> None:
     assert {row["source_file"] for row in quarantine} == {"log.csv"}
     for row in quarantine:
         assert str(log[row["source_row"]]["user"]) == row["user"]
+        assert str(int(log[row["source_row"]]["like"])) == row["like"]
+        assert str(log[row["source_row"]]["done"]) == row["done"]
     assert {(r["user"], r["item"], r["timestamp"]) for r in quarantine} >= {
         (e["user"], e["item"], str(e["timestamp"])) for e in log[:7]
     }

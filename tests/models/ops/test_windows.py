@@ -19,6 +19,7 @@ TOKEN_FIELDS = (
     "ratings",
     "dwell_times",
     "action_ids",
+    "labels",
     "item_codes",
 )
 
@@ -33,6 +34,7 @@ def full_batch(lengths: list[int], predicting: float, seed: int = 0) -> JaggedBa
         ratings=torch.rand(total),
         dwell_times=torch.rand(total),
         action_ids=torch.randint(0, 4, (total,)),
+        labels=torch.randint(0, 8, (total,)),
         item_codes=torch.randint(0, 8, (total, 3)),
     )
     assert all(getattr(batch, entry.name) is not None for entry in fields(batch))
@@ -91,7 +93,9 @@ def test_the_draw_limits_windows_and_depends_on_no_batching(
         available = int((tokens_of(batch, batch.target_ids, b) > 0).sum())
         own = int((windows.user_ids == batch.user_ids[b]).sum())
         assert own == min(available, limit)
-    plain = replace(batch, ratings=None, dwell_times=None, action_ids=None, item_codes=None)
+    plain = replace(
+        batch, ratings=None, dwell_times=None, action_ids=None, labels=None, item_codes=None
+    )
     chosen = data.draw(st.lists(st.integers(0, max(len(lengths) - 1, 0)), unique=True))
     chosen = [b for b in chosen if b < len(lengths)]
     rest = [b for b in range(len(lengths)) if b not in chosen]
