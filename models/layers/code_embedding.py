@@ -69,7 +69,7 @@ class EventFeatures(nn.Module):
         sizes: CatalogueSizes,
         width: int,
     ) -> None:
-        """Raises ValueError where the model wants actions or dwell times that the data set lacks."""
+        """Raises ValueError where the model wants actions or dwell times the data set lacks."""
         super().__init__()
         self.user_tables = tuple(s.name for s in specs if s.name.startswith("user_"))
         self.event_tables = tuple(s.name for s in specs if not s.name.startswith("user_"))
