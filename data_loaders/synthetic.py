@@ -70,10 +70,6 @@ def write_synthetic(
     table = _sequence_table(users, events, kept, features)
     bounds = [num_users * shard // num_shards for shard in range(num_shards + 1)]
     bounds += [num_users] * empty_shards
-    shards = tuple(
-        _write_shard(url, index, table.slice(first, last - first), first + 1, rows_per_group)
-        for index, (first, last) in enumerate(itertools.pairwise(bounds))
-    )
     vocabularies = _vocabularies(features, actions)
     count = int(users["length"].sum())
     manifest = build_manifest(
@@ -92,7 +88,7 @@ def write_synthetic(
             read=count, kept=count, quarantined={}, below_min_rating=0, core_removed=0
         ),
         length_histogram=_histogram(users["length"]),
-        shards=shards,
+        shards=_write_shards(url, table, bounds, rows_per_group),
         items=(_write_items(url, users, events, num_items),),
         vocabularies=tuple(_write_vocabulary(url, *entry) for entry in vocabularies.items()),
         quarantine=(),
@@ -188,6 +184,15 @@ def _write(url: str, path: str, table: pa.Table, rows_per_group: int) -> FileEnt
     storage.write_bytes(storage.join(url, path), data)
     digest = storage.sha256_bytes(data)
     return FileEntry(path=path, rows=table.num_rows, bytes=len(data), sha256=digest)
+
+
+def _write_shards(
+    url: str, table: pa.Table, bounds: list[int], rows_per_group: int
+) -> tuple[ShardEntry, ...]:
+    return tuple(
+        _write_shard(url, index, table.slice(first, last - first), first + 1, rows_per_group)
+        for index, (first, last) in enumerate(itertools.pairwise(bounds))
+    )
 
 
 def _write_shard(
