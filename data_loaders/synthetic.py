@@ -70,7 +70,6 @@ def write_synthetic(
     table = _sequence_table(users, events, kept, features)
     bounds = [num_users * shard // num_shards for shard in range(num_shards + 1)]
     bounds += [num_users] * empty_shards
-    vocabularies = _vocabularies(features, actions)
     count = int(users["length"].sum())
     manifest = build_manifest(
         name="synthetic",
@@ -90,7 +89,7 @@ def write_synthetic(
         length_histogram=_histogram(users["length"]),
         shards=_write_shards(url, table, bounds, rows_per_group),
         items=(_write_items(url, users, events, num_items),),
-        vocabularies=tuple(_write_vocabulary(url, *entry) for entry in vocabularies.items()),
+        vocabularies=_write_vocabularies(url, _vocabularies(features, actions)),
         quarantine=(),
     )
     write_manifest(url, manifest)
@@ -238,6 +237,10 @@ def _vocabularies(features: bool, actions: bool) -> dict[str, list[str]]:
     if actions:
         values["actions"] = list(ACTIONS)
     return values
+
+
+def _write_vocabularies(url: str, values: dict[str, list[str]]) -> tuple[FileEntry, ...]:
+    return tuple(_write_vocabulary(url, *entry) for entry in values.items())
 
 
 def _write_vocabulary(url: str, name: str, values: list[str]) -> FileEntry:
