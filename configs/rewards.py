@@ -1,0 +1,116 @@
+"""What a generated item is worth. A recipe lists rewards; their weighted sum is optimised.
+
+Formulas: algorithms reference §7. The functions are in `trainer/rewards/`.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, FiniteFloat, PositiveFloat, PositiveInt, model_validator
+
+from configs.base import Config
+
+_DOTTED = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$"
+
+
+class RewardTerm(Config):
+    """What all rewards share."""
+
+    weight: FiniteFloat = 1.0
+    """Factor in the sum."""
+
+
+class HitReward(RewardTerm):
+    """1 for the item that the user took next."""
+
+    kind: Literal["hit"] = "hit"
+    by: Literal["item", "id"] = "item"
+    """Whether an item that shares the target's semantic id counts as the target."""
+
+
+class PrefixReward(RewardTerm):
+    """Share of the target's code levels, from the first on, that a generated id has."""
+
+    kind: Literal["prefix"] = "prefix"
+
+
+class RankReward(RewardTerm):
+    """Rank-aware penalty of misses (ReRe, arXiv 2510.12211): likely misses cost more."""
+
+    kind: Literal["rank"] = "rank"
+    by: Literal["item", "id"] = "item"
+
+
+class LegalityReward(RewardTerm):
+    """1 for an id that the catalogue has."""
+
+    kind: Literal["legality"] = "legality"
+
+
+class DiversityReward(RewardTerm):
+    """1 / m for an item that m candidates of the group are; sums to the distinct items."""
+
+    kind: Literal["diversity"] = "diversity"
+
+
+class NoveltyReward(RewardTerm):
+    """-log of an item's share of the training events, scaled to 0 … 1: rare items are worth 1."""
+
+    kind: Literal["novelty"] = "novelty"
+
+
+class QuotaReward(Config):
+    """Positive sums of rewards are multiplied by α for items of a class the group has too many of.
+
+    It comes after the weighted sum, wherever it stands in the list.
+    """
+
+    kind: Literal["quota"] = "quota"
+    classes: PositiveInt = 10
+    """Popularity classes of equal numbers of items; class 0 is the most popular."""
+    limited: tuple[int, ...] = (0,)
+    """Classes that have a quota."""
+    largest_share: float = Field(0.5, ge=0, lt=1)
+    """Of a group's items; a class with more is over-represented."""
+    alpha: float = Field(0.5, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _classes_exist(self) -> "QuotaReward":
+        for number in self.limited:
+            if not 0 <= number < self.classes:
+                raise ValueError(
+                    f"limited names class {number}, but classes={self.classes} are numbered "
+                    f"0 … {self.classes - 1}"
+                )
+        return self
+
+
+class ModelReward(RewardTerm):
+    """P-score of a reward model: the weighted sum of its tasks' probabilities."""
+
+    kind: Literal["model"] = "model"
+    run: str
+    """Output directory of the run that trained the reward model, any URL."""
+    tasks: dict[str, PositiveFloat] = Field(min_length=1)
+    """Task of the reward model → its weight."""
+
+
+class FunctionReward(RewardTerm):
+    """A function of the user's own, called with a `trainer.rewards.group.Group`."""
+
+    kind: Literal["function"] = "function"
+    path: str = Field(pattern=_DOTTED)
+    """`package.module:function`, importable on every worker."""
+
+
+Reward = Annotated[
+    HitReward
+    | PrefixReward
+    | RankReward
+    | LegalityReward
+    | DiversityReward
+    | NoveltyReward
+    | QuotaReward
+    | ModelReward
+    | FunctionReward,
+    Field(discriminator="kind"),
+]

@@ -1,0 +1,214 @@
+"""Rewards by hand on small groups; what no item is, and the sum of all of them."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
+
+from configs import rewards as kinds
+from models.batch import JaggedBatch
+from trainer.rewards import rules
+from trainer.rewards.group import Group
+from trainer.rewards.total import RewardSum
+from trainer.rewards.user_function import load_function
+
+COUNTS = torch.tensor([50, 20, 20, 8, 2, 0])
+"""Train occurrences of items 1 … 6."""
+CODES = torch.tensor([[0, 0], [1, 1], [1, 2], [1, 2], [2, 0], [2, 1], [2, 2]])
+"""Ids of items 0 … 6; items 2 and 3 share one."""
+
+
+def contexts(number: int) -> JaggedBatch:
+    ones = torch.ones(number, dtype=torch.int64)
+    return JaggedBatch(
+        sample_ids=ones.cumsum(0),
+        user_ids=ones,
+        offsets=torch.arange(number + 1),
+        item_ids=ones,
+        timestamps=ones,
+        next_timestamps=ones,
+        target_ids=ones,
+    )
+
+
+def group(items: list[list[int]], targets: list[int], *, codes: bool = False) -> Group:
+    """Candidates by falling log π; -1 is no candidate, 0 an id that the catalogue lacks."""
+    table = torch.tensor(items)
+    valid, table = table >= 0, table.clamp(min=0)
+    wanted = torch.tensor(targets)
+    return Group(
+        items=table,
+        codes=CODES[table] if codes else None,
+        valid=valid,
+        log_probs=(-torch.arange(table.shape[1]).float()).expand(table.shape),
+        target_ids=wanted,
+        target_codes=CODES[wanted] if codes else None,
+        contexts=contexts(len(targets)),
+    )
+
+
+def near(found: Tensor, expected: list[list[float]]) -> None:
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float32))
+
+
+def test_hit() -> None:
+    found = group([[3, 2, 0, -1], [1, 1, 4, 2]], [2, 1], codes=True)
+    near(rules.hit(found, "item"), [[0, 1, 0, 0], [1, 1, 0, 0]])
+    near(rules.hit(found, "id"), [[1, 1, 0, 0], [1, 1, 0, 0]])
+
+
+def test_an_item_that_is_none_hits_nothing() -> None:
+    """Neither an absent target nor an absent candidate makes a hit of 0 = 0."""
+    found = group([[0, -1, 1]], [0])
+    near(rules.hit(found, "item"), [[0, 0, 0]])
+    near(rules.rank(found, "item"), [[0, 0, 0]])
+    near(rules.legality(found), [[0, 0, 1]])
+    near(rules.diversity(found), [[0, 0, 1]])
+    assert rules.novelty(found, COUNTS)[0, :2].tolist() == [0, 0]
+
+
+def test_prefix_stops_at_the_first_level_that_differs() -> None:
+    found = group([[4, 6, 3, -1]], [5], codes=True)  # [2,0] [2,2] [1,2] against [2,1]
+    near(rules.prefix(found), [[0.5, 0.5, 0, 0]])
+    codes = torch.tensor([[[2, 1], [0, 1]]])
+    illegal = replace(group([[0, 0]], [5], codes=True), codes=codes)
+    near(rules.prefix(illegal), [[1.0, 0.0]])
+    near(rules.prefix(group([[5, 4]], [5])), [[1, 0]])
+
+
+def test_rank_by_hand() -> None:
+    found = group([[4, 2, 5, -1], [1, 3, 4, 5]], [2, 6])
+    first, third = 1 / math.log2(2), 1 / math.log2(4)
+    total = first + third
+    near(rules.rank(found, "item"), [[-first / total, 0, -third / total, 0], [0, 0, 0, 0]])
+
+
+def test_rank_goes_by_log_probability_not_by_place() -> None:
+    found = group([[4, 2, 5]], [2])
+    turned = replace(found, log_probs=torch.tensor([[-3.0, -2.0, -1.0]]))
+    assert rules.rank(turned, "item")[0, 0] > rules.rank(turned, "item")[0, 2]
+    assert float(rules.rank(turned, "item").sum()) == pytest.approx(-1.0)
+
+
+def test_diversity_sums_to_distinct_items() -> None:
+    found = group([[4, 4, 4, 2], [1, 2, 0, 0]], [1, 1])
+    near(rules.diversity(found), [[1 / 3, 1 / 3, 1 / 3, 1], [1, 1, 0, 0]])
+
+
+def test_novelty_by_hand() -> None:
+    found = rules.novelty(group([[1, 6, 4]], [1]), COUNTS)
+    scale = math.log(106)
+    near(found, [[1 - math.log(51) / scale, 1.0, 1 - math.log(9) / scale]])
+
+
+def test_popularity_classes_are_equal_parts() -> None:
+    assert rules.popularity_classes(COUNTS, 3).tolist() == [-1, 0, 0, 1, 1, 2, 2]
+    assert rules.popularity_classes(COUNTS, 1).tolist() == [-1, 0, 0, 0, 0, 0, 0]
+
+
+def test_quota_by_hand() -> None:
+    """Popular items 1 and 2 are two of three (too many), then one of three."""
+    classes = rules.popularity_classes(COUNTS, 3)
+    found = group([[1, 2, 5, 0], [1, 5, 6, -1]], [1, 1])
+    over = rules.over_represented(found, classes, (0,), 0.5)
+    assert over.tolist() == [[True, True, False, False], [False] * 4]
+
+
+def test_sum_and_parts() -> None:
+    configs: list[kinds.Reward] = [
+        kinds.QuotaReward(classes=3, limited=(0,), largest_share=0.5, alpha=0.25),
+        kinds.HitReward(weight=2.0),
+        kinds.RankReward(),
+        kinds.LegalityReward(weight=0.5),
+        kinds.LegalityReward(weight=0.25),
+    ]
+    found = RewardSum(configs, COUNTS)(group([[1, 2, 5, -1]], [1]))
+    assert set(found.parts) == {"hit", "rank", "legality_1", "legality_2", "quota"}
+    second, third = 1 / math.log2(3), 1 / math.log2(4)
+    misses = [-second / (second + third), -third / (second + third)]
+    before = [2.75, 0.75 + misses[0], 0.75 + misses[1], 0.0]
+    near(found.total, [[before[0] * 0.25, before[1] * 0.25, before[2], 0.0]])
+    torch.testing.assert_close(torch.stack(list(found.parts.values())).sum(0), found.total)
+
+
+def test_a_quota_does_not_lift_what_is_negative() -> None:
+    configs: list[kinds.Reward] = [
+        kinds.LegalityReward(weight=-1.0),
+        kinds.QuotaReward(classes=3, largest_share=0.0, alpha=0.0),
+    ]
+    near(RewardSum(configs, COUNTS)(group([[1, 5]], [1])).total, [[-1.0, -1.0]])
+
+
+class Probabilities:
+    """A reward model that knows its answers."""
+
+    def score(self, contexts: JaggedBatch, candidates: Tensor) -> dict[str, Tensor]:
+        assert contexts.num_sequences == candidates.shape[0]
+        return {"click": candidates / 10, "like": candidates / 100}
+
+
+def test_p_score_of_a_reward_model() -> None:
+    config = kinds.ModelReward(run="somewhere", tasks={"click": 1.0, "like": 5.0}, weight=2.0)
+    rewards = RewardSum([config], COUNTS, {"somewhere": Probabilities()})
+    near(rewards(group([[2, 4, 0, -1]], [1])).total, [[0.6, 1.2, 0, 0]])
+    unknown = kinds.ModelReward(run="somewhere", tasks={"share": 1.0})
+    with pytest.raises(ValueError, match=r"\['click', 'like'\], not 'share'"):
+        RewardSum([unknown], COUNTS, {"somewhere": Probabilities()})(group([[1]], [1]))
+
+
+def even_items(found: Group) -> Tensor:
+    """A user's reward; says something also where there is no candidate."""
+    return (found.items % 2 == 0).to(torch.float64)
+
+
+def one_number(found: Group) -> Tensor:
+    return torch.zeros(())
+
+
+def two_arguments(found: Group, more: int) -> Tensor:
+    return found.log_probs
+
+
+CONSTANT = 3
+HERE = "tests.trainer.rewards.test_rewards"
+
+
+def test_a_function_of_the_users() -> None:
+    found = RewardSum([kinds.FunctionReward(path=f"{HERE}:even_items")], COUNTS)
+    near(found(group([[2, 3, 4, -1]], [1])).total, [[1, 0, 1, 0]])
+    with pytest.raises(ValueError, match=r"returned \[\]; it must return one number for each"):
+        load_function(f"{HERE}:one_number")(group([[1]], [1]))
+
+
+@pytest.mark.parametrize(
+    ("path", "sentence"),
+    [
+        ("no.such.package:reward", "cannot be imported"),
+        (f"{HERE}:absent", "has no 'absent'"),
+        (f"{HERE}:CONSTANT", "is int, not a function"),
+        (f"{HERE}:two_arguments", "must take one argument"),
+    ],
+)
+def test_a_function_that_cannot_be_called(path: str, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        RewardSum([kinds.FunctionReward(path=path)], COUNTS)
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        {"kind": "function", "path": "os.system"},
+        {"kind": "function", "path": "a b:c"},
+        {"kind": "quota", "classes": 3, "limited": [3]},
+        {"kind": "model", "run": "x", "tasks": {}},
+        {"kind": "hit", "weight": float("inf")},
+        {"kind": "hit", "weigth": 1},
+    ],
+)
+def test_what_a_recipe_may_not_say(block: dict[str, object]) -> None:
+    with pytest.raises(ValidationError):
+        TypeAdapter(kinds.Reward).validate_python(block)

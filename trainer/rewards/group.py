@@ -1,0 +1,41 @@
+"""What rewards see of a rollout.
+
+Shape legend: N prompts, G candidates of a prompt (its group), L code levels.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from models.batch import JaggedBatch
+
+
+@dataclass(frozen=True)
+class Group:
+    """The candidates of N prompts, and what the users really took."""
+
+    items: Tensor
+    """[N, G] int64 generated items; 0 where the written id is none of the catalogue's."""
+    codes: Tensor | None
+    """[N, G, L] int64 generated semantic ids; None of a model that scores items."""
+    valid: Tensor
+    """[N, G] bool, whether there is a candidate at all: a small catalogue has fewer than G."""
+    log_probs: Tensor
+    """[N, G] float32 log π of each candidate; -inf where not valid."""
+    target_ids: Tensor
+    """[N] int64, the item that the user took next."""
+    target_codes: Tensor | None
+    """[N, L] int64, its semantic id."""
+    contexts: JaggedBatch
+    """N histories, whose last tokens the candidates follow."""
+
+    def __post_init__(self) -> None:
+        shape = self.items.shape
+        assert self.valid.shape == shape and self.log_probs.shape == shape
+        assert self.target_ids.shape == shape[:1]
+        assert (self.codes is None) == (self.target_codes is None)
+
+    @property
+    def legal(self) -> Tensor:
+        """[N, G] bool, whether a candidate is an item of the catalogue."""
+        return self.valid & (self.items > 0)
