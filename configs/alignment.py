@@ -1,6 +1,6 @@
 """Preference pairs and preference optimisation."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
@@ -11,7 +11,7 @@ from configs.training import CheckpointConfig, OptimizerConfig, ValidationConfig
 class PreferenceRule(Config):
     """How pairs are read off the log.
 
-    The context of a pair is the user's training history before the earlier of its two events; the
+    The context of a pair is the user's training history before the earliest of its events; the
     winner is rated `liked_from` or higher, the loser `disliked_to` or lower, and both lie within
     `window` consecutive events of the user.
     """
@@ -20,6 +20,9 @@ class PreferenceRule(Config):
     disliked_to: float = 2.0
     window: PositiveInt = 20
     pairs_per_user: PositiveInt = 8
+    """Pairs, or lists where a winner is compared with several losers."""
+    rejected_per_chosen: PositiveInt = 1
+    """Losers of one winner that are compared with it at once (S-DPO); what lacks is left open."""
     min_context: PositiveInt = 3
 
     @model_validator(mode="after")
@@ -31,23 +34,56 @@ class PreferenceRule(Config):
         return self
 
 
-class DPOConfig(Config):
-    """Direct preference optimisation with a supervised term (algorithms: DPO)."""
+class AlignmentBase(Config):
+    """What every kind of alignment has."""
 
-    kind: Literal["dpo"] = "dpo"
-    beta: PositiveFloat = 0.1
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
-    supervised_weight: NonNegativeFloat = 1.0
-    """Weight of the next-item loss on winner and context; keeps the model from forgetting."""
     rule: PreferenceRule = PreferenceRule()
-    pairs_per_step: PositiveInt = 256
-    """Pairs of a global batch."""
+    """Pairs that measure preference accuracy, and that offline kinds train on."""
+    validation_share: float = Field(0.1, gt=0, lt=1)
+    """Share of users whose pairs measure preference accuracy and are not trained on."""
+    supervised_weight: NonNegativeFloat = 1.0
+    """Weight of the supervised loss on contexts and winners; keeps the model from forgetting."""
     epochs: PositiveInt = 2
     sparse_lr_ratio: PositiveFloat = 1.0
     """Learning rate of sharded tables relative to pretraining's."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-4)
     validation: ValidationConfig | None = ValidationConfig()
-    validation_share: float = Field(0.1, gt=0, lt=1)
-    """Share of users whose pairs measure preference accuracy and are not trained on."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     log_every_steps: PositiveInt = 5
+
+
+class OfflineBase(AlignmentBase):
+    """Preference optimisation on pairs of the log."""
+
+    beta: PositiveFloat = 0.1
+    """Strength of the pull towards the reference."""
+    pairs_per_step: PositiveInt = 256
+    """Pairs of a global batch."""
+
+
+class DPOConfig(OfflineBase):
+    """Direct preference optimisation (arXiv 2305.18290); several losers are averaged."""
+
+    kind: Literal["dpo"] = "dpo"
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """Probability that a preference is the wrong way round."""
+
+
+class IPOConfig(OfflineBase):
+    """Identity preference optimisation (arXiv 2310.12036): a margin of 1/(2β), and no more."""
+
+    kind: Literal["ipo"] = "ipo"
+
+
+class SoftmaxDPOConfig(OfflineBase):
+    """S-DPO (arXiv 2406.09215): a winner against several losers at once, the Plackett-Luce way.
+
+    `rule.rejected_per_chosen` says how many.
+    """
+
+    kind: Literal["s_dpo"] = "s_dpo"
+    rule: PreferenceRule = PreferenceRule(rejected_per_chosen=3)
+
+
+OfflineAlignment = DPOConfig | IPOConfig | SoftmaxDPOConfig
+Alignment = Annotated[OfflineAlignment, Field(discriminator="kind")]

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, model_validator
 
-from configs.alignment import DPOConfig
+from configs.alignment import Alignment
 from configs.base import Config
 from configs.cluster import ClusterConfig
 from configs.data import DataConfig, LeaveLastOut
@@ -44,7 +44,7 @@ class Recipe(Config):
     sharding: ShardingConfig = ShardingConfig()
     objective: Objective = SampledSoftmaxConfig()
     training: TrainingConfig = TrainingConfig()
-    alignment: DPOConfig | None = None
+    alignment: Alignment | None = None
     generation: BeamConfig = BeamConfig()
     """How models that write semantic ids search for items in evaluation and recommendation."""
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -101,11 +101,6 @@ def _objective_fits_model(recipe: Recipe) -> None:
         raise ValueError(
             f"model.kind={kind!r} writes semantic ids, which objective.kind="
             f"{recipe.objective.kind!r} does not train: use objective.kind=next_code"
-        )
-    if recipe.alignment is not None:
-        raise ValueError(
-            f"alignment.kind='dpo' scores items, which model.kind={kind!r} does not: set "
-            "alignment to null"
         )
     if max(recipe.evaluation.ks) > recipe.generation.beams:
         raise ValueError(

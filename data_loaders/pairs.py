@@ -1,10 +1,11 @@
 """Preference pairs read off the log: in one context a user liked one item and disliked another.
 
-Only training events are looked at, so neither a validation nor a test event is ever in a pair or
+A *pair* is a winner and its losers, mostly one (`rule.rejected_per_chosen`). Only training events
+are looked at, so neither a validation nor a test event is ever in a pair or
 its context. Pairs are rows of their own: context, request time, winner and loser; a pair's id is
 its position 0 … P-1 in the manifest's order of shards, training pairs first.
 
-Shape legend: n users, T events, C candidate pairs, P pairs.
+Shape legend: n users, T events, C candidate pairs, P pairs, K losers of a pair.
 """
 
 import functools
@@ -63,7 +64,7 @@ class PairManifest(Sealed):
     num_users: PositiveInt
     """Users with a pair."""
     num_candidates: PositiveInt
-    """Pairs that the rule allows, before `pairs_per_user`."""
+    """A winner and one loser that the rule allows, before `pairs_per_user`."""
     user_columns: tuple[str, ...]
     event_columns: tuple[str, ...]
     shards: tuple[PairShard, ...]
@@ -72,14 +73,16 @@ class PairManifest(Sealed):
 
 @dataclass(frozen=True)
 class Pairs:
-    """Pairs among the events of n users: indices into their slices, each int64 [P]."""
+    """Pairs among the events of n users: indices into their slices, int64."""
 
     user: np.ndarray
-    """0 … n-1."""
+    """[P], 0 … n-1."""
     earlier: np.ndarray
-    """The first of the two events; the context ends before it."""
+    """[P], the first of a pair's events; the context ends before it."""
     chosen: np.ndarray
+    """[P]"""
     rejected: np.ndarray
+    """[P, K]; -1 behind a pair's last loser."""
     candidates: int
     """C."""
 
@@ -116,18 +119,46 @@ def select_pairs(slices: Slices, rule: PreferenceRule, seed: int) -> Pairs:
 
     keys = hash_values(slices.rows["user_id"], seed)[user[earlier]] + position[earlier]
     keys = mix64(mix64(torch.from_numpy(keys)) + torch.from_numpy(lags)).numpy()
-    order = np.lexsort((keys, user[earlier]))
-    counts = np.bincount(user[earlier], minlength=len(lengths))
-    rank = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
-    kept = order[rank < rule.pairs_per_user]
-    first, second = earlier[kept], earlier[kept] + lags[kept]
+    later = earlier + lags
+    chosen = np.where(liked[earlier], earlier, later)
+    rejected = np.where(liked[earlier], later, earlier)
+    first, losers = _lists(chosen, rejected, keys, rule.rejected_per_chosen)
+    owner = user[chosen[first]]
+    order = np.lexsort((keys[first], owner))
+    kept = order[_place_in_group(owner[order]) < rule.pairs_per_user]
+    winners, losers = chosen[first][kept], losers[kept]
     return Pairs(
-        user=user[first],
-        earlier=first,
-        chosen=np.where(liked[first], first, second),
-        rejected=np.where(liked[first], second, first),
+        user=user[winners],
+        earlier=np.minimum(winners, np.where(losers < 0, winners[:, None], losers).min(axis=1)),
+        chosen=winners,
+        rejected=losers,
         candidates=len(earlier),
     )
+
+
+def _lists(
+    chosen: np.ndarray, rejected: np.ndarray, keys: np.ndarray, losers: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Deal the candidates [C] of each winner into lists of at most K losers, by their keys.
+
+    Returns:
+        the candidate that opens each list [P], whose key stands for the list, and the lists'
+        losers [P, K], -1 where there are no more.
+    """
+    order = np.lexsort((keys, chosen))
+    place = _place_in_group(chosen[order]) % losers
+    opens = place == 0
+    lists = np.cumsum(opens) - 1
+    members = np.full((int(opens.sum()), losers), -1, np.int64)
+    members[lists, place] = rejected[order]
+    return order[opens], members
+
+
+def _place_in_group(groups: np.ndarray) -> np.ndarray:
+    """Place of each entry among those of its group; equal `groups` lie together."""
+    starts = np.flatnonzero(np.diff(groups, prepend=-1) != 0)
+    sizes = np.diff(np.append(starts, len(groups)))
+    return np.arange(len(groups)) - np.repeat(starts, sizes)
 
 
 def pair_table(slices: Slices, pairs: Pairs, max_length: int) -> pa.Table:
@@ -141,14 +172,22 @@ def pair_table(slices: Slices, pairs: Pairs, max_length: int) -> pa.Table:
         "length": pa.array(length.astype(np.int32)),
         "request_timestamp": pa.array(slices.events["timestamps"][pairs.earlier]),
         "chosen_id": pa.array(items[pairs.chosen]),
-        "rejected_id": pa.array(items[pairs.rejected]),
     }
+    for name, losers in zip(
+        rejected_columns(pairs.rejected.shape[1]), pairs.rejected.T, strict=True
+    ):
+        columns[name] = pa.array(np.where(losers < 0, 0, items[losers]))
     for name, values in slices.events.items():
         columns[name] = pa.ListArray.from_arrays(offsets, pa.array(values[context]))
     for name in slices.rows:
         if name.startswith("user_") and name != "user_id":
             columns[name] = pa.array(slices.rows[name][pairs.user])
     return pa.table(columns)
+
+
+def rejected_columns(losers: int) -> tuple[str, ...]:
+    """Columns of a pair's K losers; item 0 behind the last one."""
+    return tuple(f"rejected_{place}" for place in range(1, losers + 1))
 
 
 def validation_users(user_ids: np.ndarray, seed: int, share: float) -> np.ndarray:

@@ -1,9 +1,9 @@
 """Preference pairs in batches, with the reference policy's log-probabilities of both items.
 
-Shape legend: B pairs of a batch, P pairs of the data set.
+Shape legend: B pairs of a batch, P pairs of the data set, K losers of a pair.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Literal
 
 import numpy as np
@@ -18,13 +18,13 @@ from data_loaders.collate import Following, jagged_batch
 from data_loaders.dataset import ShardReader, column_types
 from data_loaders.loader import LoaderState, StepLoader, rank_share
 from data_loaders.manifest import FileEntry, Sealed, read_sealed, seal, write_manifest
-from data_loaders.pairs import MEND, read_pairs
+from data_loaders.pairs import MEND, read_pairs, rejected_columns
 from data_loaders.shards import write_table
 from models.batch import PreferenceBatch
 
 REFERENCE_ROWS_PER_GROUP = 1 << 14
 _REFERENCE_MEND = "delete that directory and run `tandem align RECIPE` to compute it anew"
-_SCALARS = ("user_id", "length", "request_timestamp", "chosen_id", "rejected_id")
+_SCALARS = ("user_id", "length", "request_timestamp", "chosen_id")
 
 
 class PairDataset:
@@ -36,12 +36,13 @@ class PairDataset:
 
     def __init__(self, url: str, cached_row_groups: int, reference_url: str | None = None) -> None:
         self.manifest = read_pairs(url)
+        self._rejected = rejected_columns(self.manifest.rule.rejected_per_chosen)
         self.num_training_pairs = self.manifest.num_pairs - self.manifest.num_validation_pairs
         self.reader = ShardReader(
             url,
             self.manifest.shards,
             [shard.row_group_rows for shard in self.manifest.shards],
-            scalars=column_types([*_SCALARS, *self.manifest.user_columns]),
+            scalars=column_types([*_SCALARS, *self._rejected, *self.manifest.user_columns]),
             events=column_types(self.manifest.event_columns),
             cached_row_groups=cached_row_groups,
             mend=MEND,
@@ -49,7 +50,7 @@ class PairDataset:
         self._reference = (
             None
             if reference_url is None
-            else _reference_reader(reference_url, self.manifest.num_pairs)
+            else _reference_reader(reference_url, self.manifest.num_pairs, self._rejected)
         )
 
     @property
@@ -68,17 +69,22 @@ class PairDataset:
         slices = self.reader.slices(pair_ids, np.zeros_like(lengths), lengths)
         rows = slices.rows
         following = Following(rows["chosen_id"], rows["request_timestamp"])
-        reference = {name: np.zeros(len(pair_ids), np.float32) for name in ("chosen", "rejected")}
+        names = ("chosen", *self._rejected)
+        reference = {name: np.zeros(len(pair_ids), np.float32) for name in names}
         if self._reference is not None:
             reference = self._reference.values(pair_ids, tuple(reference), verify=True)
         return PreferenceBatch(
             batch=jagged_batch(slices, following),
             pair_ids=torch.from_numpy(pair_ids),
             chosen_ids=torch.from_numpy(rows["chosen_id"]),
-            rejected_ids=torch.from_numpy(rows["rejected_id"]),
+            rejected_ids=self._side_by_side(rows),
             reference_chosen=torch.from_numpy(reference["chosen"]),
-            reference_rejected=torch.from_numpy(reference["rejected"]),
+            reference_rejected=self._side_by_side(reference),
         )
+
+    def _side_by_side(self, columns: Mapping[str, np.ndarray]) -> torch.Tensor:
+        """The columns of the losers as [B, K]."""
+        return torch.from_numpy(np.stack([columns[name] for name in self._rejected], axis=1))
 
 
 class PreferenceLoader(StepLoader[PreferenceBatch]):
@@ -166,13 +172,19 @@ class ReferenceManifest(Sealed):
 def write_reference(
     url: str, rank: int, pair_ids: np.ndarray, chosen: np.ndarray, rejected: np.ndarray
 ) -> None:
-    """Write one rank's part: log-probabilities, float32, of consecutive pair ids, int64 [n]."""
+    """Write one rank's part: log-probabilities, float32, of consecutive pair ids, int64 [n].
+
+    `chosen` is [n], `rejected` [n, K].
+    """
     assert (np.diff(pair_ids) == 1).all(), "a rank's pairs are consecutive"
     table = pa.table(
         {
             "pair_id": pa.array(pair_ids.astype(np.int64)),
             "chosen": pa.array(chosen.astype(np.float32)),
-            "rejected": pa.array(rejected.astype(np.float32)),
+        }
+        | {
+            name: pa.array(values.astype(np.float32))
+            for name, values in zip(rejected_columns(rejected.shape[1]), rejected.T, strict=True)
         }
     )
     write_table(url, _reference_path(rank), table, rows_per_group=REFERENCE_ROWS_PER_GROUP)
@@ -230,7 +242,7 @@ def _reference_part(url: str, path: str) -> tuple[ReferencePart, int | None]:
     return part, first
 
 
-def _reference_reader(url: str, num_pairs: int) -> ShardReader:
+def _reference_reader(url: str, num_pairs: int, rejected: tuple[str, ...]) -> ShardReader:
     manifest = read_reference(url)
     if manifest.num_pairs != num_pairs:
         raise ValueError(
@@ -241,7 +253,7 @@ def _reference_reader(url: str, num_pairs: int) -> ShardReader:
         url,
         manifest.parts,
         [part.row_group_rows for part in manifest.parts],
-        scalars={"chosen": np.float32, "rejected": np.float32},
+        scalars=dict.fromkeys(("chosen", *rejected), np.float32),
         events={},
         cached_row_groups=8,  # scalars are kept for 16 times as many
         mend=_REFERENCE_MEND,

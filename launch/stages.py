@@ -165,7 +165,7 @@ def _align_inputs(recipe: Recipe, done: dict[str, Outputs]) -> dict[str, Any]:
     return {
         "start": done["train"]["checkpoint"]["hash"],
         "data": done["prepare"]["data"],
-        "settings": _dump(recipe.alignment, recipe.evaluation),
+        "settings": _dump(recipe.alignment, *_measuring(recipe)),
         "train": _train_inputs(recipe, done),
     }
 

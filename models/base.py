@@ -148,6 +148,10 @@ class CodeDecoder(TableModel):
             positions: "every" only where `supervision` allows it.
         """
 
+    def requests_of(self, context: Any, requests: Tensor) -> Any:
+        """Context of `requests` [n] alone, places in one of `positions="every"`."""
+        raise NotImplementedError(f"{type(self).__name__} has no requests at every position")
+
     @abstractmethod
     def teacher_forced(self, context: Any, codes: Tensor) -> list[Tensor]:
         """Logits of every level given the codes before it: L tensors [N, K_l] float32.

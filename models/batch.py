@@ -1,6 +1,6 @@
 """The one batch type of training and evaluation: user sequences laid end to end.
 
-Shape legend: B sequences, T total tokens of all sequences, R negatives.
+Shape legend: B sequences, T total tokens of all sequences, R negatives, K losers of a preference.
 """
 
 from dataclasses import dataclass, field, fields, replace
@@ -76,7 +76,7 @@ class JaggedBatch:
 
 @dataclass(frozen=True)
 class PreferenceBatch:
-    """Preference pairs of a micro batch: in one context, one item is liked over another."""
+    """Preferences of a micro batch: in one context, one item is liked over others, mostly one."""
 
     batch: JaggedBatch
     """Contexts, never empty. `sample_ids` are the pair ids; the last target is the chosen item."""
@@ -85,11 +85,11 @@ class PreferenceBatch:
     chosen_ids: Tensor
     """[B] int64, liked items."""
     rejected_ids: Tensor
-    """[B] int64, disliked items."""
+    """[B, K] int64, disliked items; 0 behind the last one, of which there is at least one."""
     reference_chosen: Tensor
     """[B] float32, log-probability of the chosen item under the reference; 0 where not computed."""
     reference_rejected: Tensor
-    """[B] float32, the same of the rejected item."""
+    """[B, K] float32, the same of the rejected items; anything where there is none."""
 
     def to(self, device: torch.device | str) -> "PreferenceBatch":
         """Copy of the batch on `device` (itself if it is there already)."""

@@ -136,6 +136,10 @@ class HSTUDecoder(CodeDecoder):
         hidden = self.hidden_norm(x)
         return HSTUContext(hidden, None if keys is None else sub_keys(keys, self.num_levels))
 
+    def requests_of(self, context: HSTUContext, requests: Tensor) -> HSTUContext:
+        keys = context.dropout_keys
+        return HSTUContext(context.hidden[requests], None if keys is None else keys[requests])
+
     def teacher_forced(self, context: HSTUContext, codes: Tensor) -> list[Tensor]:
         keys = context.dropout_keys
         written = self.written(codes[:, : self.num_levels - 1]) * math.sqrt(self.config.width)

@@ -4,12 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from configs import storage
-from configs.alignment import DPOConfig
-from configs.objectives import ItemObjective, NextCodeConfig
-from configs.recipe import Recipe
+from configs.alignment import OfflineAlignment
 from data_loaders.loader import LoaderState
 from data_loaders.preferences import (
     PreferenceLoader,
@@ -17,21 +14,14 @@ from data_loaders.preferences import (
     preference_batches,
     write_reference,
 )
-from models.batch import PreferenceBatch
+from models.base import CodeDecoder, TableModel
 from sharding.parallelize import ParallelModel
-from sharding.retrieval import Catalogue
 from trainer.evaluate import load_policy, preference_accuracy, validation_ranker
 from trainer.objectives.dpo import PreferenceInputs, PreferenceLoss
-from trainer.policy import (
-    Say,
-    Worker,
-    build_sequence_model,
-    open_checkpoint,
-    start_worker,
-)
-from trainer.pretrain import (
-    NextItemInputsMaker,
-)
+from trainer.objectives.scoring import Supervised
+from trainer.policy import Say, Worker, open_checkpoint, start_worker
+from trainer.pretrain import NextItemInputsMaker
+from trainer.scoring import Likelihood, build_scorer, next_code_targets, pair_candidates
 from trainer.trainer import Limits, TrainerState
 from trainer.training_stage import TrainingStage
 
@@ -47,7 +37,6 @@ def align_worker(settings: dict[str, Any], say: Say) -> dict[str, Any]:
     worker = start_worker(settings, say)
     recipe, config = worker.recipe, worker.recipe.alignment
     assert config is not None, "the align stage exists only with an alignment block"
-    objective = item_objective(recipe)
     pairs, reference, start = settings["pairs"], settings["reference"], settings["start"]
 
     def before(policy: ParallelModel, afresh: bool) -> None:
@@ -61,6 +50,7 @@ def align_worker(settings: dict[str, Any], say: Say) -> dict[str, Any]:
         rank = validation_ranker(worker, policy, max_users)
         return lambda: rank() | {"preference_accuracy": preference_accuracy(worker, policy, pairs)}
 
+    loss = PreferenceLoss(build_scorer(worker, normalised=False), config)
     with preference_loader(worker, config, pairs, None, TrainerState()) as probe:
         steps_per_epoch = probe.steps_per_epoch
     stage = TrainingStage(
@@ -70,10 +60,10 @@ def align_worker(settings: dict[str, Any], say: Say) -> dict[str, Any]:
         config=config,
         limits=Limits(config.epochs, None),
         sparse_lr=recipe.sharding.optimizer.lr * config.sparse_lr_ratio,
-        loss=PreferenceLoss(build_sequence_model(worker), config, objective, worker.num_items),
+        loss=loss,
         steps_per_epoch=steps_per_epoch,
         loader_at=lambda state: preference_loader(worker, config, pairs, reference, state),
-        make_inputs=PreferenceInputsMaker(worker, config),
+        make_inputs=PreferenceInputsMaker(worker, config, loss.model),
         validator=validator,
         before=before,
         measure_start=True,
@@ -82,16 +72,9 @@ def align_worker(settings: dict[str, Any], say: Say) -> dict[str, Any]:
     return stage.fit()
 
 
-def item_objective(recipe: Recipe) -> ItemObjective:
-    """The objective of a recipe whose model scores items."""
-    objective = recipe.objective
-    assert not isinstance(objective, NextCodeConfig), "a recipe's checks tell decoders apart"
-    return objective
-
-
 def preference_loader(
     worker: Worker,
-    config: DPOConfig,
+    config: OfflineAlignment,
     pairs_url: str,
     reference_url: str | None,
     state: TrainerState,
@@ -110,23 +93,41 @@ def preference_loader(
 
 
 class PreferenceInputsMaker:
-    """Turns a step's pairs into loss inputs, with negatives for the supervised term."""
+    """Turns a step's pairs into loss inputs, with targets for the supervised term."""
 
-    def __init__(self, worker: Worker, config: DPOConfig) -> None:
+    def __init__(self, worker: Worker, config: OfflineAlignment, model: TableModel) -> None:
+        self._worker = worker
+        self._model = model
         self._device = worker.ctx.device
-        self._next_item = NextItemInputsMaker(worker) if config.supervised_weight > 0 else None
+        self._supervises = config.supervised_weight > 0
+        self._next_item: NextItemInputsMaker | None = None
+        if self._supervises and not isinstance(model, CodeDecoder):
+            self._next_item = NextItemInputsMaker(worker)
 
     def __call__(self, step: Any) -> list[PreferenceInputs]:
         """Inputs of each micro batch of this rank. Collective if positives are shared."""
-        pairs = [batch.to(self._device) for batch in step.micro_batches]
-        if self._next_item is None:
-            return [PreferenceInputs(batch, None) for batch in pairs]
-        supervised = self._next_item([batch.batch for batch in pairs], step.step)
-        return [PreferenceInputs(*both) for both in zip(pairs, supervised, strict=True)]
+        pairs = step.micro_batches
+        candidates = [pair_candidates(self._worker, self._model, batch) for batch in pairs]
+        supervised: list[Supervised | None] = [None] * len(pairs)
+        if self._next_item is not None:
+            supervised = [*self._next_item([batch.batch for batch in pairs], step.step)]
+        elif self._supervises:
+            assert isinstance(self._model, CodeDecoder)
+            supervised = [
+                next_code_targets(self._worker, self._model, each.batch) for each in candidates
+            ]
+        reference = [
+            torch.cat([batch.reference_chosen[:, None], batch.reference_rejected], dim=1)
+            for batch in pairs
+        ]
+        return [
+            PreferenceInputs(*parts).to(self._device)
+            for parts in zip(candidates, reference, supervised, strict=True)
+        ]
 
 
 def write_reference_once(worker: Worker, policy: ParallelModel, settings: dict[str, Any]) -> None:
-    """Catalogue log-probabilities of every pair under the starting policy. Collective.
+    """log π of every pair's items under the starting policy. Collective.
 
     They are computed once and keyed by the checkpoint's hash; a resumed stage finds them.
     """
@@ -135,9 +136,8 @@ def write_reference_once(worker: Worker, policy: ParallelModel, settings: dict[s
     if worker.ctx.broadcast_object(done):
         return
     load_policy(worker, policy, settings["start"])
-    temperature = item_objective(worker.recipe).temperature
-    catalogue = Catalogue(policy, worker.num_items, worker.recipe.evaluation.catalogue_chunk)
-    ids, chosen, rejected = [], [], []
+    likelihood = Likelihood.of(worker, policy)
+    ids, log_probs = [], []
     for pairs in preference_batches(
         settings["pairs"],
         "all",
@@ -145,36 +145,11 @@ def write_reference_once(worker: Worker, policy: ParallelModel, settings: dict[s
         rank=worker.ctx.rank,
         world_size=worker.ctx.world_size,
     ):
-        pairs = pairs.to(worker.ctx.device)
-        log_probs = catalogue_log_probs(policy, catalogue, pairs, temperature)
-        ids.append(pairs.pair_ids.cpu())
-        chosen.append(log_probs[0].cpu())
-        rejected.append(log_probs[1].cpu())
-    write_reference(
-        url,
-        worker.ctx.rank,
-        torch.cat(ids).numpy(),
-        torch.cat(chosen).numpy(),
-        torch.cat(rejected).numpy(),
-    )
+        ids.append(pairs.pair_ids)
+        log_probs.append(likelihood(pair_candidates(worker, policy.model, pairs)).cpu())
+    both = torch.cat(log_probs).numpy()
+    write_reference(url, worker.ctx.rank, torch.cat(ids).numpy(), both[:, 0], both[:, 1:])
     worker.ctx.barrier()
     if worker.ctx.rank == 0:
         commit_reference(url, worker.ctx.world_size, settings["start"]["hash"])
     worker.ctx.barrier()
-
-
-def catalogue_log_probs(
-    policy: ParallelModel, catalogue: Catalogue, pairs: PreferenceBatch, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """log π(chosen | context) and log π(rejected | context), each [b]. Collective.
-
-    π is the softmax of score / temperature over the whole catalogue, whose log-sum-exp is computed
-    over the sharded table.
-    """
-    queries = policy.query(pairs.batch)[pairs.batch.offsets[1:] - 1]
-    log_z = catalogue.log_sum_exp(queries, temperature)
-    both = [
-        (queries * policy.item_keys(ids)).sum(-1) / temperature - log_z
-        for ids in (pairs.chosen_ids, pairs.rejected_ids)
-    ]
-    return both[0], both[1]

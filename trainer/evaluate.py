@@ -27,6 +27,7 @@ from trainer.policy import (
     parallelize_policy,
     start_worker,
 )
+from trainer.scoring import Likelihood, pair_candidates
 
 Part = Literal["validation", "test"]
 Query = Callable[[EvaluationBatch], Tensor]
@@ -182,8 +183,9 @@ def _seen(users: EvaluationBatch, config: EvaluationConfig) -> tuple[Tensor, Ten
 
 
 def preference_accuracy(worker: Worker, policy: ParallelModel, pairs_url: str) -> float:
-    """Share of held-out pairs whose winner scores above its loser. Collective."""
+    """Share of held-out losers that their winner is likelier than. Collective."""
     counts = torch.zeros(2, dtype=torch.float64, device=worker.ctx.device)
+    likelihood = Likelihood.of(worker, policy)
     for pairs in preference_batches(
         pairs_url,
         "validation",
@@ -191,11 +193,10 @@ def preference_accuracy(worker: Worker, policy: ParallelModel, pairs_url: str) -
         rank=worker.ctx.rank,
         world_size=worker.ctx.world_size,
     ):
-        pairs = pairs.to(worker.ctx.device)
-        queries = policy.query(pairs.batch)[pairs.batch.offsets[1:] - 1]
-        chosen = (queries * policy.item_keys(pairs.chosen_ids)).sum(-1)
-        rejected = (queries * policy.item_keys(pairs.rejected_ids)).sum(-1)
-        counts += torch.stack([(chosen > rejected).sum(), torch.tensor(chosen.numel())])
+        log_probs = likelihood(pair_candidates(worker, policy.model, pairs))
+        there = (pairs.rejected_ids > 0).to(worker.ctx.device)
+        right = (log_probs[:, :1] > log_probs[:, 1:]) & there
+        counts += torch.stack([right.sum(), there.sum()])
     right, total = worker.ctx.all_reduce_sum(counts).tolist()
     if total == 0:
         raise ValueError(

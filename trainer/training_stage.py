@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from configs.alignment import DPOConfig
+from configs.alignment import AlignmentBase
 from configs.training import TrainingConfig
 from sharding.checkpoint import CheckpointInfo, CheckpointStore
 from sharding.parallelize import ParallelModel
@@ -32,7 +32,7 @@ class TrainingStage:
     name: str
     fingerprint: str
     """Of the stage's settings and inputs; keys its checkpoints and metrics."""
-    config: TrainingConfig | DPOConfig
+    config: TrainingConfig | AlignmentBase
     limits: Limits
     sparse_lr: float
     loss: NextItemLoss | NextCodeLoss | PreferenceLoss

@@ -118,7 +118,7 @@ def test_overrides_take_any_yaml_value(folder: Path) -> None:
             "data.split={kind: global_time, validation_from: 2015-01-01, test_from: 1.5e9}",
             "data.source.url=memory://bucket/x=y",
             "sharding.placement.item=column_wise",
-            "alignment={}",
+            "alignment={kind: dpo}",
             "alignment.validation.metric=mrr",
         ],
     ).recipe

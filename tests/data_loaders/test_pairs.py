@@ -68,11 +68,31 @@ def test_every_pair_of_the_rule_is_a_candidate(users: Users, window: int, min_co
     rule = PreferenceRule(window=window, pairs_per_user=1000, min_context=min_context)
     pairs = select_pairs(slices_of(users), rule, seed=0)
     found = list(
-        zip(pairs.user.tolist(), pairs.chosen.tolist(), pairs.rejected.tolist(), strict=True)
+        zip(pairs.user.tolist(), pairs.chosen.tolist(), pairs.rejected[:, 0].tolist(), strict=True)
     )
     expected = reference(users, rule)
     assert len(found) == pairs.candidates == len(expected) and set(found) == expected
-    assert pairs.earlier.tolist() == np.minimum(pairs.chosen, pairs.rejected).tolist()
+    assert pairs.earlier.tolist() == np.minimum(pairs.chosen, pairs.rejected[:, 0]).tolist()
+
+
+@given(users=users_strategy, losers=st.integers(2, 4))
+@settings(deadline=None, max_examples=100)
+def test_lists_deal_every_candidate_to_its_winner(users: Users, losers: int) -> None:
+    rule = PreferenceRule(window=9, pairs_per_user=1000, min_context=1, rejected_per_chosen=losers)
+    pairs = select_pairs(slices_of(users), rule, seed=0)
+    found: list[tuple[int, int, int]] = []
+    lists: dict[int, list[int]] = {}
+    rows = zip(pairs.user, pairs.chosen, pairs.rejected, pairs.earlier, strict=True)
+    for user, chosen, rejected, earlier in rows:
+        own = [int(r) for r in rejected if r >= 0]
+        assert own and [int(r) for r in rejected] == own + [-1] * (losers - len(own))
+        assert earlier == min(chosen, *own)
+        found += [(int(user), int(chosen), r) for r in own]
+        lists.setdefault(int(chosen), []).append(len(own))
+    assert len(found) == len(set(found)) == pairs.candidates
+    assert set(found) == reference(users, rule)
+    for sizes in lists.values():  # as few lists as the winner's losers need
+        assert sum(size < losers for size in sizes) <= 1
 
 
 @given(users=users_strategy, cap=st.integers(1, 5), seed=st.integers(0, 9))
@@ -149,7 +169,7 @@ def test_rows_are_what_the_log_says(data: Path, built: Path) -> None:
             later = range(at + 1, min(at + RULE.window, user["train_end"]))
             here = (user["item_ids"][at], user["ratings"][at])
             others = [(user["item_ids"][j], user["ratings"][j]) for j in later]
-            pair = {row["chosen_id"], row["rejected_id"]}
+            pair = {row["chosen_id"], row["rejected_1"]}
             assert any(
                 {here[0], item} == pair
                 and {here[1] >= 4, rating >= 4} == {True, False}

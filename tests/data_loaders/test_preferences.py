@@ -54,7 +54,7 @@ def with_reference(built: Path, rows: list[dict], tmp_path_factory: pytest.TempP
     path = tmp_path_factory.mktemp("reference")
     for rank in range(3):
         ids = np.arange(len(rows) * rank // 3, len(rows) * (rank + 1) // 3)
-        write_reference(str(path), rank, ids, -1.0 * ids, -1.0 * ids - 0.5)
+        write_reference(str(path), rank, ids, -1.0 * ids, -1.0 * ids[:, None] - 0.5)
     commit_reference(str(path), 3, "the-policy")
     return path
 
@@ -75,7 +75,7 @@ def described(batch: PreferenceBatch) -> dict[int, dict]:
             "length": len(items),
             "request_timestamp": nexts[-1],
             "chosen_id": int(batch.chosen_ids[b]),
-            "rejected_id": int(batch.rejected_ids[b]),
+            "rejected_1": int(batch.rejected_ids[b, 0]),
             "item_ids": items,
             "timestamps": times,
             "ratings": inner.ratings[own].tolist(),
@@ -152,7 +152,7 @@ def test_more_ranks_than_pairs_in_a_step(built: Path) -> None:
     steps = [next(loader_of(built, rank, 4, pairs_per_step=2)) for rank in range(4)]
     assert [len(step.sample_ids) for step in steps] == [1, 1, 0, 0]
     empty = steps[3].micro_batches[0]
-    assert empty.chosen_ids.shape == empty.reference_rejected.shape == (0,)
+    assert empty.chosen_ids.shape == (0,) and empty.reference_rejected.shape == (0, 1)
     assert empty.batch.offsets.tolist() == [0]
 
 
@@ -164,12 +164,12 @@ def test_reference_follows_its_pair(built: Path, with_reference: Path, rows: lis
         for batch in step.micro_batches:
             ids = batch.pair_ids.to(batch.reference_chosen.dtype)
             assert batch.reference_chosen.equal(-ids)
-            assert batch.reference_rejected.equal(-ids - 0.5)
+            assert batch.reference_rejected.equal(-ids[:, None] - 0.5)
 
 
 def test_a_rank_without_pairs_writes_its_part(tmp_path: Path) -> None:
     for rank, ids in enumerate((np.arange(2), np.arange(0), np.arange(2, 5))):
-        write_reference(str(tmp_path), rank, ids, ids * 0.0, ids * 0.0)
+        write_reference(str(tmp_path), rank, ids, ids * 0.0, ids[:, None] * 0.0)
     manifest = commit_reference(str(tmp_path), 3, "p")
     assert manifest.num_pairs == 5 and [part.rows for part in manifest.parts] == [2, 0, 3]
 
@@ -179,19 +179,19 @@ def test_references_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match="no reference was computed there"):
         loader_of(built, 0, 1, reference_url=str(tmp_path / "none"))
-    write_reference(str(tmp_path / "few"), 0, np.arange(3), np.zeros(3), np.zeros(3))
+    write_reference(str(tmp_path / "few"), 0, np.arange(3), np.zeros(3), np.zeros((3, 1)))
     commit_reference(str(tmp_path / "few"), 1, "p")
     with pytest.raises(ValueError, match=r"holds the reference of 3 pairs, but there are"):
         loader_of(built, 0, 1, reference_url=str(tmp_path / "few"))
-    write_reference(str(tmp_path / "gap"), 0, np.arange(3), np.zeros(3), np.zeros(3))
-    write_reference(str(tmp_path / "gap"), 1, np.arange(4, 6), np.zeros(2), np.zeros(2))
+    write_reference(str(tmp_path / "gap"), 0, np.arange(3), np.zeros(3), np.zeros((3, 1)))
+    write_reference(str(tmp_path / "gap"), 1, np.arange(4, 6), np.zeros(2), np.zeros((2, 1)))
     with pytest.raises(AssertionError, match="have no reference"):
         commit_reference(str(tmp_path / "gap"), 2, "p")
 
 
 def test_a_damaged_reference_is_named(built: Path, rows: list[dict], tmp_path: Path) -> None:
     ids = np.arange(len(rows))
-    write_reference(str(tmp_path), 0, ids, ids * 1.0, ids * 2.0)
+    write_reference(str(tmp_path), 0, ids, ids * 1.0, ids[:, None] * 2.0)
     commit_reference(str(tmp_path), 1, "p")
     file = tmp_path / "part-00000.parquet"
     damaged = bytearray(file.read_bytes())

@@ -18,15 +18,17 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Pretrained:
     """Two epochs of one rank on synthetic users, and pairs of which three tenths are held out."""
     root: Path = tmp_path_factory.mktemp("run")
     write_synthetic(str(root / "data"), USERS, ITEMS, 9, 3, rows_per_group=16)
-    _write_pairs(str(root / "data"), str(root / "pairs"))
+    write_pairs(str(root / "data"), str(root / "pairs"))
     [outputs] = run_ranks(1, train_worker, settings_of(root, "pretrained", {}), quiet)
     return Pretrained(root, str(root / "pairs"), outputs)
 
 
-def _write_pairs(data: str, url: str) -> None:
+def write_pairs(data: str, url: str, losers: int = 1) -> None:
     """What `build_pairs` does, its tasks run here: starting Ray would take longer than the rest."""
     settings = {
-        "rule": PreferenceRule(window=6, pairs_per_user=4, min_context=1),
+        "rule": PreferenceRule(
+            window=6, pairs_per_user=4, min_context=1, rejected_per_chosen=losers
+        ),
         "max_length": LENGTH,
         "seed": 3,
         "validation_share": 0.3,

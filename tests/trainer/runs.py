@@ -37,6 +37,7 @@ def settings_of(root: Path, fingerprint: str, blocks: dict[str, Any], **more: An
         | {"num_negatives": 8, "in_batch_negatives": 16},
         "training": {"epochs": 2, "log_every_steps": 1},
         "alignment": {
+            "kind": "dpo",
             "epochs": 2,
             "pairs_per_step": 32,
             "log_every_steps": 1,

@@ -61,7 +61,7 @@ def log_probs_plainly(settings: dict[str, Any], pairs: list[dict[str, Any]]) -> 
     for pair in pairs:
         scores = keys @ query_of(policy, pair, slice(None), pair["request_timestamp"])
         log_probs = (scores / temperature).log_softmax(0)
-        rows.append([log_probs[pair[f"{name}_id"] - 1].item() for name in ("chosen", "rejected")])
+        rows.append([log_probs[pair[name] - 1].item() for name in ("chosen_id", "rejected_1")])
     return torch.tensor(rows)
 
 
@@ -72,7 +72,7 @@ def read_all(directory: str, files: Any) -> list[dict[str, Any]]:
 def reference_of(settings: dict[str, Any]) -> Tensor:
     rows = read_all(settings["reference"], read_reference(settings["reference"]).parts)
     assert [row["pair_id"] for row in rows] == list(range(len(rows)))
-    return torch.tensor([[row["chosen"], row["rejected"]] for row in rows])
+    return torch.tensor([[row["chosen"], row["rejected_1"]] for row in rows])
 
 
 @pytest.fixture(scope="module")
@@ -112,12 +112,12 @@ def test_the_first_step_starts_at_the_reference_in_every_world(
     torch.testing.assert_close(reference_of(settings), alone, rtol=1e-4, atol=1e-4)
     shared = logged(pretrained.root, "align", "two")
     for rows in (whole, shared):
-        assert rows[1]["train/dpo_loss"] == pytest.approx(math.log(2), abs=1e-5)
+        assert rows[1]["train/preference_loss"] == pytest.approx(math.log(2), abs=1e-5)
         assert rows[1]["train/margin"] == pytest.approx(0, abs=1e-5)
         assert abs(rows[max(rows)]["train/margin"]) > 1e-3
     assert shared.keys() == whole.keys()
     for step, row in whole.items():
-        for tag in row.keys() & {"train/loss", "train/dpo_loss", "train/supervised_loss"}:
+        for tag in row.keys() & {"train/loss", "train/preference_loss", "train/supervised_loss"}:
             assert shared[step][tag] == pytest.approx(row[tag], rel=1e-3)
 
 

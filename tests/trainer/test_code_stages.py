@@ -44,14 +44,19 @@ def settings_for(root: Path, fingerprint: str, workers: int = 1, **more: Any) ->
     return settings_of(root, fingerprint, blocks, semantic_ids=str(root / "codes"), **more)
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """Two epochs on one rank; items have random ids, some of them the same."""
-    root: Path = tmp_path_factory.mktemp("codes")
+def write_run(root: Path) -> None:
+    """A data set and semantic ids, two of them the same."""
     write_synthetic(str(root / "data"), USERS, ITEMS, 9, 3, rows_per_group=16)
     codes = torch.randint(0, 4, (ITEMS + 1, 3), generator=torch.Generator().manual_seed(5))
     codes[2] = codes[1]
     write_semantic_ids(str(root / "codes"), str(root / "data"), codes, SIZES, tokenizer="random")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """Two epochs on one rank; items have random ids, some of them the same."""
+    root: Path = tmp_path_factory.mktemp("codes")
+    write_run(root)
     [outputs] = run_ranks(1, train_worker, settings_for(root, "one"), quiet)
     return root, outputs
 

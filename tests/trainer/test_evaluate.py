@@ -76,7 +76,7 @@ def training_counts(users: Rows) -> Counter[int]:
 
 def accuracy(pairs: Rows, scores: Tensor, held_out: bool) -> float:
     right = [
-        bool(own[pair["chosen_id"] - 1] > own[pair["rejected_id"] - 1])
+        bool(own[pair["chosen_id"] - 1] > own[pair["rejected_1"] - 1])
         for pair, own in zip(pairs, scores, strict=True)
         if pair["held_out"] == held_out
     ]

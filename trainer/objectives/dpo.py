@@ -1,9 +1,10 @@
-"""Direct preference optimisation over item preferences (arXiv 2305.18290), with a supervised term.
+"""Preference optimisation on logged pairs: DPO, IPO and S-DPO, with a supervised term.
 
-π(item | context) is the softmax of query · key / τ over the catalogue. Winner and loser share their
-context, so that its normaliser cancels in log π(w) − log π(l).
+With ρ = log π(y | x) − log π_ref(y | x): DPO (arXiv 2305.18290) −log σ(β(ρ_w − ρ_l)); IPO (arXiv
+2310.12036) (ρ_w − ρ_l − 1/(2β))²; S-DPO (arXiv 2406.09215) log(1 + Σ_l exp β(ρ_l − ρ_w)). Winner
+and losers share their context, so that the normaliser of a catalogue softmax cancels.
 
-Shape legend: B pairs, T tokens of their contexts, D width.
+Shape legend: B pairs, K losers of a pair, T tokens of their contexts.
 """
 
 from dataclasses import dataclass, replace
@@ -12,31 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from configs.alignment import DPOConfig
-from configs.objectives import FullSoftmaxConfig, ItemObjective
-from models.base import SequenceModel
-from models.batch import PreferenceBatch
-from models.ops.jagged import segment_ids
+from configs.alignment import DPOConfig, IPOConfig, OfflineAlignment, SoftmaxDPOConfig
 from sharding.loss_module import LossOutput
-from trainer.objectives.full_softmax import log_partition
-from trainer.objectives.next_item import (
-    NextItemInputs,
-    check_catalogue,
-    model_ids,
-    model_rows,
-    next_item_losses,
-    scored_ids,
-)
+from trainer.objectives.scoring import Candidates, Ids, Scorer, Supervised
 
 TIE = 1e-4
 """Log ratios (nats) whose difference is no more than this are equal up to float32 rounding."""
 
 
 def dpo_loss(log_ratio_difference: Tensor, beta: float, label_smoothing: float) -> Tensor:
-    """−(1−ε) log σ(βΔ) − ε log σ(−βΔ) of each pair.
+    """−(1−ε) log σ(βΔ) − ε log σ(−βΔ), elementwise.
 
     Args:
-        log_ratio_difference: [B] Δ = (log π(w) − log π_ref(w)) − (log π(l) − log π_ref(l)).
+        log_ratio_difference: Δ = ρ_w − ρ_l.
         beta: strength of the pull towards the reference.
         label_smoothing: ε, probability that a label is wrong.
     """
@@ -45,9 +34,27 @@ def dpo_loss(log_ratio_difference: Tensor, beta: float, label_smoothing: float) 
     return -(1.0 - label_smoothing) * right - label_smoothing * wrong
 
 
+def ipo_loss(log_ratio_difference: Tensor, beta: float) -> Tensor:
+    """(Δ − 1/(2β))², elementwise."""
+    return (log_ratio_difference - 0.5 / beta).square()
+
+
+def softmax_dpo_loss(log_ratio_differences: Tensor, there: Tensor, beta: float) -> Tensor:
+    """log(1 + Σ_l exp(−βΔ_l)) of each list: [B].
+
+    Args:
+        log_ratio_differences: [B, K], Δ_l = ρ_w − ρ_l.
+        there: [B, K] bool, which losers exist; a list without any has loss 0.
+        beta: as in `dpo_loss`.
+    """
+    against = (-beta * log_ratio_differences).masked_fill(~there, torch.finfo(torch.float32).min)
+    own = against.new_zeros(against.shape[0], 1)
+    return torch.cat([own, against], dim=1).logsumexp(dim=1)
+
+
 @torch.no_grad()
 def pairs_won(log_ratio_difference: Tensor) -> Tensor:
-    """float32 [B]: 1 where Δ is positive, 0 where it is negative, and 1/2 where rounding decides.
+    """float32: 1 where Δ is positive, 0 where it is negative, and 1/2 where rounding decides.
 
     A policy that has not moved is its own reference, whose accuracy is then one half.
     """
@@ -57,34 +64,37 @@ def pairs_won(log_ratio_difference: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class PreferenceInputs:
-    """A micro batch of pairs."""
+    """A micro batch of B pairs."""
 
-    pairs: PreferenceBatch
-    supervised: NextItemInputs | None
-    """Negatives for the next-item loss on the pairs' own contexts and winners; None without it."""
+    candidates: Candidates
+    """[B, 1 + K]: the winner, then its losers; 0 behind the last one."""
+    reference: Tensor
+    """[B, 1 + K] float32, log π_ref of the candidates; anything where there is none."""
+    supervised: Supervised | None
+    """For the supervised loss on the pairs' own contexts and winners; None without it."""
 
     def to(self, device: torch.device | str) -> "PreferenceInputs":
         """Copy on `device`."""
-        supervised = None if self.supervised is None else self.supervised.to(device)
-        return replace(self, pairs=self.pairs.to(device), supervised=supervised)
+        return replace(
+            self,
+            candidates=self.candidates.to(device),
+            reference=self.reference.to(device, non_blocking=True),
+            supervised=None if self.supervised is None else self.supervised.to(device),
+        )
 
 
 class PreferenceLoss(nn.Module):
-    """Sum over pairs of DPO + λ · mean next-item loss over the pair's context and winner.
+    """Sum over pairs of the preference loss + λ · mean supervised loss over context and winner.
 
     Every pair counts once, however long its context is. Dropout stays off also in training mode,
     because the reference's log-probabilities were taken without it.
     """
 
-    def __init__(
-        self, model: SequenceModel, config: DPOConfig, objective: ItemObjective, num_items: int
-    ) -> None:
+    def __init__(self, scorer: Scorer, config: OfflineAlignment) -> None:
         super().__init__()
-        check_catalogue(objective, num_items)
-        self.model = model
+        self.model = scorer.model
         self.config = config
-        self.objective = objective
-        self.num_items = num_items
+        self._scorer = scorer
 
     def train(self, mode: bool = True) -> "PreferenceLoss":
         """Switch the mode; the model's dropout stays off."""
@@ -92,88 +102,57 @@ class PreferenceLoss(nn.Module):
         self.model.eval()
         return self
 
-    def required_ids(self, inputs: PreferenceInputs) -> dict[str, dict[str, Tensor]]:
+    def required_ids(self, inputs: PreferenceInputs) -> Ids:
         """Ids of the contexts, of winners and losers, and of the supervised term."""
-        ids = model_ids(self.model, inputs.pairs.batch)
-        pairs = {"chosen": inputs.pairs.chosen_ids, "rejected": inputs.pairs.rejected_ids}
-        ids["item"] |= pairs
-        if inputs.supervised is not None:
-            ids["item"] |= scored_ids(self.objective, inputs.supervised, self.num_items)
-        return ids
+        return self._scorer.required_ids(inputs.candidates, inputs.supervised)
 
     def weight(self, inputs: PreferenceInputs) -> Tensor:
         """Number of pairs."""
-        batch = inputs.pairs.batch
-        return torch.tensor(float(batch.num_sequences), device=batch.item_ids.device)
+        items = inputs.candidates.items
+        return torch.tensor(float(items.shape[0]), device=items.device)
 
-    def forward(
-        self,
-        inputs: PreferenceInputs,
-        rows: dict[str, Tensor],
-        index: dict[str, dict[str, Tensor]],
-    ) -> LossOutput:
+    def forward(self, inputs: PreferenceInputs, rows: dict[str, Tensor], index: Ids) -> LossOutput:
         """Loss of a micro batch.
 
-        Metrics: `accuracy` (share of pairs whose margin is positive; a tie is half), `margin`
-        (β Δ), `dpo_loss`, `supervised_loss`; with a full softmax, whose normaliser is at hand,
-        also `chosen_log_ratio` and `rejected_log_ratio` (log π − log π_ref).
+        Metrics: `accuracy` (share of losers below their winner; a tie is half), `margin` (β Δ, mean
+        over a winner's losers), `preference_loss`, `supervised_loss`; where log π is normalised
+        also `chosen_log_ratio` and `rejected_log_ratio` (ρ_w, and ρ_l's mean over losers).
         """
-        pairs = inputs.pairs
-        queries = self.model(pairs.batch, model_rows(self.model, rows, index), 0)
-        keys = self.model.item_keys(rows["item"])
-        last = queries.index_select(0, pairs.batch.offsets[1:] - 1)
-        chosen, rejected = (
-            (last * F.embedding(index["item"][name], keys)).sum(-1) / self.objective.temperature
-            for name in ("chosen", "rejected")
-        )
-        reference = pairs.reference_chosen - pairs.reference_rejected
-        difference = chosen - rejected - reference
-        losses = dpo_loss(difference, self.config.beta, self.config.label_smoothing)
+        scored = self._scorer(inputs.candidates, inputs.supervised, rows, index)
+        there = inputs.candidates.items > 0
+        ratios = (scored.log_probs.sum(-1) - inputs.reference).where(there, 0.0)
+        differences, losers = ratios[:, :1] - ratios[:, 1:], there[:, 1:]
+        losses = self._losses(differences, losers)
+        margins = self.config.beta * differences.detach()
         metrics = {
-            "accuracy": pairs_won(difference).sum(),
-            "margin": self.config.beta * difference.detach().sum(),
-            "dpo_loss": losses.detach().sum(),
+            "accuracy": _mean(pairs_won(differences), losers).sum(),
+            "margin": _mean(margins, losers).sum(),
+            "preference_loss": losses.detach().sum(),
         }
+        if self._scorer.normalised:
+            metrics["chosen_log_ratio"] = ratios[:, 0].detach().sum()
+            metrics["rejected_log_ratio"] = _mean(ratios[:, 1:].detach(), losers).sum()
         total = losses.sum()
-        if inputs.supervised is not None:
-            term = self._supervised(queries, keys, inputs.supervised, index["item"])
-            total = total + self.config.supervised_weight * term
-            metrics["supervised_loss"] = term.detach()
-            metrics |= self._log_ratios(last, keys, pairs, chosen, rejected, index["item"])
+        if scored.supervised is not None:
+            total = total + self.config.supervised_weight * scored.supervised.sum()
+            metrics["supervised_loss"] = scored.supervised.detach().sum()
         return LossOutput(total, metrics)
 
     def flops_per_token(self, mean_length: float) -> float:
-        """Forward FLOPs per context token; scoring two items per pair is left out."""
+        """Forward FLOPs per context token; scoring a pair's items is left out."""
         return self.model.flops_per_token(mean_length)
 
-    def _supervised(
-        self, queries: Tensor, keys: Tensor, inputs: NextItemInputs, index: dict[str, Tensor]
-    ) -> Tensor:
-        """Sum over pairs of the mean next-item loss of the pair's positions."""
-        batch = inputs.batch
-        losses = next_item_losses(self.objective, queries, keys, inputs, index)
-        groups = segment_ids(batch.offsets, batch.num_tokens)
-        valid = (batch.target_ids > 0).float()
-        counts = losses.new_zeros(batch.num_sequences).index_add(0, groups, valid)
-        return (losses / counts.clamp(min=1.0)[groups]).sum()
+    def _losses(self, differences: Tensor, losers: Tensor) -> Tensor:
+        """Preference loss of each pair [B], from Δ [B, K]."""
+        match self.config:
+            case SoftmaxDPOConfig(beta=beta):
+                return softmax_dpo_loss(differences, losers, beta)
+            case IPOConfig(beta=beta):
+                return _mean(ipo_loss(differences, beta), losers)
+            case DPOConfig(beta=beta, label_smoothing=smoothing):
+                return _mean(dpo_loss(differences, beta, smoothing), losers)
 
-    @torch.no_grad()
-    def _log_ratios(
-        self,
-        last: Tensor,
-        keys: Tensor,
-        pairs: PreferenceBatch,
-        chosen: Tensor,
-        rejected: Tensor,
-        index: dict[str, Tensor],
-    ) -> dict[str, Tensor]:
-        """Sums over pairs of log π − log π_ref, where the catalogue's keys are at hand."""
-        if not isinstance(self.objective, FullSoftmaxConfig):
-            return {}
-        catalogue = F.embedding(index["catalogue"], keys)
-        config = self.objective
-        log_z = log_partition(last, catalogue, config.temperature, config.chunk_tokens)
-        return {
-            "chosen_log_ratio": (chosen - log_z - pairs.reference_chosen).sum(),
-            "rejected_log_ratio": (rejected - log_z - pairs.reference_rejected).sum(),
-        }
+
+def _mean(values: Tensor, there: Tensor) -> Tensor:
+    """Mean over those of values [B, K] that are there: [B]."""
+    return (values * there).sum(1) / there.sum(1).clamp(min=1)

@@ -1,21 +1,29 @@
 """DPO: the loss by hand, the module against a plain computation, the supervised term."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from configs.alignment import DPOConfig
+from configs.alignment import DPOConfig, IPOConfig, OfflineAlignment, SoftmaxDPOConfig
 from configs.models import HSTUConfig, InitConfig
 from configs.objectives import FullSoftmaxConfig, Objective, SampledSoftmaxConfig
 from models.base import CatalogueSizes
-from models.batch import PreferenceBatch
 from models.build import build_model
 from tests.models.sequences import make_batch, take, tokens_of
 from tests.trainer.objectives.loss_tools import run_loss
-from trainer.objectives.dpo import PreferenceInputs, PreferenceLoss, dpo_loss, pairs_won
+from trainer.objectives.dpo import (
+    PreferenceInputs,
+    PreferenceLoss,
+    dpo_loss,
+    ipo_loss,
+    pairs_won,
+    softmax_dpo_loss,
+)
 from trainer.objectives.negatives import draw_negatives
+from trainer.objectives.scoring import Candidates, ItemScorer
 
 NUM_ITEMS, WIDTH = 25, 8
 SAMPLED = SampledSoftmaxConfig(num_negatives=6, shared="sequence", temperature=0.5)
@@ -44,16 +52,39 @@ def test_gradient_by_hand_and_no_overflow() -> None:
     assert losses.isfinite().all()
 
 
+def test_ipo_by_hand() -> None:
+    """β = .1 wants a margin of 5 exactly."""
+    losses = ipo_loss(torch.tensor([5.0, 0.0, 7.5]), beta=0.1)
+    torch.testing.assert_close(losses, torch.tensor([0.0, 25.0, 6.25]))
+
+
+def test_softmax_dpo_by_hand() -> None:
+    """Three even losers: log 4; one loser is DPO; absent ones do not count."""
+    differences = torch.tensor([[0.0, 0.0, 0.0], [2.0, 9.0, -9.0], [1.0, -3.0, 0.5]])
+    there = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0]]).bool()
+    losses = softmax_dpo_loss(differences, there, beta=0.5)
+    alone = -math.log(1 / (1 + math.exp(-1.0)))
+    two = math.log(1 + math.exp(-0.5) + math.exp(1.5))
+    torch.testing.assert_close(losses, torch.tensor([math.log(4), alone, two]))
+    torch.testing.assert_close(losses[1:2], dpo_loss(differences[1:2, 0], 0.5, 0.0))
+    nobody = softmax_dpo_loss(differences[:1], torch.zeros(1, 3).bool(), beta=0.5)
+    assert nobody.tolist() == [0.0]
+    far = torch.tensor([[-1e6, 1e6]], requires_grad=True)
+    softmax_dpo_loss(far, torch.ones(1, 2).bool(), beta=0.5).sum().backward()
+    assert far.grad is not None and far.grad.isfinite().all()
+
+
 def test_pairs_that_rounding_decides_count_half() -> None:
     won = pairs_won(torch.tensor([0.3, -0.3, 0.0, 5e-5, -5e-5, 2e-4, -2e-4]))
     assert won.tolist() == [1.0, 0.0, 0.5, 0.5, 0.5, 1.0, 0.0]
 
 
-def build(config: DPOConfig, objective: Objective) -> PreferenceLoss:
+def build(config: OfflineAlignment, objective: Objective) -> PreferenceLoss:
     torch.manual_seed(0)
     sizes = CatalogueSizes(NUM_ITEMS, 9, {}, {})
     model = build_model(HSTUConfig(width=WIDTH, qk_width=4, v_width=4), sizes, InitConfig(), 20)
-    return PreferenceLoss(model, config, objective, NUM_ITEMS).train()
+    normalised = isinstance(objective, FullSoftmaxConfig)
+    return PreferenceLoss(ItemScorer(model, objective, NUM_ITEMS, normalised), config).train()
 
 
 def table() -> dict[str, Tensor]:
@@ -61,69 +92,99 @@ def table() -> dict[str, Tensor]:
     return {"item": torch.randn(NUM_ITEMS + 1, WIDTH, requires_grad=True)}
 
 
-def make_pairs(lengths: list[int]) -> PreferenceBatch:
+def make_pairs(lengths: list[int], losers: int = 1) -> PreferenceInputs:
+    """Pairs without the supervised term; every second one lacks its last loser if it has many."""
     batch, count = make_batch(lengths, NUM_ITEMS), len(lengths)
     generator = torch.Generator().manual_seed(4)
     chosen = batch.target_ids[batch.offsets[1:] - 1] if count else batch.target_ids
-    return PreferenceBatch(
-        batch=batch,
-        pair_ids=torch.arange(count),
-        chosen_ids=chosen,
-        rejected_ids=chosen % NUM_ITEMS + 1,
-        reference_chosen=-torch.rand(count, generator=generator),
-        reference_rejected=-torch.rand(count, generator=generator),
-    )
+    items = (chosen[:, None] - 1 + 3 * torch.arange(1 + losers)) % NUM_ITEMS + 1
+    if losers > 1:
+        items[1::2, -1] = 0
+    reference = -torch.rand(count, 1 + losers, generator=generator)
+    return PreferenceInputs(Candidates(batch, items), reference, None)
 
 
-def take_pairs(pairs: PreferenceBatch, chosen: list[int]) -> PreferenceBatch:
-    return PreferenceBatch(
-        batch=take(pairs.batch, chosen),
-        pair_ids=pairs.pair_ids[chosen],
-        chosen_ids=pairs.chosen_ids[chosen],
-        rejected_ids=pairs.rejected_ids[chosen],
-        reference_chosen=pairs.reference_chosen[chosen],
-        reference_rejected=pairs.reference_rejected[chosen],
-    )
+def take_pairs(pairs: PreferenceInputs, chosen: list[int]) -> PreferenceInputs:
+    batch = take(pairs.candidates.batch, chosen)
+    candidates = Candidates(batch, pairs.candidates.items[chosen])
+    return PreferenceInputs(candidates, pairs.reference[chosen], None)
 
 
 def inputs_of(
-    objective: Objective, pairs: PreferenceBatch, supervised: bool = True
+    objective: Objective, pairs: PreferenceInputs, supervised: bool = True
 ) -> PreferenceInputs:
-    negatives = draw_negatives(objective, pairs.batch, NUM_ITEMS, seed=0, step=3)
-    return PreferenceInputs(pairs, negatives if supervised else None)
+    negatives = draw_negatives(objective, pairs.candidates.batch, NUM_ITEMS, seed=0, step=3)
+    return replace(pairs, supervised=negatives if supervised else None)
 
 
-@pytest.mark.parametrize("supervised_weight", [0.0, 0.7])
-def test_module_equals_a_plain_computation(supervised_weight: float) -> None:
+KINDS: list[OfflineAlignment] = [
+    DPOConfig(beta=0.3, label_smoothing=0.1, supervised_weight=0.0),
+    DPOConfig(beta=0.3, label_smoothing=0.1, supervised_weight=0.7),
+    IPOConfig(beta=0.3, supervised_weight=0.7),
+    SoftmaxDPOConfig(beta=0.3, supervised_weight=0.7),
+]
+
+
+@pytest.mark.parametrize("losers", [1, 3])
+@pytest.mark.parametrize("config", KINDS)
+def test_module_equals_a_plain_computation(config: OfflineAlignment, losers: int) -> None:
     """With catalogue log-probabilities written out, so that the normaliser is seen to cancel."""
-    config = DPOConfig(beta=0.3, label_smoothing=0.1, supervised_weight=supervised_weight)
-    module, tables, pairs = build(config, FULL), table(), make_pairs([4, 1, 9])
+    module, tables, pairs = build(config, FULL), table(), make_pairs([4, 1, 9], losers)
     output = run_loss(module, inputs_of(FULL, pairs), tables)
-    item = tables["item"]
-    queries = module.model(pairs.batch, {"item": item[pairs.batch.item_ids]}, 0)
-    keys = module.model.item_keys(item[1:])
-    log_probs = torch.log_softmax(queries @ keys.T / 0.5, dim=-1)
-    expected = dict.fromkeys(("loss", "chosen", "rejected", "accuracy", "margin"), 0.0)
+    item, batch = tables["item"], pairs.candidates.batch
+    queries = module.model(batch, {"item": item[batch.item_ids]}, 0)
+    log_probs = torch.log_softmax(queries @ module.model.item_keys(item[1:]).T / 0.5, dim=-1)
+    names = ("loss", "chosen_log_ratio", "rejected_log_ratio", "accuracy", "margin")
+    expected = dict.fromkeys(names, 0.0)
     for b in range(3):
-        own = tokens_of(pairs.batch, log_probs, b)
-        targets = tokens_of(pairs.batch, pairs.batch.target_ids, b)
-        winner = own[-1, pairs.chosen_ids[b] - 1] - pairs.reference_chosen[b]
-        loser = own[-1, pairs.rejected_ids[b] - 1] - pairs.reference_rejected[b]
-        margin = 0.3 * (winner - loser)
-        dpo = -0.9 * torch.sigmoid(margin).log() - 0.1 * torch.sigmoid(-margin).log()
-        context = -own[torch.arange(len(targets)), targets - 1].mean()
-        expected["loss"] += (dpo + supervised_weight * context).item()
-        expected["chosen"] += winner.item()
-        expected["rejected"] += loser.item()
-        expected["accuracy"] += float(margin > 0)
-        expected["margin"] += margin.item()
-    assert output.loss_sum.item() == pytest.approx(expected["loss"], rel=1e-5)
-    metrics = {name: value.item() for name, value in output.metrics.items()}
-    assert metrics["chosen_log_ratio"] == pytest.approx(expected["chosen"], rel=1e-4)
-    assert metrics["rejected_log_ratio"] == pytest.approx(expected["rejected"], rel=1e-4)
-    assert metrics["accuracy"] == expected["accuracy"]
-    assert metrics["margin"] == pytest.approx(expected["margin"], rel=1e-4)
+        own = tokens_of(batch, log_probs, b)
+        targets = tokens_of(batch, batch.target_ids, b)
+        items = [i for i in pairs.candidates.items[b].tolist() if i]
+        reference = pairs.reference[b, : len(items)].tolist()
+        ratios = [own[-1, i - 1].item() - r for i, r in zip(items, reference, strict=True)]
+        margins = [0.3 * (ratios[0] - loser) for loser in ratios[1:]]
+        context = -own[torch.arange(len(targets)), targets - 1].mean().item()
+        expected["loss"] += plainly(config, margins) + config.supervised_weight * context
+        expected["chosen_log_ratio"] += ratios[0]
+        expected["rejected_log_ratio"] += sum(ratios[1:]) / len(margins)
+        expected["accuracy"] += sum(m > 0 for m in margins) / len(margins)
+        expected["margin"] += sum(margins) / len(margins)
+    found = {name: value.item() for name, value in output.metrics.items()}
+    found["loss"] = output.loss_sum.item()
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, rel=1e-4), name
     assert module.weight(inputs_of(FULL, pairs)) == 3
+
+
+def plainly(config: OfflineAlignment, margins: list[float]) -> float:
+    """Loss of one pair with βΔ of each loser, from the formulas."""
+
+    def log_sigmoid(x: float) -> float:
+        return -math.log(1 + math.exp(-x))
+
+    match config:
+        case DPOConfig():
+            each = [-0.9 * log_sigmoid(m) - 0.1 * log_sigmoid(-m) for m in margins]
+        case IPOConfig():
+            each = [(m / 0.3 - 1 / 0.6) ** 2 for m in margins]
+        case SoftmaxDPOConfig():
+            return math.log(1 + sum(math.exp(-m) for m in margins))
+    return sum(each) / len(each)
+
+
+@pytest.mark.parametrize("objective", [SAMPLED, FULL])
+@pytest.mark.parametrize("config", KINDS[1:])
+def test_the_normaliser_changes_no_gradient(config: OfflineAlignment, objective: Objective) -> None:
+    gradients = []
+    for normalised in (False, True):
+        tables, pairs = table(), make_pairs([4, 1, 9], 3)
+        model = build(config, objective).model
+        scorer = ItemScorer(model, objective, NUM_ITEMS, normalised)  # type: ignore[arg-type]
+        loss = run_loss(PreferenceLoss(scorer, config), inputs_of(objective, pairs), tables)
+        wanted = [*model.parameters(), tables["item"]]
+        gradients.append(torch.autograd.grad(loss.loss_sum, wanted))
+    for bare, whole in zip(*gradients, strict=True):
+        torch.testing.assert_close(bare, whole, atol=2e-5, rtol=1e-3)
 
 
 @pytest.mark.parametrize("objective", [SAMPLED, FULL])
@@ -186,5 +247,5 @@ def test_parameters_are_registered_once() -> None:
 
 def test_inputs_move_between_devices() -> None:
     inputs = inputs_of(SAMPLED, make_pairs([3])).to("meta")
-    assert inputs.pairs.chosen_ids.is_meta and inputs.pairs.batch.item_ids.is_meta
+    assert inputs.candidates.items.is_meta and inputs.candidates.batch.item_ids.is_meta
     assert inputs.supervised is not None and inputs.supervised.batch.item_ids.is_meta
