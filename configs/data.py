@@ -46,6 +46,8 @@ class ColumnMap(Config):
     """A numeric column: rating, or any graded feedback."""
     dwell: str | None = None
     """A numeric column: how long the user stayed with the item (dwell, watch or play time)."""
+    duration: str | None = None
+    """A numeric column: how long the item lasts (a video's length); 0 or nothing is unknown."""
     order: str | None = None
     """A numeric column that orders a user's events of equal time (without it, the log's order)."""
     action: str | None = None
@@ -97,15 +99,16 @@ class LogSource(Config):
     columns: ColumnMap = ColumnMap()
     timestamp_unit: TimestampUnit = "s"
     dwell_unit: DwellUnit = "s"
+    """Of columns.dwell and columns.duration."""
     item_text: ItemText | None = None
     user_table: UserTable | None = None
 
     @model_validator(mode="after")
     def _unit_of_a_column(self) -> "LogSource":
-        if self.dwell_unit != "s" and self.columns.dwell is None:
+        if self.dwell_unit != "s" and self.columns.dwell is self.columns.duration is None:
             raise ValueError(
-                f"dwell_unit={self.dwell_unit!r} is the unit of columns.dwell, which maps no "
-                "column: map it or leave out the unit"
+                f"dwell_unit={self.dwell_unit!r} is the unit of columns.dwell and "
+                "columns.duration, which map no column: map one or leave out the unit"
             )
         return self
 

@@ -105,8 +105,7 @@ def _no_events(job: Job) -> pa.Table:
     kinds |= dict.fromkeys(job.rules.categories(), pa.string())
     if job.source.columns.rating is not None:
         kinds["rating"] = pa.float32()
-    if job.source.columns.dwell is not None:
-        kinds["dwell"] = pa.float32()
+    kinds |= dict.fromkeys(job.rules.spans(), pa.float32())
     if job.source.columns.order is not None:
         kinds["order"] = pa.float64()
     if job.source.columns.labels:
@@ -142,9 +141,9 @@ def _sequences(
     }
     if job.source.columns.rating is not None:
         columns["ratings"] = lists(events["rating"].to_numpy())
-    if job.source.columns.dwell is not None:
-        seconds = events["dwell"].to_numpy() / np.float32(job.rules.dwell_per_second)
-        columns["dwell_times"] = lists(seconds)
+    for name in job.rules.spans():
+        seconds = events[name].to_numpy() / np.float32(job.rules.dwell_per_second)
+        columns["dwell_times" if name == "dwell" else "durations"] = lists(seconds)
     if job.source.columns.labels:
         columns["labels"] = lists(events["labels"].to_numpy())
     for name in job.rules.categories():

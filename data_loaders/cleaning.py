@@ -142,8 +142,7 @@ def _quarantine_duplicates(
     raw[columns.timestamp] = render_time(copies["time"].to_numpy(), job.rules.unit)
     if columns.rating is not None:
         raw[columns.rating] = copies["rating"]
-    if columns.dwell is not None:
-        raw[columns.dwell] = copies["dwell"]
+    raw |= {column: copies[name] for name, column in job.rules.spans().items()}
     if columns.order is not None:
         raw[columns.order] = copies["order"]
     for bit, column in enumerate(columns.labels.values()):

@@ -60,6 +60,7 @@ def jagged_batch(slices: Slices, following: Following) -> JaggedBatch:
         target_ids=shifted(events["item_ids"], following.item_ids),
         ratings=tensors.get("ratings"),
         dwell_times=tensors.get("dwell_times"),
+        durations=tensors.get("durations"),
         action_ids=tensors.get("action_ids"),
         labels=tensors.get("labels"),
         user_features={

@@ -29,7 +29,7 @@ OPEN_FILES = 32
 """Shards whose footers are kept parsed."""
 
 Columns = Mapping[str, type[np.generic]]
-_FLOATS = ("ratings", "dwell_times")
+_FLOATS = ("ratings", "dwell_times", "durations")
 
 
 @dataclass(frozen=True)
@@ -282,10 +282,11 @@ def event_columns(manifest: DatasetManifest) -> dict[str, type[np.generic]]:
     names = ["item_ids", "timestamps"]
     names += ["ratings"] * manifest.has_ratings + ["dwell_times"] * manifest.has_dwell_times
     names += ["action_ids"] * (manifest.actions > 0)
+    names += ["durations"] * manifest.has_durations
     names += ["labels"] * bool(manifest.labels)
     return column_types([*names, *(f"side_{name}" for name in manifest.side_features)])
 
 
 def column_types(names: Iterable[str]) -> dict[str, type[np.generic]]:
-    """Columns with their types: ratings and dwell times are float32, all else int64."""
+    """Columns with their types: ratings and lengths of time are float32, else int64."""
     return {name: np.float32 if name in _FLOATS else np.int64 for name in names}

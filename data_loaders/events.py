@@ -2,8 +2,8 @@
 
 Columns of an event: `user`, `item` string; `time` int64 microseconds; `place` int64, where it
 stands in the log, which orders events of equal time; where mapped, `order` float64, which does so
-before `place`, `rating` and `dwell` (in the log's unit) float32 (NaN: none), `labels` int64 (bit b:
-the recipe's label b), `action` and `side_<name>` string.
+before `place`, `rating`, `dwell` and `duration` (in the log's unit) float32 (NaN: none), `labels`
+int64 (bit b: the recipe's label b), `action` and `side_<name>` string.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,6 +33,8 @@ REASONS = (
     "unparsable_order",
     "unparsable_dwell",
     "impossible_dwell",
+    "unparsable_duration",
+    "impossible_duration",
     "unparsable_label",
 )
 """Reasons found in a single row; an event has the first that applies. 0 is a good event."""
@@ -66,14 +68,14 @@ class EventRules:
 
     @property
     def dwell_per_second(self) -> int:
-        """Units of `dwell` in a second."""
+        """Units of `dwell` and `duration` in a second."""
         return SECOND // _PER_UNIT[self.dwell_unit]
 
     def wanted(self) -> dict[str, str]:
         """Recipe key → column of the log."""
         prefix, columns = "data.source.columns", self.columns
         keys = {f"{prefix}.{key}": getattr(columns, key) for key in ("user", "item", "timestamp")}
-        for key in ("rating", "dwell", "order", "action"):
+        for key in ("rating", "dwell", "duration", "order", "action"):
             if getattr(columns, key) is not None:
                 keys[f"{prefix}.{key}"] = getattr(columns, key)
         for name, column in columns.labels.items():
@@ -81,6 +83,11 @@ class EventRules:
         for index, name in enumerate(columns.side_features):
             keys[f"{prefix}.side_features.{index}"] = name
         return keys
+
+    def spans(self) -> dict[str, str]:
+        """Event column of a length of time (`dwell`, `duration`) → column of the log."""
+        mapped = {"dwell": self.columns.dwell, "duration": self.columns.duration}
+        return {name: column for name, column in mapped.items() if column is not None}
 
     def categories(self) -> dict[str, str]:
         """Categorical event column → column of the log."""
@@ -107,23 +114,28 @@ def type_events(raw: pa.Table, rules: EventRules) -> tuple[pa.Table, np.ndarray]
     user, item = as_text(raw[columns.user]), as_text(raw[columns.item])
     time, no_time, bad_time = parse_time(raw[columns.timestamp], rules.unit)
     typed: dict[str, pa.ChunkedArray | np.ndarray] = {"user": user, "item": item, "time": time}
-    bad_rating, bad_order, bad_dwell, negative, bad_label = np.zeros((5, raw.num_rows), bool)
+    nowhere = np.zeros(raw.num_rows, bool)
+    bad = dict.fromkeys(REASONS[1:], nowhere) | {
+        "null_user": _absent(user),
+        "null_item": _absent(item),
+        "null_timestamp": no_time,
+        "unparsable_timestamp": bad_time,
+        "impossible_timestamp": (time < rules.earliest) | (time >= rules.latest),
+    }
     if columns.rating is not None:
-        typed["rating"], bad_rating = _graded(raw[columns.rating])
-    if columns.dwell is not None:
-        typed["dwell"], bad_dwell = _graded(raw[columns.dwell])
-        negative = typed["dwell"] < 0
+        typed["rating"], bad["unparsable_rating"] = _graded(raw[columns.rating])
+    for name, column in rules.spans().items():
+        typed[name], bad[f"unparsable_{name}"] = _graded(raw[column])
+        bad[f"impossible_{name}"] = typed[name] < 0
     if columns.order is not None:
         typed["order"], no_order, bad_order = parse_number(raw[columns.order])
-        bad_order |= no_order
+        bad["unparsable_order"] = bad_order | no_order
     if columns.labels:
-        typed["labels"], bad_label = parse_labels([raw[c] for c in columns.labels.values()])
+        masks, bad["unparsable_label"] = parse_labels([raw[c] for c in columns.labels.values()])
+        typed["labels"] = masks
     for name, column in rules.categories().items():
         typed[name] = as_text(raw[column])
-    impossible = (time < rules.earliest) | (time >= rules.latest)
-    found = [_absent(user), _absent(item), no_time, bad_time, impossible, bad_rating, bad_order]
-    found += [bad_dwell, negative, bad_label]
-    return pa.table(typed), np.select(found, range(1, len(REASONS)), 0)
+    return pa.table(typed), np.select([bad[r] for r in REASONS[1:]], range(1, len(REASONS)), 0)
 
 
 def _graded(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:

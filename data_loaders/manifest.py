@@ -80,6 +80,7 @@ class DatasetManifest(Sealed):
     has_ratings: bool
     has_dwell_times: bool = Field(default=False, exclude_if=lambda has: not has)
     """Written where true only: data sets of before there were dwell times stay what they are."""
+    has_durations: bool = Field(default=False, exclude_if=lambda has: not has)
     labels: tuple[str, ...] = Field(default=(), exclude_if=lambda names: not names)
     """Names of the bits of each event's `labels`, lowest first; empty where none is mapped."""
     split: Split

@@ -345,6 +345,7 @@ _SETS: dict[str, PublicSet] = {
                 timestamp="time_ms",
                 rating="is_click",
                 dwell="play_time_ms",
+                duration="duration_ms",
                 side_features=("tab",),
                 labels=_KUAIRAND_LABELS,
             ),

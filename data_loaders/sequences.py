@@ -295,6 +295,7 @@ class _Preparation:
             actions=sizes.get("actions", 0),
             has_ratings=self.job.source.columns.rating is not None,
             has_dwell_times=self.job.source.columns.dwell is not None,
+            has_durations=self.job.source.columns.duration is not None,
             labels=tuple(self.job.source.columns.labels),
             split=self.job.split,
             counts=EventCounts(

@@ -48,6 +48,7 @@ def write_synthetic(
     features: bool = True,
     actions: bool = False,
     dwell_times: bool = False,
+    durations: bool = False,
     labels: bool = False,
 ) -> DatasetManifest:
     """Write a synthetic data set into the directory `url` and return its manifest.
@@ -60,13 +61,14 @@ def write_synthetic(
         features: whether users have a `segment` and events a `genre`.
         actions: whether events carry an action id.
         dwell_times: whether events carry a dwell time, some of them unknown.
-        labels: whether events carry `LABELS`: hated is a third of the items by segment, liked and
-            long viewed are shares of the others.
+        durations: whether events carry how long the item lasts.
+        labels: whether events carry `LABELS`, which follow from item and segment.
     """
     users = _users(num_users, mean_length, seed)
     events = _events(users, num_items, seed)
-    kept = ["item_ids", "timestamps"] + ["ratings"] * ratings + ["dwell_times"] * dwell_times
-    kept += ["action_ids"] * actions + ["labels"] * labels + ["side_genre"] * features
+    wanted = {"ratings": ratings, "dwell_times": dwell_times, "durations": durations}
+    wanted |= {"action_ids": actions, "labels": labels, "side_genre": features}
+    kept = [name for name in events if wanted.get(name, True)]
     table = _sequence_table(users, events, kept, features)
     bounds = [num_users * shard // num_shards for shard in range(num_shards + 1)]
     bounds += [num_users] * empty_shards
@@ -81,11 +83,10 @@ def write_synthetic(
         actions=len(ACTIONS) if actions else 0,
         has_ratings=ratings,
         has_dwell_times=dwell_times,
+        has_durations=durations,
         labels=LABELS if labels else (),
         split=LeaveLastOut(),
-        counts=EventCounts(
-            read=count, kept=count, quarantined={}, below_min_rating=0, core_removed=0
-        ),
+        counts=_nothing_lost(count),
         length_histogram=_histogram(users["length"]),
         shards=_write_shards(url, table, bounds, rows_per_group),
         items=(_write_items(url, users, events, num_items),),
@@ -94,6 +95,10 @@ def write_synthetic(
     )
     write_manifest(url, manifest)
     return manifest
+
+
+def _nothing_lost(count: int) -> EventCounts:
+    return EventCounts(read=count, kept=count, quarantined={}, below_min_rating=0, core_removed=0)
 
 
 def _uniform(seed: int, stream: int, count: int) -> np.ndarray:
@@ -139,6 +144,7 @@ def _events(users: dict[str, np.ndarray], num_items: int, seed: int) -> dict[str
         "timestamps": 1_000_000_000 + elapsed - np.repeat(elapsed[first], length),
         "ratings": np.where(low, 3.0, rating).astype(np.float32),
         "dwell_times": _dwell_times(items, disliked, low),
+        "durations": (4.0 + items % 60).astype(np.float32),
         "action_ids": 1 + (items + segment) % len(ACTIONS),
         "labels": liked + 2 * disliked.astype(np.int64) + 4 * long_view,
         "side_genre": 1 + items % GENRES,

@@ -36,6 +36,9 @@ class JaggedBatch:
     dwell_times: Tensor | None = None
     """[T] float32 seconds that the user stayed with the input event's item, NaN where the log does
     not say; where the source maps one."""
+    durations: Tensor | None = None
+    """[T] float32 seconds that the input event's item lasts, NaN or 0 where the log does not say;
+    where the source maps them."""
     action_ids: Tensor | None = None
     """[T] int64, behaviour of the input event where the source maps one."""
     labels: Tensor | None = None

@@ -131,6 +131,7 @@ def _of_tokens(batch: JaggedBatch, tokens: Tensor, offsets: Tensor) -> JaggedBat
         target_ids=batch.target_ids[tokens],
         ratings=taken(batch.ratings),
         dwell_times=taken(batch.dwell_times),
+        durations=taken(batch.durations),
         action_ids=taken(batch.action_ids),
         labels=taken(batch.labels),
         item_codes=taken(batch.item_codes),

@@ -266,7 +266,8 @@ def test_reading_recipes_needs_neither_torch_nor_ray() -> None:
     [
         ("{action: a}", "s", "model.dwell_times is on, but data.source.columns.dwell maps no"),
         ("{dwell: t}", "ms", "model.actions is on, but data.source.columns.action maps no"),
-        ("{action: a}", "ms", "dwell_unit='ms' is the unit of columns.dwell, which maps no"),
+        ("{action: a}", "ms", "dwell_unit='ms' is the unit of columns.dwell and columns.dura"),
+        ("{duration: t, action: a}", "ms", "model.dwell_times is on, but data.source.columns.dw"),
         ("{dwell: t, action: a}", "ms", None),
     ],
 )

@@ -75,6 +75,10 @@ def test_a_dwell_time_is_a_number_that_may_be_absent_but_not_negative() -> None:
     assert found == ["", "", "unparsable_rating", "impossible_dwell", "unparsable_rating", ""]
     dwell = events["dwell"].to_numpy()
     assert dwell.dtype == np.float32 and np.isnan(dwell[1]) and dwell[[0, 5]].tolist() == [1500, 0]
+    alone = EventRules.of(ColumnMap(duration="ms"), "s", CleaningConfig())
+    found = [REASONS[c] for c in type_events(pa.table(names | {"ms": values}), alone)[1]]
+    bad = "unparsable_duration"
+    assert found == ["", "", bad, "impossible_duration", bad, ""]
     alone = EventRules.of(ColumnMap(dwell="ms"), "s", CleaningConfig())
     found = [REASONS[c] for c in type_events(pa.table(names | {"ms": values}), alone)[1]]
     assert found == ["", "", "unparsable_dwell", "impossible_dwell", "unparsable_dwell", ""]

@@ -36,7 +36,18 @@ Step = StepBatches[JaggedBatch]
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("loader")
     more = {"num_shards": 3, "rows_per_group": 8, "empty_shards": 1}
-    write_synthetic(str(path), USERS, 40, 9, 2, **more, actions=True, labels=True, dwell_times=True)
+    write_synthetic(
+        str(path),
+        USERS,
+        40,
+        9,
+        2,
+        **more,
+        actions=True,
+        labels=True,
+        dwell_times=True,
+        durations=True,
+    )
     return path
 
 
@@ -97,7 +108,13 @@ def by_sample(ranks: list[Step]) -> dict[int, tuple]:
     found: dict[int, tuple] = {}
     for batch in (batch for step in ranks for batch in step.micro_batches):
         per_token = [batch.item_ids, batch.timestamps, batch.next_timestamps, batch.target_ids]
-        per_token += [batch.ratings, batch.action_ids, batch.labels, batch.side_features["genre"]]
+        per_token += [
+            batch.ratings,
+            batch.action_ids,
+            batch.labels,
+            batch.durations,
+            batch.side_features["genre"],
+        ]
         for b, sample in enumerate(batch.sample_ids.tolist()):
             own = slice(int(batch.offsets[b]), int(batch.offsets[b + 1]))
             row = [int(batch.user_ids[b]), int(batch.user_features["segment"][b])]
@@ -121,6 +138,7 @@ def reference(row: dict, include_validation: bool = False) -> tuple:
         tuple(row["ratings"][inputs]),
         tuple(row["action_ids"][inputs]),
         tuple(row["labels"][inputs]),
+        tuple(row["durations"][inputs]),
         tuple(row["side_genre"][inputs]),
         tuple(known(row["dwell_times"][inputs])),  # of what is predicted nothing is told
     )

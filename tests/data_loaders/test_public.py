@@ -182,6 +182,7 @@ def test_kuairand_joins_its_logs(tmp_path: Path) -> None:
     assert [row["video_id"] for row in _rows(source.url)] == [3, 2]
     assert source.timestamp_unit == "ms" and source.columns.rating == "is_click"
     assert source.dwell_unit == "ms" and source.columns.dwell == "play_time_ms"
+    assert source.columns.duration == "duration_ms"
     assert source.columns.labels["hate"] == "is_hate" and len(source.columns.labels) == 8
 
 

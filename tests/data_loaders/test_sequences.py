@@ -35,7 +35,12 @@ pytestmark = pytest.mark.usefixtures("local_ray")
 
 LABELS = {"finished": "done", "liked": "like"}
 COLUMNS = ColumnMap(
-    rating="rating", dwell="watched_ms", action="action", side_features=("tab",), labels=LABELS
+    rating="rating",
+    dwell="watched_ms",
+    duration="lasts_ms",
+    action="action",
+    side_features=("tab",),
+    labels=LABELS,
 )
 YEAR_2020 = 1_577_836_800
 SHARDS = ShardConfig(num_shards=3, rows_per_group=4)
@@ -57,6 +62,7 @@ def _log(num_users: int = 25, num_items: int = 30, seed: int = 0) -> list[Event]
                     "action": random.choice(["click", "like"]),
                     "tab": str(random.integers(0, 4)),
                     "watched_ms": None if user % 5 == 1 else 250 * (user + len(events) % 7),
+                    "lasts_ms": 1500 * int(random.integers(0, 9)),
                     "like": bool(random.integers(0, 2)),
                     "done": int(random.integers(0, 2)),
                 }
@@ -141,6 +147,7 @@ def _check(url: Path, manifest: DatasetManifest, expected: _Expected) -> None:
         for seconds, event in zip(row["dwell_times"], events, strict=True):
             watched = event["watched_ms"]
             assert np.isnan(seconds) if watched is None else seconds == watched / 1000
+        assert row["durations"] == [e["lasts_ms"] / 1000 for e in events]
         actions, tabs = vocabularies["actions"], vocabularies["side_tab"]
         assert [actions[i] for i in row["action_ids"]] == [e["action"] for e in events]
         assert [tabs[i] for i in row["side_tab"]] == [e["tab"] for e in events]

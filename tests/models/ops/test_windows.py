@@ -18,6 +18,7 @@ TOKEN_FIELDS = (
     "next_timestamps",
     "ratings",
     "dwell_times",
+    "durations",
     "action_ids",
     "labels",
     "item_codes",
@@ -33,6 +34,7 @@ def full_batch(lengths: list[int], predicting: float, seed: int = 0) -> JaggedBa
         sample_ids=batch.sample_ids * 7 + 3,
         ratings=torch.rand(total),
         dwell_times=torch.rand(total),
+        durations=torch.rand(total),
         action_ids=torch.randint(0, 4, (total,)),
         labels=torch.randint(0, 8, (total,)),
         item_codes=torch.randint(0, 8, (total, 3)),
@@ -94,7 +96,13 @@ def test_the_draw_limits_windows_and_depends_on_no_batching(
         own = int((windows.user_ids == batch.user_ids[b]).sum())
         assert own == min(available, limit)
     plain = replace(
-        batch, ratings=None, dwell_times=None, action_ids=None, labels=None, item_codes=None
+        batch,
+        ratings=None,
+        dwell_times=None,
+        durations=None,
+        action_ids=None,
+        labels=None,
+        item_codes=None,
     )
     chosen = data.draw(st.lists(st.integers(0, max(len(lengths) - 1, 0)), unique=True))
     chosen = [b for b in chosen if b < len(lengths)]
