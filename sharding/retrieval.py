@@ -1,4 +1,4 @@
-"""Ranks, top-k and log-sum-exp over a catalogue whose item keys are dealt out to the ranks.
+"""Ranks, top-k, samples and log-sum-exp over a catalogue whose keys are dealt out to the ranks.
 
 Every rank holds the keys of one contiguous range of item ids. Ranks take turns: the one whose turn
 it is shows its queries to all, each scores them against its own range chunk by chunk, and the parts
@@ -19,8 +19,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 
+from models.generation.noise import gumbels
 from sharding.parallelize import ParallelModel
 from sharding.process_group import DistributedContext
+from sharding.sort_keys import best_of_chunk, sort_keys, unpack_keys
 
 TURN = 256
 """Queries scored at once."""
@@ -29,7 +31,6 @@ TILE = 64
 would score unequally, and ranks would depend on the world size."""
 MAX_CHUNK = 1 << 23
 """Items scored at once, at most: what float32 counts exactly."""
-_LOW_BITS = (1 << 32) - 1
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class _Turn:
     """[M] int64, query of a pair."""
     masked_ids: Tensor
     """[M] int64, item of a pair, ascending."""
+    streams: Tensor
+    """[r] int64, noise of each query; nothing reads it where nothing is sampled."""
 
     @property
     def size(self) -> int:
@@ -152,12 +155,51 @@ class Catalogue:
             ValueError: the shapes disagree; on all ranks.
         """
         nobody = seen_offsets.new_zeros(queries.shape[0])
+        turns = self._turns(queries, nobody, seen_ids, seen_offsets)
+        return self._merged(turns, k, queries, self._scores)
+
+    @torch.no_grad()
+    def sample(
+        self, queries: Tensor, k: int, streams: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """k items of each query, drawn from softmax(score / temperature) without replacement.
+
+        The k largest of score / temperature + Gumbel noise (Gumbel top-k, arXiv 1903.06059), where
+        the noise of an item is a hash of its id and of the query's stream. So a draw is exact over
+        the whole catalogue, and depends neither on the world size nor on the other queries. The
+        first of the k is a draw by itself: equal queries with k = 1 and streams of their own are
+        independent samples.
+
+        Args:
+            queries: [b, D]; b differs between ranks and may be 0.
+            k: K, equal on all ranks; may exceed the catalogue.
+            streams: [b] int64 (see `models.generation.noise`).
+            temperature: divides the scores; equal on all ranks.
+
+        Returns:
+            ids [b, K] int64 and perturbed scores [b, K] float32, falling; id 0 and -inf where no
+            item is left.
+        """
+        nothing = streams.new_zeros(queries.shape[0] + 1)
+        turns = self._turns(
+            queries / temperature, nothing[1:], nothing[:0], nothing, streams=streams
+        )
+        return self._merged(turns, k, queries, self._perturbed)
+
+    def _merged(
+        self,
+        turns: Iterator[tuple[int, _Turn]],
+        k: int,
+        queries: Tensor,
+        scores: Callable[[_Turn], Iterator[tuple[int, Tensor]]],
+    ) -> tuple[Tensor, Tensor]:
+        """Ids and scores of the best k of all ranks, for this rank's queries. Collective."""
         found = []
-        for source, turn in self._turns(queries, nobody, seen_ids, seen_offsets):
-            best = self._gather(self._best_keys(turn, k), source)
+        for source, turn in turns:
+            best = self._gather(_best_keys(turn, k, scores(turn)), source)
             if source == self._ctx.rank:
                 found.append(torch.cat(best, dim=1).topk(k).values)
-        return _unpack(_joined(found, queries.new_empty(0, k, dtype=torch.int64)))
+        return unpack_keys(_joined(found, queries.new_empty(0, k, dtype=torch.int64)))
 
     @torch.no_grad()
     def log_sum_exp(self, queries: Tensor, temperature: float) -> Tensor:
@@ -201,6 +243,15 @@ class Catalogue:
             scores[turn.masked_rows[low:high], columns] = -torch.inf
             yield self._first + start, scores
 
+    def _perturbed(self, turn: _Turn) -> Iterator[tuple[int, Tensor]]:
+        """`_scores` with Gumbel noise of (query, item)."""
+        for first, scores in self._scores(turn):
+            ids = torch.arange(first, first + scores.shape[1], device=scores.device)
+            for begin in range(0, turn.size, TILE):  # the hash needs more memory than its result
+                rows = slice(begin, min(begin + TILE, turn.size))
+                scores[rows] += gumbels(turn.streams[rows, None], ids)
+            yield first, scores
+
     def _target_scores(self, turn: _Turn) -> Tensor:
         """[r] score of each target, from the rank that holds it. Collective.
 
@@ -233,15 +284,6 @@ class Catalogue:
             better += rivals.shape[1] - worse.to(torch.int64)
         return better
 
-    def _best_keys(self, turn: _Turn, k: int) -> Tensor:
-        """[r, k] sort keys of this rank's best items, best first."""
-        nothing = _sort_keys(turn.queries.new_tensor(-torch.inf), torch.zeros_like(turn.target_ids))
-        best = nothing[:, None].expand(-1, k)
-        for first, scores in self._scores(turn):
-            found = _best_of_chunk(scores[: turn.size], first, k)
-            best = torch.cat([best, found], dim=1).topk(k).values
-        return best.contiguous()
-
     def _turns(
         self,
         queries: Tensor,
@@ -249,10 +291,12 @@ class Catalogue:
         seen_ids: Tensor,
         seen_offsets: Tensor,
         problem: str | None = None,
+        streams: Tensor | None = None,
     ) -> Iterator[tuple[int, _Turn]]:
         """Every rank's queries, at most TURN at once, with the rank they belong to. Collective."""
         problem = problem or self._misfit(queries, target_ids, seen_ids, seen_offsets)
-        mine = [] if problem else _split(queries, target_ids, seen_ids, seen_offsets)
+        streams = torch.zeros_like(target_ids) if streams is None else streams
+        mine = [] if problem else _split(queries, target_ids, seen_ids, seen_offsets, streams)
         sizes = [(shown.shape[0], numbers.numel()) for shown, numbers in mine]
         agenda = self._ctx.all_gather_object((problem, sizes))
         for source, (sentence, _) in enumerate(agenda):
@@ -294,9 +338,9 @@ class Catalogue:
 
 
 def _split(
-    queries: Tensor, target_ids: Tensor, seen_ids: Tensor, seen_offsets: Tensor
+    queries: Tensor, target_ids: Tensor, seen_ids: Tensor, seen_offsets: Tensor, streams: Tensor
 ) -> list[tuple[Tensor, Tensor]]:
-    """This rank's turns as they are sent: queries [r, D], and `target_ids`, rows and ids in one."""
+    """This rank's turns as they are sent: queries [r, D], and all integers of a turn in one."""
     turns = []
     for begin in range(0, queries.shape[0], TURN):
         targets = target_ids[begin : begin + TURN]
@@ -304,47 +348,28 @@ def _split(
         rows = torch.arange(targets.numel(), device=queries.device)
         seen_rows = rows.repeat_interleave(edges[1:] - edges[:-1])
         ids, order = torch.cat([seen_ids[edges[0] : edges[-1]], targets]).sort()
-        numbers = torch.cat([targets, torch.cat([seen_rows, rows])[order], ids])
+        noise = streams[begin : begin + TURN]
+        numbers = torch.cat([noise, targets, torch.cat([seen_rows, rows])[order], ids])
         turns.append((queries[begin : begin + TURN].float().contiguous(), numbers))
     return turns
 
 
 def _turn(queries: Tensor, numbers: Tensor) -> _Turn:
     rows = queries.shape[0]
-    pairs = (numbers.numel() - rows) // 2
-    targets, masked_rows, masked_ids = numbers.split([rows, pairs, pairs])
+    pairs = (numbers.numel() - 2 * rows) // 2
+    streams, targets, masked_rows, masked_ids = numbers.split([rows, rows, pairs, pairs])
     padded = pad(queries, (0, 0, 0, _rounded_up(rows) - rows))
-    return _Turn(padded, targets, masked_rows, masked_ids)
+    return _Turn(padded, targets, masked_rows, masked_ids, streams)
 
 
-def _best_of_chunk(scores: Tensor, first: int, k: int) -> Tensor:
-    """[r, ≤ k] sort keys of the best of scores [r, c], exact also where scores are equal."""
-    width = scores.shape[1]
-    values, columns = scores.topk(min(k + 1, width))
-    keys = _sort_keys(values[:, :k], first + columns[:, :k]).sort(dim=1, descending=True).values
-    if width > k:
-        # topk chooses freely among equals; where the cut falls between equals, choose again.
-        tied = (values[:, k - 1] == values[:, k]) & (values[:, k] > -torch.inf)
-        rows = tied.nonzero().squeeze(1)
-        if rows.numel() > 0:
-            ids = torch.arange(first, first + width, device=scores.device)
-            keys[rows] = _sort_keys(scores[rows], ids).topk(k).values
-    return keys
-
-
-def _sort_keys(scores: Tensor, ids: Tensor) -> Tensor:
-    """int64 keys that order by score, then by lower id: score bits above, inverted id below."""
-    bits = (scores + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0, which it equals
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return (ordered.to(torch.int64) << 32) | (_LOW_BITS - ids)
-
-
-def _unpack(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Ids and scores of sort keys; id 0 where the score is -inf."""
-    ordered = (keys >> 32).to(torch.int32)
-    scores = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(torch.float32)
-    ids = _LOW_BITS - (keys & _LOW_BITS)
-    return ids.masked_fill(scores == -torch.inf, 0), scores
+def _best_keys(turn: _Turn, k: int, chunks: Iterator[tuple[int, Tensor]]) -> Tensor:
+    """[r, k] sort keys of the best items of a rank's chunks of scores, best first."""
+    nothing = sort_keys(turn.queries.new_tensor(-torch.inf), torch.zeros_like(turn.target_ids))
+    best = nothing[:, None].expand(-1, k)
+    for first, scores in chunks:
+        found = best_of_chunk(scores[: turn.size], first, k)
+        best = torch.cat([best, found], dim=1).topk(k).values
+    return best.contiguous()
 
 
 def _rounded_up(size: int) -> int:
