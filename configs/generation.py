@@ -15,6 +15,14 @@ class BeamConfig(Config):
     """Ids kept at every level, and returned."""
 
 
+class SearchConfig(BeamConfig):
+    """How a recipe's evaluation and recommendation search."""
+
+    next_item_alone: bool = False
+    """Of a model that writes sessions (model.session_items > 1), rank the next item by itself
+    instead of offering the items of the most probable sessions."""
+
+
 class GumbelTopKConfig(Config):
     """Ids sampled without replacement, by stochastic beam search (arXiv 1903.06059)."""
 

@@ -8,9 +8,9 @@ from configs.alignment import Alignment
 from configs.base import Config
 from configs.cluster import ClusterConfig
 from configs.data import DataConfig, LeaveLastOut
-from configs.decoders import Decoder, FeatureInputs
+from configs.decoders import Decoder, FeatureInputs, OneRecConfig
 from configs.evaluation import EvaluationConfig, RecommendConfig
-from configs.generation import BeamConfig
+from configs.generation import SearchConfig
 from configs.models import InitConfig, Model
 from configs.objectives import NextCodeConfig, Objective, SampledSoftmaxConfig
 from configs.sharding import ShardingConfig
@@ -45,7 +45,7 @@ class Recipe(Config):
     objective: Objective = SampledSoftmaxConfig()
     training: TrainingConfig = TrainingConfig()
     alignment: Alignment | None = None
-    generation: BeamConfig = BeamConfig()
+    generation: SearchConfig = SearchConfig()
     """How models that write semantic ids search for items in evaluation and recommendation."""
     evaluation: EvaluationConfig = EvaluationConfig()
     recommend: RecommendConfig = RecommendConfig()
@@ -57,6 +57,7 @@ class Recipe(Config):
             _objective_fits_model,
             _validation_exists,
             _features_are_mapped,
+            _sessions_are_written,
             _metric_is_measured,
             _batch_deals,
         ):
@@ -112,6 +113,18 @@ def _objective_fits_model(recipe: Recipe) -> None:
         raise ValueError(
             f"recommend.top_k={recipe.recommend.top_k} exceeds generation.beams="
             f"{recipe.generation.beams}: raise the beams"
+        )
+
+
+def _sessions_are_written(recipe: Recipe) -> None:
+    model = recipe.model
+    if recipe.generation.next_item_alone and not (
+        isinstance(model, OneRecConfig) and model.session_items > 1
+    ):
+        raise ValueError(
+            f"generation.next_item_alone is for models that write sessions, and model.kind="
+            f"{model.kind!r} writes one item a request: set model.session_items of an onerec, or "
+            "leave it out"
         )
 
 

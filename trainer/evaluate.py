@@ -153,7 +153,7 @@ def _rank_generated(
 ) -> dict[str, float]:
     """Metrics of a policy that writes ids: a target is found within the beams, or missed."""
     config = worker.recipe.evaluation
-    generator = ItemGenerator(worker, policy, counts)
+    generator = ItemGenerator(worker, policy)
     popularity = Popularity.of(counts, config.head_share).to(worker.ctx.device)
     metrics = GenerationMetrics.of(config.ks, popularity)
     for users in _batches(worker, part, max_users):

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from typing import Any
 
@@ -13,13 +14,14 @@ from configs.layout import RunLayout
 from configs.recipe import Recipe
 from configs.training import OptimizerConfig
 from data_loaders.dataset import SequenceDataset
-from data_loaders.items import action_names
+from data_loaders.items import action_names, train_counts
 from data_loaders.semantic_ids import SemanticIds, read_semantic_ids
 from models.base import CatalogueSizes, CodeDecoder, SequenceModel, TableModel
 from models.build import build_decoder, build_model
 from sharding.checkpoint import CheckpointInfo, CheckpointStore
 from sharding.parallelize import LossModule, ParallelModel, parallelize
 from sharding.process_group import DistributedContext, current_context
+from trainer.code_catalogue import CodeCatalogue
 
 Say = Callable[[str], None]
 TRAVELLING_VERSIONS = ("torch", "torchrec", "deepspeed", "ray", "pyarrow")
@@ -45,6 +47,13 @@ class Worker:
     def num_items(self) -> int:
         """Items of the catalogue."""
         return self.dataset.manifest.num_items
+
+    @cached_property
+    def catalogue(self) -> CodeCatalogue:
+        """Semantic ids on the device; made when first asked for, and kept to the stage's end."""
+        assert self.semantic_ids is not None, "a recipe that writes codes has a tokenizer"
+        counts = train_counts(self.layout.data)
+        return CodeCatalogue.build(self.semantic_ids, counts, self.ctx.device)
 
 
 def start_worker(settings: dict[str, Any], say: Say) -> Worker:

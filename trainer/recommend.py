@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from data_loaders.items import find_users, raw_items, titles, train_counts
+from data_loaders.items import find_users, raw_items, titles
 from data_loaders.loader import recommendation_batch
 from models.batch import JaggedBatch
 from sharding.retrieval import Catalogue
@@ -30,7 +30,7 @@ def recommend_worker(settings: dict[str, Any], say: Say) -> dict[str, Any]:
         worker.ctx.device
     )
     if recipe.writes_codes:
-        generator = ItemGenerator(worker, policy, train_counts(worker.layout.data))
+        generator = ItemGenerator(worker, policy)
         offer = generator.offer(users, config.top_k, filter_seen=True)
         ids, scores = offer.items, offer.scores
     else:

@@ -151,7 +151,7 @@ def items_of(
     """
     num_requests = generated.states.shape[0]
     restriction = restrict(trie, num_requests, allow, exclude)
-    states = generated.states.where(~_repeated(generated.states), -1)
+    states = generated.states.where(~repeated(generated.states), -1)
     slots, there = _leaf_slots(trie, states, restriction, k)
     flat, there = slots.flatten(1), there.flatten(1)
     # Items that are there move to the front, in order; the column k takes all others.
@@ -251,7 +251,7 @@ def _leaf_slots(
     return slots, there
 
 
-def _repeated(states: Tensor) -> Tensor:
+def repeated(states: Tensor) -> Tensor:
     """Whether an earlier entry of the row is the same: bool [N, W]."""
     ordered, order = states.sort(dim=1, stable=True)
     again = torch.zeros_like(ordered, dtype=torch.bool)

@@ -12,7 +12,7 @@ from torch import Tensor
 from configs.generation import BeamConfig
 from models.generation.catalogue_trie import CatalogueTrie
 from models.generation.restrictions import AllowList, restrict
-from models.generation.search import StepDecoder
+from models.generation.search import Generated, StepDecoder, repeated
 from models.generation.strategies import TrieLevel, advance, first_beams
 
 
@@ -37,6 +37,7 @@ def generate_sessions(
     config: BeamConfig,
     *,
     allow: AllowList | None = None,
+    exclude: Tensor | None = None,
 ) -> Sessions:
     """Beam search over whole sessions; behind an item's last code each beam is at the root again.
 
@@ -49,6 +50,7 @@ def generate_sessions(
         trie: the catalogue.
         config: beams, W.
         allow: items that may be generated.
+        exclude: [N, E] int64 items each request must not get, as in `search.generate`.
 
     Raises:
         ValueError: the decoder's codebooks are not those of the trie, S times over.
@@ -60,7 +62,7 @@ def generate_sessions(
             f"the model writes codes of {sizes}, the catalogue's ids are of "
             f"{trie.codebook_sizes}: model and semantic ids are of different tokenizers"
         )
-    restriction = restrict(trie, num_requests, allow, None)
+    restriction = restrict(trie, num_requests, allow, exclude)
     root = torch.zeros(num_requests, 1, dtype=torch.int64, device=trie.device)
     beams, cache, tokens = first_beams(config, None, root), decoder.new_cache(context), None
     codes, leaves = root.new_zeros(num_requests, 1, 0), root.new_zeros(num_requests, 1, 0)
@@ -81,6 +83,29 @@ def generate_sessions(
         codes=codes.unflatten(2, (items, levels)) * valid[..., None, None],
         states=leaves.masked_fill(~valid[..., None], -1),
         log_probs=beams.log_probs,
+    )
+
+
+def distinct_ids(sessions: Sessions) -> Generated:
+    """The ids of the best session in its order, then those that the next one adds, and so on.
+
+    [N, W·S], each id once, with the log-probability of the first session that has it.
+    """
+    states = sessions.states.flatten(1)
+    fresh = (states >= 0) & ~repeated(states)
+    order = fresh.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+    valid = fresh.gather(1, order)
+    log_probs = sessions.log_probs.repeat_interleave(sessions.states.shape[2], dim=1)
+    log_probs = log_probs.gather(1, order).masked_fill(~valid, -torch.inf)
+    codes = sessions.codes.flatten(1, 2)
+    codes = codes.gather(1, order[..., None].expand(-1, -1, codes.shape[2]))
+    return Generated(
+        codes=codes * valid[..., None],
+        states=states.gather(1, order).masked_fill(~valid, -1),
+        log_probs=log_probs,
+        sampling_log_probs=log_probs,
+        scores=log_probs,
+        valid=valid,
     )
 
 

@@ -78,7 +78,7 @@ def exhaustive(settings: dict[str, Any], reference: dict[str, Any]) -> dict[str,
     policy = evaluation_policy(worker)
     load_policy(worker, policy, reference)
     counts = train_counts(worker.layout.data)
-    generator = ItemGenerator(worker, policy, counts)
+    generator = ItemGenerator(worker, policy)
     assert worker.semantic_ids is not None
     codes = worker.semantic_ids.codes.long()
     [users] = evaluation_batches(

@@ -8,7 +8,7 @@ import torch
 from configs.generation import BeamConfig
 from models.generation.catalogue_trie import CatalogueTrie
 from models.generation.log_probs import sequence_log_probs
-from models.generation.session import generate_sessions
+from models.generation.session import distinct_ids, generate_sessions
 from tests.models.code_reference import SIZES
 from tests.models.test_onerec import build, requests, rows_for
 
@@ -52,6 +52,51 @@ def test_few_beams_write_legal_items_and_fewer_sessions_than_beams_are_fine() ->
     many = generate_sessions(model, context, 3, TRIE, BeamConfig(beams=60))
     assert ((many.states >= 0).all(2).sum(1) == 25).all()
     assert (many.log_probs > -torch.inf).sum(1).tolist() == [25] * 3
+
+
+def test_excluded_items_are_as_if_they_were_not_there() -> None:
+    model = build(session_items=2, lifelong=None).eval()
+    batch = requests([3, 4])
+    context = model.encode(batch, rows_for(model, batch), 0, "last")
+    exclude = torch.tensor([[2, 5], [1, 0]])
+    beams = BeamConfig(beams=25)
+    found = generate_sessions(model, context, 2, TRIE, beams, exclude=exclude)
+    for request in range(2):
+        left = [ids for item, ids in enumerate(IDS, 1) if item not in exclude[request].tolist()]
+        rest = CatalogueTrie.build(torch.tensor(left), SIZES)
+        alone = generate_sessions(model, context, 2, rest, beams)
+        count = len(left) ** 2
+        assert torch.equal(found.codes[request, :count], alone.codes[request, :count])
+        torch.testing.assert_close(
+            found.log_probs[request, :count], alone.log_probs[request, :count]
+        )
+        assert (found.states[request, count:] == -1).all()
+
+
+def test_distinct_ids_are_those_of_sessions_each_once_in_order() -> None:
+    model = build(session_items=2, lifelong=None).eval()
+    batch = requests([3, 4, 1])
+    context = model.encode(batch, rows_for(model, batch), 0, "last")
+    for beams in (1, 4, 60):
+        sessions = generate_sessions(model, context, 3, TRIE, BeamConfig(beams=beams))
+        flat = distinct_ids(sessions)
+        for request in range(3):
+            expected: dict[tuple[int, ...], float] = {}
+            for written, log_prob in zip(
+                sessions.codes[request], sessions.log_probs[request].tolist(), strict=True
+            ):
+                for code in written.tolist() if log_prob > -torch.inf else []:
+                    expected.setdefault(tuple(code), log_prob)
+            count = int(flat.valid[request].sum())
+            assert flat.valid[request].tolist() == [True] * count + [False] * (
+                flat.valid.shape[1] - count
+            )
+            rows = [tuple(code) for code in flat.codes[request, :count].tolist()]
+            assert rows == list(expected)
+            assert flat.log_probs[request, :count].tolist() == list(expected.values())
+            assert torch.equal(TRIE.walk(flat.codes[request, :count]), flat.states[request, :count])
+            assert (flat.states[request, count:] == -1).all()
+            assert (flat.log_probs[request, count:] == -torch.inf).all()
 
 
 def test_other_codebooks_are_refused() -> None:
