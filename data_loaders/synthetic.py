@@ -70,8 +70,7 @@ def write_synthetic(
     wanted |= {"action_ids": actions, "labels": labels, "side_genre": features}
     kept = [name for name in events if wanted.get(name, True)]
     table = _sequence_table(users, events, kept, features)
-    bounds = [num_users * shard // num_shards for shard in range(num_shards + 1)]
-    bounds += [num_users] * empty_shards
+    bounds = [num_users * at // num_shards for at in range(num_shards + 1)]
     count = int(users["length"].sum())
     manifest = build_manifest(
         name="synthetic",
@@ -88,7 +87,7 @@ def write_synthetic(
         split=LeaveLastOut(),
         counts=_nothing_lost(count),
         length_histogram=_histogram(users["length"]),
-        shards=_write_shards(url, table, bounds, rows_per_group),
+        shards=_write_shards(url, table, bounds + bounds[-1:] * empty_shards, rows_per_group),
         items=(_write_items(url, users, events, num_items),),
         vocabularies=_write_vocabularies(url, _vocabularies(features, actions)),
         quarantine=(),
