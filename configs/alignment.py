@@ -1,43 +1,18 @@
-"""Preference pairs and preference optimisation."""
+"""Preference optimisation."""
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from configs.base import Config
+from configs.preferences import PreferenceRule, RatingRule
 from configs.training import CheckpointConfig, OptimizerConfig, ValidationConfig
-
-
-class PreferenceRule(Config):
-    """How pairs are read off the log.
-
-    The context of a pair is the user's training history before the earliest of its events; the
-    winner is rated `liked_from` or higher, the loser `disliked_to` or lower, and both lie within
-    `window` consecutive events of the user.
-    """
-
-    liked_from: float = 4.0
-    disliked_to: float = 2.0
-    window: PositiveInt = 20
-    pairs_per_user: PositiveInt = 8
-    """Pairs, or lists where a winner is compared with several losers."""
-    rejected_per_chosen: PositiveInt = 1
-    """Losers of one winner that are compared with it at once (S-DPO); what lacks is left open."""
-    min_context: PositiveInt = 3
-
-    @model_validator(mode="after")
-    def _thresholds_are_apart(self) -> "PreferenceRule":
-        if self.disliked_to >= self.liked_from:
-            raise ValueError(
-                f"disliked_to={self.disliked_to} must be below liked_from={self.liked_from}"
-            )
-        return self
 
 
 class AlignmentBase(Config):
     """What every kind of alignment has."""
 
-    rule: PreferenceRule = PreferenceRule()
+    rule: PreferenceRule = RatingRule()
     """Pairs that measure preference accuracy, and that offline kinds train on."""
     validation_share: float = Field(0.1, gt=0, lt=1)
     """Share of users whose pairs measure preference accuracy and are not trained on."""
@@ -82,7 +57,7 @@ class SoftmaxDPOConfig(OfflineBase):
     """
 
     kind: Literal["s_dpo"] = "s_dpo"
-    rule: PreferenceRule = PreferenceRule(rejected_per_chosen=3)
+    rule: PreferenceRule = RatingRule(rejected_per_chosen=3)
 
 
 OfflineAlignment = DPOConfig | IPOConfig | SoftmaxDPOConfig

@@ -7,12 +7,13 @@ from pydantic import Field, NonNegativeInt, model_validator
 from configs.alignment import Alignment
 from configs.base import Config
 from configs.cluster import ClusterConfig
-from configs.data import DataConfig, LeaveLastOut
+from configs.data import ColumnMap, DataConfig, LeaveLastOut
 from configs.decoders import Decoder, FeatureInputs, OneRecConfig
 from configs.evaluation import EvaluationConfig, RecommendConfig
 from configs.generation import SearchConfig
 from configs.models import InitConfig, Model
 from configs.objectives import NextCodeConfig, Objective, SampledSoftmaxConfig
+from configs.preferences import LabelRule, PreferenceRule, RatingRule, WatchTimeRule
 from configs.sharding import ShardingConfig
 from configs.tokenize import TokenizerConfig
 from configs.training import TrainingConfig
@@ -172,10 +173,33 @@ def _features_are_mapped(recipe: Recipe) -> None:
             f"data.cleaning.min_rating={recipe.data.cleaning.min_rating} needs a rating: map "
             "data.source.columns.rating"
         )
-    if recipe.alignment is not None and source.columns.rating is None:
+    if recipe.alignment is not None:
+        _rule_is_mapped(recipe.alignment.rule, source.columns)
+
+
+def _rule_is_mapped(rule: PreferenceRule, columns: ColumnMap) -> None:
+    named: tuple[str, ...] = ()
+    match rule:
+        case RatingRule():
+            if columns.rating is None:
+                raise ValueError(
+                    "alignment needs liked and disliked items: map data.source.columns.rating, "
+                    "choose another alignment.rule.kind, or set alignment to null"
+                )
+        case LabelRule():
+            named = (*rule.liked, *rule.disliked)
+        case WatchTimeRule():
+            named = rule.negative
+            if columns.dwell is None or columns.duration is None:
+                raise ValueError(
+                    "alignment.rule.kind='watch_time' compares how long items were watched: map "
+                    "data.source.columns.dwell and data.source.columns.duration"
+                )
+    unknown = [name for name in named if name not in columns.labels]
+    if unknown:
         raise ValueError(
-            "alignment needs liked and disliked items: map data.source.columns.rating, "
-            "or set alignment to null"
+            f"alignment.rule names the labels {unknown}, which data.source.columns.labels "
+            f"{list(columns.labels)} does not map"
         )
 
 

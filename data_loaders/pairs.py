@@ -9,6 +9,7 @@ Shape legend: n users, T events, C candidate pairs, P pairs, K losers of a pair.
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ import torch
 from pydantic import NonNegativeInt, PositiveInt
 
 from configs import storage
-from configs.alignment import PreferenceRule
+from configs.preferences import PreferenceRule
 from data_loaders.dataset import SequenceDataset, Slices, event_columns
 from data_loaders.exchange import Progress, map_parts, quiet
 from data_loaders.manifest import (
@@ -32,6 +33,7 @@ from data_loaders.manifest import (
     seal,
     write_manifest,
 )
+from data_loaders.preference_rules import OUTCOMES, check_rule, outcomes
 from data_loaders.sampler import expand_ranges, hash_values
 from models.ops.hashing import mix64
 
@@ -61,6 +63,8 @@ class PairManifest(Sealed):
     num_pairs: PositiveInt
     """All pairs, of both parts."""
     num_validation_pairs: NonNegativeInt
+    outcomes: dict[str, NonNegativeInt]
+    """What the rule says of the training events: `liked`, `disliked`, `neither`."""
     num_users: PositiveInt
     """Users with a pair."""
     num_candidates: PositiveInt
@@ -85,6 +89,8 @@ class Pairs:
     """[P, K]; -1 behind a pair's last loser."""
     candidates: int
     """C."""
+    outcomes: dict[str, int]
+    """Events by what the rule says of them."""
 
 
 def read_pairs(url: str) -> PairManifest:
@@ -97,17 +103,20 @@ def read_pairs(url: str) -> PairManifest:
     return read_sealed(url, PairManifest, absent=absent, mend=MEND)
 
 
-def select_pairs(slices: Slices, rule: PreferenceRule, seed: int) -> Pairs:
+def select_pairs(
+    slices: Slices, rule: PreferenceRule, seed: int, labels: Sequence[str] = ()
+) -> Pairs:
     """Pairs among whole training prefixes; at most `rule.pairs_per_user` of a user's candidates.
 
     Which of them is decided by a hash of (seed, user, positions), so it depends neither on how
     users are sharded nor on the order of the work. Loops over the lags of the window, not events.
+    `labels` names the bits of the events' labels, where they have any.
     """
     lengths = slices.lengths
     user = np.repeat(np.arange(len(lengths)), lengths)
     position = np.arange(len(user)) - np.repeat(slices.offsets[:-1], lengths)
-    ratings, items = slices.events["ratings"], slices.events["item_ids"]
-    liked, disliked = ratings >= rule.liked_from, ratings <= rule.disliked_to
+    items, said = slices.events["item_ids"], outcomes(slices, rule, labels)
+    liked, disliked = said.liked, said.disliked
     found: list[np.ndarray] = []
     for lag in range(1, min(rule.window, len(user))):
         a, b = slice(None, -lag), slice(lag, None)
@@ -133,6 +142,7 @@ def select_pairs(slices: Slices, rule: PreferenceRule, seed: int) -> Pairs:
         chosen=winners,
         rejected=losers,
         candidates=len(earlier),
+        outcomes=said.counts(),
     )
 
 
@@ -218,14 +228,10 @@ def build_pairs(
         The manifest, which has been written last.
 
     Raises:
-        ValueError: the data set has no ratings, or no pair to train on.
+        ValueError: the data set lacks what the rule reads, or there is no pair to train on.
     """
     data = read_manifest(dataset_url)
-    if not data.has_ratings:
-        raise ValueError(
-            f"{dataset_url} has no ratings, so liked and disliked items are unknown; map "
-            "data.source.columns.rating, or set alignment to null"
-        )
+    check_rule(rule, data, dataset_url)
     storage.remove(storage.join(output_url, MANIFEST))
     settings: dict[str, Any] = {
         "rule": rule,
@@ -247,14 +253,15 @@ def build_pairs(
 def _summary(
     data: DatasetManifest, reports: list[dict[str, Any]], settings: dict[str, Any]
 ) -> PairManifest:
-    totals = {key: sum(r[key] for r in reports) for key in ("users", "candidates", *PARTS)}
+    keys = ("users", "candidates", *PARTS, *OUTCOMES)
+    totals = {key: sum(r[key] for r in reports) for key in keys}
     if totals["train"] == 0:
         rule = settings["rule"]
         raise ValueError(
-            f"alignment.rule finds no pair to train on: {totals['candidates']} pairs of a rating "
-            f"≥ {rule.liked_from} and one ≤ {rule.disliked_to} within {rule.window} events, "
-            f"{totals['validation']} of them kept for validation; loosen the rule or lower "
-            "alignment.validation_share"
+            f"alignment.rule finds no pair to train on: of {totals['liked']} liked and "
+            f"{totals['disliked']} disliked events {totals['candidates']} pairs are within "
+            f"{rule.window} events, {totals['validation']} pairs were kept for validation; loosen "
+            "the rule or lower alignment.validation_share"
         )
     shards = [PairShard(**entry) for report in reports for entry in report["shards"]]
     return seal(
@@ -263,6 +270,7 @@ def _summary(
         **settings,
         num_pairs=totals["train"] + totals["validation"],
         num_validation_pairs=totals["validation"],
+        outcomes={key: totals[key] for key in OUTCOMES},
         num_users=totals["users"],
         num_candidates=totals["candidates"],
         user_columns=tuple(f"user_{name}" for name in data.user_features),
@@ -285,26 +293,26 @@ def _write_shard(
     dataset = SequenceDataset(dataset_url, cached_row_groups=1)
     shard = dataset.manifest.shards[index]
     writers = {part: _PartWriter(f"{part}/part-{index:05d}.parquet", part) for part in PARTS}
-    users = candidates = 0
+    totals = dict.fromkeys(("users", "candidates", *OUTCOMES), 0)
     first = shard.first_user_id - 1
     for rows in shard.row_group_rows:
         ids = np.arange(first, first + rows)
         first += rows
         ends = dataset.lengths(ids).train_end
         slices = dataset.reader.slices(ids, np.zeros_like(ends), ends)
-        pairs = select_pairs(slices, rule, seed)
+        pairs = select_pairs(slices, rule, seed, dataset.manifest.labels)
         table = pair_table(slices, pairs, max_length)
         held_out = validation_users(slices.rows["user_id"], seed, validation_share)[pairs.user]
         writers["train"].write(table.filter(pa.array(~held_out)))
         writers["validation"].write(table.filter(pa.array(held_out)))
-        users += len(np.unique(pairs.user))
-        candidates += pairs.candidates
+        found = {"users": len(np.unique(pairs.user)), "candidates": pairs.candidates}
+        for key, count in (found | pairs.outcomes).items():
+            totals[key] += count
     counts = {part: writer.rows for part, writer in writers.items()}
     shards = [writer.commit(output_url) for writer in writers.values() if writer.rows]
     return {
         "rows": sum(counts.values()),
-        "users": users,
-        "candidates": candidates,
+        **totals,
         "shards": [entry.model_dump(mode="json") for entry in shards],
         "train": counts["train"],
         "validation": counts["validation"],

@@ -15,6 +15,8 @@ from configs.preferences import LabelRule, PreferenceRule, RatingRule, WatchTime
 from data_loaders.dataset import Slices
 from data_loaders.manifest import DatasetManifest
 
+OUTCOMES = ("liked", "disliked", "neither")
+
 
 @dataclass(frozen=True)
 class Outcomes:
@@ -31,10 +33,11 @@ class Outcomes:
         return self.liked.astype(np.float32) - self.disliked.astype(np.float32)
 
     def counts(self) -> dict[str, int]:
-        """Events `liked`, `disliked` and `neither`."""
+        """How many events are what, by `OUTCOMES`."""
         liked, disliked = int(self.liked.sum()), int(self.disliked.sum())
-        neither = len(self.liked) - liked - disliked
-        return {"liked": liked, "disliked": disliked, "neither": neither}
+        return dict(
+            zip(OUTCOMES, (liked, disliked, len(self.liked) - liked - disliked), strict=True)
+        )
 
 
 def check_rule(rule: PreferenceRule, data: DatasetManifest, url: str) -> None:

@@ -60,8 +60,7 @@ def write_synthetic(
         ratings: whether events carry a rating of 1…5.
         features: whether users have a `segment` and events a `genre`.
         actions: whether events carry an action id.
-        dwell_times: whether events carry a dwell time, some of them unknown.
-        durations: whether events carry how long the item lasts.
+        dwell_times, durations: whether events carry them; some dwell times are unknown.
         labels: whether events carry `LABELS`, which follow from item and segment.
     """
     users = _users(num_users, mean_length, seed)

@@ -207,6 +207,9 @@ def _align(context: StageContext) -> Outputs:
             "url": pairs_url,
             "pairs": pairs.num_pairs,
             "validation_pairs": pairs.num_validation_pairs,
+            "candidates": pairs.num_candidates,
+            "users": pairs.num_users,
+            **pairs.outcomes,
         },
         "metrics": layout.metrics("align", context.fingerprint),
     }

@@ -262,6 +262,32 @@ def test_reading_recipes_needs_neither_torch_nor_ray() -> None:
 
 
 @pytest.mark.parametrize(
+    ("rule", "columns", "part"),
+    [
+        ("{kind: rating}", "{}", "map data.source.columns.rating"),
+        ("{kind: rating}", "{rating: r}", None),
+        ("{kind: watch_time}", "{dwell: d}", "map data.source.columns.dwell and data.source"),
+        ("{kind: watch_time, negative: [x]}", "{dwell: d, duration: e}", "the labels ['x']"),
+        ("{kind: labels, liked: [a]}", "{}", "nothing is disliked"),
+        ("{kind: labels, liked: [a], disliked: [b]}", "{labels: {a: x}}", "the labels ['b']"),
+        ("{kind: labels, liked: [a], disliked: [b]}", "{labels: {a: x, b: y}}", None),
+        ("{liked_from: 4}", "{rating: r}", "alignment.rule.kind is required"),
+    ],
+)
+def test_what_a_rule_reads_is_mapped(
+    folder: Path, rule: str, columns: str, part: str | None
+) -> None:
+    overrides = [
+        f"data.source={{kind: csv, url: x, columns: {columns}}}",
+        f"alignment={{kind: dpo, rule: {rule}}}",
+    ]
+    if part is None:
+        assert load_recipe("base.yaml", overrides).recipe.alignment is not None
+    else:
+        assert part in problem("base.yaml", *overrides)
+
+
+@pytest.mark.parametrize(
     ("columns", "unit", "part"),
     [
         ("{action: a}", "s", "model.dwell_times is on, but data.source.columns.dwell maps no"),

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configs.alignment import PreferenceRule
+from configs.preferences import LabelRule, RatingRule, WatchTimeRule
 from data_loaders.dataset import Slices
 from data_loaders.manifest import ShardEntry, build_manifest, read_manifest, write_manifest
 from data_loaders.pairs import (
@@ -23,7 +23,7 @@ from data_loaders.pairs import (
 from data_loaders.shards import write_table
 from data_loaders.synthetic import write_synthetic
 
-RULE = PreferenceRule(window=6, pairs_per_user=4, min_context=2)
+RULE = RatingRule(window=6, pairs_per_user=4, min_context=2)
 Users = list[list[tuple[int, float]]]
 
 ratings_strategy = st.sampled_from([1.0, 2.0, 3.0, 4.0, 5.0, float("nan")])
@@ -48,7 +48,7 @@ def slices_of(users: Users, first_user: int = 1) -> Slices:
     )
 
 
-def reference(users: Users, rule: PreferenceRule) -> set[tuple[int, int, int]]:
+def reference(users: Users, rule: RatingRule) -> set[tuple[int, int, int]]:
     """(user, chosen, rejected) as positions among all events, from the rule's words."""
     found, start = set(), 0
     for number, user in enumerate(users):
@@ -65,7 +65,7 @@ def reference(users: Users, rule: PreferenceRule) -> set[tuple[int, int, int]]:
 @given(users=users_strategy, window=st.integers(1, 13), min_context=st.integers(1, 5))
 @settings(deadline=None, max_examples=200)
 def test_every_pair_of_the_rule_is_a_candidate(users: Users, window: int, min_context: int) -> None:
-    rule = PreferenceRule(window=window, pairs_per_user=1000, min_context=min_context)
+    rule = RatingRule(window=window, pairs_per_user=1000, min_context=min_context)
     pairs = select_pairs(slices_of(users), rule, seed=0)
     found = list(
         zip(pairs.user.tolist(), pairs.chosen.tolist(), pairs.rejected[:, 0].tolist(), strict=True)
@@ -78,7 +78,7 @@ def test_every_pair_of_the_rule_is_a_candidate(users: Users, window: int, min_co
 @given(users=users_strategy, losers=st.integers(2, 4))
 @settings(deadline=None, max_examples=100)
 def test_lists_deal_every_candidate_to_its_winner(users: Users, losers: int) -> None:
-    rule = PreferenceRule(window=9, pairs_per_user=1000, min_context=1, rejected_per_chosen=losers)
+    rule = RatingRule(window=9, pairs_per_user=1000, min_context=1, rejected_per_chosen=losers)
     pairs = select_pairs(slices_of(users), rule, seed=0)
     found: list[tuple[int, int, int]] = []
     lists: dict[int, list[int]] = {}
@@ -95,12 +95,27 @@ def test_lists_deal_every_candidate_to_its_winner(users: Users, losers: int) -> 
         assert sum(size < losers for size in sizes) <= 1
 
 
+def test_labels_make_pairs_of_the_same_kind() -> None:
+    slices = slices_of([[(item, 3.0) for item in range(1, 9)], [(1, 3.0), (2, 3.0)]])
+    slices.events["labels"] = np.array([1, 0, 2, 4, 3, 0, 1, 8, 1, 2])  # like, hate, view, share
+    names = ("like", "hate", "view", "share")
+    explicit = LabelRule(liked=("like",), disliked=("hate",), min_context=2, pairs_per_user=9)
+    pairs = select_pairs(slices, explicit, 0, names)
+    found = zip(pairs.chosen.tolist(), pairs.rejected[:, 0].tolist(), strict=True)
+    assert set(found) == {(6, 2), (6, 4)} and pairs.outcomes["disliked"] == 3
+    skip = LabelRule(liked=("view",), skip_is_disliked=True, min_context=1, pairs_per_user=9)
+    pairs = select_pairs(slices, skip, 0, names)
+    found = zip(pairs.chosen.tolist(), pairs.rejected[:, 0].tolist(), strict=True)
+    assert set(found) == {(3, 1), (3, 5)}
+    assert pairs.outcomes == {"liked": 1, "disliked": 2, "neither": 7}
+
+
 @given(users=users_strategy, cap=st.integers(1, 5), seed=st.integers(0, 9))
 @settings(deadline=None)
 def test_the_cap_keeps_the_same_pairs_however_users_are_grouped(
     users: Users, cap: int, seed: int
 ) -> None:
-    rule = PreferenceRule(window=8, pairs_per_user=cap, min_context=1)
+    rule = RatingRule(window=8, pairs_per_user=cap, min_context=1)
     together = pair_table(slices_of(users), select_pairs(slices_of(users), rule, seed), 3)
     alone = []
     for number, user in enumerate(users):
@@ -116,7 +131,7 @@ def test_the_cap_keeps_the_same_pairs_however_users_are_grouped(
 
 def test_seeds_choose_other_pairs_and_other_validation_users() -> None:
     users = [[(item + 1, 5.0 if item % 2 else 1.0) for item in range(40)] for _ in range(20)]
-    rule = PreferenceRule(pairs_per_user=3)
+    rule = RatingRule(pairs_per_user=3)
     first, second = (select_pairs(slices_of(users), rule, seed).chosen for seed in (0, 1))
     assert first.tolist() != second.tolist()
     ids = np.arange(1, 5001)
@@ -133,7 +148,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def build(data: Path, output: Path, rule: PreferenceRule = RULE, seed: int = 1) -> PairManifest:
+def build(data: Path, output: Path, rule: RatingRule = RULE, seed: int = 1) -> PairManifest:
     return build_pairs(str(data), rule, str(output), max_length=7, seed=seed, validation_share=0.25)
 
 
@@ -206,6 +221,27 @@ def _with_other_futures(data: Path, copy: Path) -> None:
     write_manifest(str(copy), build_manifest(**content, shards=shards))
 
 
+def test_watch_time_pairs_go_through_files(
+    tmp_path: Path, local_ray: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    more = {"ratings": False, "labels": True, "dwell_times": True, "durations": True}
+    write_synthetic(str(tmp_path / "data"), 40, 30, 25, 3, **more)
+    rule = WatchTimeRule(negative=("hate",), rejected_per_chosen=2, min_context=2)
+    manifest = build(tmp_path / "data", tmp_path / "pairs", rule)
+    assert read_pairs(str(tmp_path / "pairs")).rule == rule
+    trained = sum(
+        row["train_end"]
+        for shard in read_manifest(str(tmp_path / "data")).shards
+        for row in pq.read_table(tmp_path / "data" / shard.path).to_pylist()
+    )
+    assert sum(manifest.outcomes.values()) == trained and min(manifest.outcomes.values()) > 0
+    rows = [
+        r for s in manifest.shards for r in pq.read_table(tmp_path / "pairs" / s.path).to_pylist()
+    ]
+    assert {"labels", "dwell_times", "durations"} < set(rows[0])
+    assert any(row["rejected_2"] for row in rows) and all(row["rejected_1"] for row in rows)
+
+
 def test_no_validation_or_test_event_is_used(data: Path, built: Path, tmp_path: Path) -> None:
     _with_other_futures(data, tmp_path / "data")
     other = build(tmp_path / "data", tmp_path / "pairs")
@@ -219,8 +255,10 @@ def test_building_again_gives_the_same_pairs(data: Path, built: Path, tmp_path: 
 
 
 def test_nothing_to_prefer_is_said(data: Path, tmp_path: Path, local_ray: None) -> None:
-    rule = PreferenceRule(min_context=10_000)
-    with pytest.raises(ValueError, match="alignment.rule finds no pair to train on.*loosen"):
+    rule = RatingRule(min_context=10_000)
+    with pytest.raises(
+        ValueError, match="alignment.rule finds no pair to train on: of [1-9].*loosen"
+    ):
         build(data, tmp_path / "pairs", rule)
     write_synthetic(str(tmp_path / "plain"), 10, 10, 5, 0, ratings=False)
     with pytest.raises(ValueError, match="has no ratings.*data.source.columns.rating"):

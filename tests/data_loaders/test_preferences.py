@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configs.alignment import PreferenceRule
 from configs.data import LoaderConfig
+from configs.preferences import RatingRule
 from data_loaders.loader import LoaderState
 from data_loaders.pairs import build_pairs, read_pairs
 from data_loaders.preferences import (
@@ -32,7 +32,7 @@ def built(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> Path:
     write_synthetic(str(path / "data"), 40, 30, 15, 5, num_shards=2, rows_per_group=8, actions=True)
     build_pairs(
         str(path / "data"),
-        PreferenceRule(window=6, pairs_per_user=3, min_context=1),
+        RatingRule(window=6, pairs_per_user=3, min_context=1),
         str(path / "pairs"),
         max_length=LENGTH,
         seed=1,

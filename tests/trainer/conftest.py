@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.alignment import PreferenceRule
+from configs.preferences import RatingRule
 from data_loaders import pairs
 from data_loaders.manifest import read_manifest, write_manifest
 from data_loaders.synthetic import write_synthetic
@@ -26,9 +26,7 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Pretrained:
 def write_pairs(data: str, url: str, losers: int = 1) -> None:
     """What `build_pairs` does, its tasks run here: starting Ray would take longer than the rest."""
     settings = {
-        "rule": PreferenceRule(
-            window=6, pairs_per_user=4, min_context=1, rejected_per_chosen=losers
-        ),
+        "rule": RatingRule(window=6, pairs_per_user=4, min_context=1, rejected_per_chosen=losers),
         "max_length": LENGTH,
         "seed": 3,
         "validation_share": 0.3,

@@ -41,7 +41,7 @@ def settings_of(root: Path, fingerprint: str, blocks: dict[str, Any], **more: An
             "epochs": 2,
             "pairs_per_step": 32,
             "log_every_steps": 1,
-            "rule": {"window": 6, "pairs_per_user": 4, "min_context": 1},
+            "rule": {"kind": "rating", "window": 6, "pairs_per_user": 4, "min_context": 1},
             "validation_share": 0.3,
             "checkpoint": {"every_steps": 2},
         },

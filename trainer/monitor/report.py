@@ -240,7 +240,10 @@ def _stage_sentence(results: Results, stage: str, rows: Sequence[MetricRow]) -> 
     if stage == "align" and results.preferences is not None:
         pairs = results.preferences
         parts.append(
-            f"{pairs.pairs:,} preference pairs, {pairs.validation_pairs:,} of them held out"
+            f"{pairs.pairs:,} preference pairs of {pairs.users:,} users, "
+            f"{pairs.validation_pairs:,} of them held out, from {pairs.candidates:,} candidates "
+            f"among {pairs.liked:,} liked, {pairs.disliked:,} disliked and {pairs.neither:,} other "
+            "events"
         )
     speed, mfu = curve(rows, "speed/tokens_per_s"), curve(rows, "speed/mfu")
     if speed is not None:

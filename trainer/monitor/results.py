@@ -87,6 +87,14 @@ class PreferenceCounts(Config):
 
     pairs: NonNegativeInt
     validation_pairs: NonNegativeInt
+    candidates: NonNegativeInt
+    """A winner and one loser that the rule allows; `rule.pairs_per_user` limits what is kept."""
+    users: NonNegativeInt
+    """Users with a pair."""
+    liked: NonNegativeInt
+    """Training events that the rule calls so."""
+    disliked: NonNegativeInt
+    neither: NonNegativeInt
 
 
 class Results(Config):
@@ -138,7 +146,7 @@ def write_results(
         url: of the file.
         recipe: the resolved recipe.
         measured: what the evaluation answered: `models`, `protocol` and `semantic_ids`.
-        pairs: counts of the alignment's `pairs` and `validation_pairs`, if there was one.
+        pairs: what `PreferenceCounts` says of the alignment's pairs, if there was one.
     """
     results = Results(
         name=recipe.name,
@@ -149,7 +157,7 @@ def write_results(
         models=measured["models"],
         preferences=None
         if pairs is None
-        else PreferenceCounts(pairs=pairs["pairs"], validation_pairs=pairs["validation_pairs"]),
+        else PreferenceCounts(**{name: pairs[name] for name in PreferenceCounts.model_fields}),
         semantic_ids=measured["semantic_ids"],
     )
     write_json(url, results.model_dump(mode="json"))

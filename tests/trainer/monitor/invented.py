@@ -26,7 +26,7 @@ def recipe(**changes: Any) -> Recipe:
             "output": "memory://invented",
             "data": {"source": {"kind": "public", "name": "ml-100k"}},
             "model": {"kind": "hstu"},
-            "alignment": {},
+            "alignment": {"kind": "dpo"},
             **changes,
         }
     )
@@ -69,7 +69,15 @@ def results(**changes: Any) -> Results:
                 checkpoint="b2" * 32,
             ),
         },
-        "preferences": PreferenceCounts(pairs=4210, validation_pairs=455),
+        "preferences": PreferenceCounts(
+            pairs=4210,
+            validation_pairs=455,
+            candidates=9876,
+            users=601,
+            liked=5000,
+            disliked=1200,
+            neither=800,
+        ),
     }
     return Results.model_validate(content | changes)
 

@@ -39,11 +39,13 @@ def test_written_results_read_back_whole() -> None:
         "protocol": protocol(chosen, "d" * 64),
         "semantic_ids": "e" * 64,
     }
-    pairs = {"url": "memory://pairs", "pairs": 9, "validation_pairs": 1}
+    counts = {"pairs": 9, "validation_pairs": 1, "candidates": 20, "users": 4}
+    counts |= {"liked": 30, "disliked": 5, "neither": 2}
+    pairs = {"url": "memory://pairs", **counts}
     written = write_results(URL, chosen, measured, pairs)
     assert read_results(URL) == written
     stored = read_json(URL)
-    assert stored["seed"] == 3 and stored["preferences"] == {"pairs": 9, "validation_pairs": 1}
+    assert stored["seed"] == 3 and stored["preferences"] == counts
     assert stored["models"]["pretrained"] == measured["models"]["pretrained"]
     assert stored["semantic_ids"] == "e" * 64
     assert {"python", "torch", "ray"} <= stored["versions"].keys()
