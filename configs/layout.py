@@ -36,6 +36,11 @@ class RunLayout:
         """The checkpoint that validation chose, kept apart."""
         return storage.join(self.root, "checkpoints", f"{stage}-{fingerprint[:12]}", "best")
 
+    @staticmethod
+    def stage_of(checkpoint: str) -> str:
+        """The stage that wrote a checkpoint, from a URL below `checkpoints` or `best`."""
+        return checkpoint.rsplit("/checkpoints/", 1)[1].partition("-")[0]
+
     def metrics(self, stage: str, fingerprint: str) -> str:
         """Directory of a stage's metrics.jsonl and TensorBoard events."""
         return storage.join(self.root, "metrics", f"{stage}-{fingerprint[:12]}")

@@ -14,6 +14,7 @@ from configs.generation import SearchConfig
 from configs.models import InitConfig, Model
 from configs.objectives import NextCodeConfig, Objective, SampledSoftmaxConfig
 from configs.preferences import LabelRule, PreferenceRule, RatingRule, WatchTimeRule
+from configs.schema import closest
 from configs.sharding import ShardingConfig
 from configs.tokenize import TokenizerConfig
 from configs.training import TrainingConfig
@@ -60,6 +61,7 @@ class Recipe(Config):
             _features_are_mapped,
             _sessions_are_written,
             _metric_is_measured,
+            _placed_tables_exist,
             _batch_deals,
         ):
             check(self)
@@ -216,13 +218,22 @@ def _metric_is_measured(recipe: Recipe) -> None:
             )
 
 
-def _batch_deals(recipe: Recipe) -> None:
-    unknown = sorted(set(recipe.sharding.placement) - set(recipe.table_names()))
-    if unknown:
-        raise ValueError(
-            f"sharding.placement names {unknown}, but the model describes the tables "
-            f"{list(recipe.table_names())}"
+def _placed_tables_exist(recipe: Recipe) -> None:
+    tables = recipe.table_names()
+    unknown = [name for name in recipe.sharding.placement if name not in tables]
+    sentences = []
+    for name in unknown:
+        guess = closest(name, tables)
+        sentences.append(
+            f"sharding.placement.{name}={recipe.sharding.placement[name]} names no table of this "
+            f"model: choose one of {', '.join(tables)}"
+            + (f"; did you mean {guess}?" if guess is not None else "")
         )
+    if sentences:
+        raise ValueError("\n".join(sentences))
+
+
+def _batch_deals(recipe: Recipe) -> None:
     batch, workers = recipe.data.loader.global_batch, recipe.cluster.num_workers
     if batch % workers:
         raise ValueError(

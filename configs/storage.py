@@ -9,6 +9,7 @@ from typing import Any
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
 
 CHUNK = 4 << 20
 DRIVERS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs"}
@@ -35,6 +36,19 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
 def is_local(url: str) -> bool:
     """Whether `url` lies on this machine's own file systems (which may still be shared mounts)."""
     return isinstance(filesystem(url)[0], LocalFileSystem)
+
+
+def refuse_memory(key: str, url: str) -> None:
+    """Refuse what no other process could see, where a run's data shall go.
+
+    Raises:
+        ValueError: names the recipe's `key`, the URL and the mend.
+    """
+    if isinstance(filesystem(url)[0], MemoryFileSystem):
+        raise ValueError(
+            f"{key}={url!r} is memory of this process, which workers cannot see; use a directory "
+            "or an object store (s3://…, gs://…)"
+        )
 
 
 def absolute(url: str) -> str:

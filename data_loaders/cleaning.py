@@ -21,7 +21,7 @@ from data_loaders.events import (
     DUPLICATE,
     REASONS,
     EventRules,
-    as_text,
+    as_category,
     count_reasons,
     first_of_duplicates,
     malformed_rows,
@@ -197,7 +197,8 @@ def load_side_table(
     key = next(iter(names))
     for raw in read_chunk(files, chunk):
         with readable(files, chunk):
-            texts = pa.table({name: as_text(raw.table[column]) for name, column in names.items()})
+            columns = {name: as_category(raw.table[source]) for name, source in names.items()}
+        texts = pa.table(columns)
         rows = _placed(texts, chunk, raw).filter(pc.is_valid(texts[key]))
         partition = partition_of(rows[key], job.partitions)
         yield rows.append_column(PARTITION, pa.array(partition))

@@ -134,7 +134,7 @@ def type_events(raw: pa.Table, rules: EventRules) -> tuple[pa.Table, np.ndarray]
         masks, bad["unparsable_label"] = parse_labels([raw[c] for c in columns.labels.values()])
         typed["labels"] = masks
     for name, column in rules.categories().items():
-        typed[name] = as_text(raw[column])
+        typed[name] = as_category(raw[column])
     return pa.table(typed), np.select([bad[r] for r in REASONS[1:]], range(1, len(REASONS)), 0)
 
 
@@ -184,6 +184,13 @@ def as_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
         column = pc.cast(column, pa.large_string())
     return pc.cast(column, pa.string())
+
+
+def as_category(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A column as strings, null where it is unknown. Empty text is unknown, as CSV has no other way
+    to write that, and the same log must mean the same in every format."""
+    text = as_text(column)
+    return pc.if_else(pc.equal(text, ""), pa.scalar(None, pa.string()), text)
 
 
 def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -150,11 +151,11 @@ def _column_names(url: str) -> list[str]:
 
 def _check_copy(entry: PublicSet, url: str, found: tuple[str, ...]) -> None:
     """Raises ValueError if a file of the copy is not what it was, or no Parquet."""
-    source = storage.join(url, RECORD)
+    record = _recorded(entry, url)
     try:
-        record = storage.read_json(source) if storage.exists(source) else {}
         files = {str(f): (e["bytes"], e["sha256"]) for f, e in record.get("files", {}).items()}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError) as error:
+        source = storage.join(url, RECORD)
         raise ValueError(f"{source} cannot be read; {_mend(entry, url)}") from error
     for file, (size, digest) in files.items():
         path = storage.join(url, file)
@@ -194,6 +195,8 @@ def _make_copy(entry: PublicSet, url: str, say: Say) -> None:
             f"from {cache}: run the command again, or put a good copy into {url}"
         ) from error
     storage.make_directory(url)
+    digests = {name: storage.sha256_file(str(path)) for name, path in paths.items()}
+    _trust(entry, url, digests, say)
     storage.remove(storage.join(url, RECORD))
     # The events file comes last: where it is, the copy is whole.
     order = sorted(tables, key=lambda file: file == entry.events_file)
@@ -201,11 +204,48 @@ def _make_copy(entry: PublicSet, url: str, say: Say) -> None:
     record = {
         "set": entry.name,
         "from": origin,
-        "sha256": {name: storage.sha256_file(str(path)) for name, path in paths.items()},
+        "sha256": digests,
         "files": {f: {"bytes": e.bytes, "sha256": e.sha256} for f, e in written.items()},
     }
     storage.write_json(storage.join(url, RECORD), record)
     say(f"  {tables[entry.events_file].num_rows:,} events in {url}, from {origin}")
+
+
+def _trust(entry: PublicSet, url: str, digests: Mapping[str, str], say: Say) -> None:
+    """Trust files without a published checksum when first seen, afterwards only if unchanged.
+
+    Raises:
+        ValueError: a file is not the one that an earlier copy in `url` was made from.
+    """
+    source = storage.join(url, RECORD)
+    before = _recorded(entry, url).get("sha256", {})
+    for remote in entry.originals:
+        digest = digests.get(remote.file)
+        if remote.checksum is not None or digest is None:
+            continue
+        known = before.get(remote.file)
+        if known is None:
+            say(f"  {remote.file} has no published checksum: {source} records sha256 {digest}")
+        elif known != digest:
+            raise ValueError(
+                f"{remote.file} has sha256 {digest}, but the earlier copy in {url} was made from "
+                f"{known}; if its publisher has replaced it, delete {source} to accept it, "
+                f"otherwise delete {cache_directory(entry.name) / remote.file} to fetch it again"
+            )
+
+
+def _recorded(entry: PublicSet, url: str) -> dict[str, Any]:
+    """What a copy's record says; empty where there is none."""
+    source = storage.join(url, RECORD)
+    if not storage.exists(source):
+        return {}
+    try:
+        record: dict[str, Any] = storage.read_json(source)
+        for block in (record.get("sha256", {}), record.get("files", {})):
+            block.items()
+        return record
+    except (AttributeError, ValueError) as error:
+        raise ValueError(f"{source} cannot be read; delete it and {_mend(entry, url)}") from error
 
 
 def _obtain(
@@ -317,7 +357,10 @@ _SETS: dict[str, PublicSet] = {
             about="MovieLens latest-small, 610 users and 9,724 films",
             terms="non-commercial use (GroupLens)",
             events=100_836,
-            originals=_grouplens("ml-latest-small.zip", None),
+            originals=_grouplens(
+                "ml-latest-small.zip",
+                "sha256:696d65a3dfceac7c45750ad32df2c259311949efec81f0f144fdfb91ebc9e436",
+            ),
             convert=public_formats.movielens_latest_small,
             events_file="ratings.parquet",
             columns=_MOVIELENS,

@@ -48,12 +48,8 @@ def prepare(config: DataConfig, name: str, output_url: str, raw_url: str) -> Dat
     Raises:
         ValueError: bad settings or bad input, in one sentence.
     """
+    storage.refuse_memory("output", output_url)
     root = storage.absolute(output_url)
-    if root.startswith("memory://"):
-        raise ValueError(
-            f"output={output_url!r} is memory of this process, which workers cannot see; "
-            "use a directory or an object store"
-        )
     job = make_job(config, root, resolve(config.source, raw_url, _say))
     inputs = plan_inputs(job)  # finds what is wrong with the log before the old data set goes
     _clear(root)

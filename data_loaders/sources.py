@@ -190,7 +190,13 @@ def matching_files(url: str, place: str) -> list[tuple[Any, str, str]]:
     named = sorted((p.removeprefix(root), p) for p in paths if not fs.isdir(p))
     visible = [(n, p) for n, p in named if not any(s[:1] in "_." for s in n.split("/"))]
     if not visible:
-        raise ValueError(f"{place}={url!r} names no file; check the path")
+        mend = "check the path"
+        if isinstance(fs, MemoryFileSystem):
+            mend = (
+                "memory:// has only what this very process wrote, and no command line wrote any: "
+                "give a directory or an object store (s3://…, gs://…)"
+            )
+        raise ValueError(f"{place}={url!r} names no file; {mend}")
     return [(fs, path, name) for name, path in visible]
 
 

@@ -148,8 +148,10 @@ def list_data() -> None:
 @click.option("--to", "url", required=True, help="Directory (any URL) that receives the copy.")
 def get_data(name: str, url: str) -> None:
     """Fetch the data set NAME and check it; a copy that is there is only checked."""
+    from configs import storage
     from data_loaders.public import get
 
+    storage.refuse_memory("--to", url)
     for file in get(name, url, say=click.echo):
         click.echo(file)
 

@@ -8,6 +8,7 @@ from configs import storage
 from configs.layout import RunLayout
 from configs.load import LoadedRecipe
 from configs.recipe import Recipe, StageName
+from launch.output_lock import OutputLock
 from launch.stages import GRAPH, Outputs, Stage, StageContext
 
 RECORD_FORMAT = 1
@@ -30,9 +31,11 @@ def run(
         force: run the selected stages again from nothing, discarding their checkpoints.
 
     Raises:
-        ValueError: the user's mistake, in one sentence that names the mend.
+        ValueError: the user's mistake, in one sentence that names the mend; also that another
+            run is at work on the same output.
     """
     recipe = loaded.recipe
+    storage.refuse_memory("output", recipe.output)
     names = recipe.stages()
     for wanted in (until, from_, only):
         if wanted is not None and wanted not in names:
@@ -56,19 +59,22 @@ class _Run:
         self._done: dict[str, Outputs] = {}
         self._cluster = ExitStack()
         self._connected = False
+        self._lock = OutputLock(self._layout.root)
 
     def execute(self, names: tuple[StageName, ...], last: StageName | None) -> None:
         needed = set(names) if self._only is None else {self._only, *GRAPH[self._only].needs}
         started = time.monotonic()
-        with self._cluster:
-            again = False
-            for number, name in enumerate(names, 1):
-                again = again or name == self._from
-                if name in needed:
-                    self._stage(GRAPH[name], f"[{number}/{len(names)}] {name}", again)
-                if name == last:
-                    break
-        self._show()
+        with self._lock:
+            with self._cluster:
+                again = False
+                for number, name in enumerate(names, 1):
+                    again = again or name == self._from
+                    if name in needed:
+                        self._lock.check()
+                        self._stage(GRAPH[name], f"[{number}/{len(names)}] {name}", again)
+                    if name == last:
+                        break
+            self._show()
         print(f"done in {_clock(time.monotonic() - started)}: {self._layout.root}", flush=True)
 
     def _show(self) -> None:
@@ -112,6 +118,7 @@ class _Run:
         storage.remove(self._layout.stage_record(stage.name))
         context = StageContext(self._recipe, self._layout, fingerprint, dict(self._done))
         outputs = stage.run(context)
+        self._lock.check()
         seconds = time.monotonic() - started
         record = {
             "format": RECORD_FORMAT,

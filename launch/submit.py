@@ -155,6 +155,7 @@ def start(
     Raises:
         ValueError: open address, bad variable, or no job server there.
     """
+    storage.refuse_memory("output", loaded.recipe.output)
     refuse_open(address, "--address")
     variables = _parse_environment(environment)
     protect_token()

@@ -125,7 +125,7 @@ class CheckpointStore:
         """The newest checkpoint that verifies, or None.
 
         Every byte of its files is hashed once, by one rank or another. `skipped` says why newer
-        ones were passed over; rank 0 logs it. Unfinished saves do not count.
+        ones were passed over, for the caller to tell. Unfinished saves do not count.
         """
         skipped: list[str] = []
         chosen = None
@@ -137,8 +137,6 @@ class CheckpointStore:
             except CheckpointError as error:
                 skipped.append(f"checkpoint {url} is skipped: {error}")
                 self._damaged.add(name)
-        for sentence in skipped if self._ctx.rank == 0 else ():
-            _log.warning(sentence)
         self.skipped = tuple(skipped)
         return chosen
 

@@ -212,6 +212,7 @@ def plan_tables(
     Raises:
         ValueError: a table is too large to replicate, or the tables do not fit the ranks.
     """
+    hush_libraries()  # TorchRec warns of any topology that one makes oneself
     machine = machine or _this_machine(config, world_size, device)
     wanted = {spec.name: config.placement.get(spec.name, config.default) for spec in specs}
     for spec in specs:
@@ -283,7 +284,6 @@ def _planner_choice(
     """What TorchRec's planner decides for tables that the recipe leaves to it, by name."""
     if not specs:
         return {}
-    hush_libraries()
     allowed = {
         spec.name: PLANNED if wanted[spec.name] == "auto" else ("table_wise",) for spec in specs
     }

@@ -165,7 +165,7 @@ def refuse_other_meanings(worker: Worker, info: CheckpointInfo) -> None:
             raise ValueError(
                 f"checkpoint {info.url} was trained on {what} {str(then)[:12]}, but the run has "
                 f"{now[:12]} now, so its weights would mean other items; restore the {what}, or "
-                "train again with --force"
+                f"train again with `tandem {RunLayout.stage_of(info.url)} RECIPE --force`"
             )
 
 
@@ -187,9 +187,10 @@ def open_checkpoint(
     store = CheckpointStore(root, keep=2, ctx=worker.ctx)
     info = store.newest()
     if info is None or info.hash != reference["hash"]:
+        why = f" ({'; '.join(store.skipped)})" if store.skipped else ""
         raise ValueError(
-            f"checkpoint {reference['url']} is missing, damaged or changed since its stage ended; "
-            "run that stage again with --force"
+            f"checkpoint {reference['url']} is missing, damaged or changed since its stage ended"
+            f"{why}; run it again with `tandem {RunLayout.stage_of(root)} RECIPE --force`"
         )
     refuse_other_meanings(worker, info)
     return store, info

@@ -35,7 +35,10 @@ class TrainerState:
     """Everything besides the model that a resumed run needs; JSON-able."""
 
     loader: dict[str, int] | None = None
+    start_value: float | None = None
+    """Validated before the first step; None if that was not measured."""
     best_value: float | None = None
+    """Of the validations after training began, from which alone a checkpoint is selected."""
     best_step: int = 0
     best_epoch: int = 0
     stale_validations: int = 0
@@ -103,9 +106,9 @@ class Trainer:
     def _measure_start(self) -> None:
         if self.validation is None:
             return
-        metrics = self.validate()
+        metrics, name = self.validate(), self.validation.metric
+        self.state.start_value = metrics[name]
         if self.monitor is not None:
-            name = self.validation.metric
             self.monitor.log_validation(0, metrics, f"at the start: {name} {metrics[name]:.4f}")
 
     def _one_step(self, batches: Any) -> bool:
@@ -165,6 +168,14 @@ class Trainer:
         self.state.finished = self.state.finished or stops
         if self.monitor is not None:
             sentence = f"validation after epoch {epoch + 1}: {self.validation.metric} {value:.4f}"
-            sentence += " (best so far)" if improved else f" (best {self.state.best_value:.4f})"
+            sentence += f" ({self._standing(value, improved)})"
             sentence += f"; no better for {patience} validations, stopping" if stops else ""
             self.monitor.log_validation(step, metrics, sentence)
+
+    def _standing(self, value: float, improved: bool) -> str:
+        """How a validation compares with all before it, that before training included."""
+        best, start = self.state.best_value, self.state.start_value
+        assert best is not None, "the value itself has been counted"
+        if start is not None and start >= best:
+            return f"best {start:.4f}, before training"
+        return "best so far" if improved else f"best {best:.4f}"

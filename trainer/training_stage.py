@@ -145,13 +145,13 @@ def tell_damage(
     Raises:
         ValueError: there are checkpoints, but none of them verifies.
     """
-    for sentence in store.skipped:
-        tell(sentence)
     if info is None and store.skipped:
         raise ValueError(
-            f"every checkpoint of stage {stage!r} is damaged (first: {store.skipped[0]}); "
+            f"every checkpoint of stage {stage!r} is damaged ({'; '.join(store.skipped)}); "
             f"restore one, or begin again with `tandem {stage} RECIPE --force`"
         )
+    for sentence in store.skipped:
+        tell(sentence)
 
 
 def _outcome(state: TrainerState, newest: CheckpointStore, best: CheckpointStore) -> dict[str, Any]:

@@ -148,7 +148,13 @@ def test_overrides_take_any_yaml_value(folder: Path) -> None:
         ("evaluation.ks=[10, 0]", ["evaluation.ks.1=0 (override)", "greater than 0"]),
         ("data.source.kind=csv", ["data.source.url is required"]),
         ("sharding.placement={item: row}", ["sharding.placement.item=row", "row_wise"]),
-        ("sharding.placement={itm: auto}", ["sharding.placement names ['itm']", "['item']"]),
+        (
+            "sharding.placement.itm=row_wise",
+            [
+                "sharding.placement.itm=row_wise names no table of this model",
+                "choose one of item; did you mean item?",
+            ],
+        ),
         ("recommend.users=[7]", ["recommend.users.0=7", "string"]),
         ("data.loader.global_batch=63", ["multiple of cluster.num_workers=2"]),
         ("data.split={kind: global_time, validation_from: [], test_from: 1}", ["validation_from"]),

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from configs import storage
 from configs.data import PublicName
 from data_loaders import public
 from data_loaders.download import UnavailableError, mismatch
@@ -266,3 +267,26 @@ def test_file_with_a_wrong_checksum_is_refused(
     _zip(tmp_path / "ml-1m.zip", {"ml-1m/ratings.dat": "1::1193::5::978300760\n"})
     with pytest.raises(ValueError, match=r"ml-1m.zip is damaged: its md5 checksum is"):
         get("ml-1m", str(tmp_path))
+
+
+def test_a_file_without_a_published_checksum_is_trusted_once(tmp_path: Path) -> None:
+    line = '{"reviewerID": "u", "asin": "a", "overall": 5.0, "unixReviewTime": 100}'
+    reviews, copy = tmp_path / "reviews_Beauty_5.json.gz", tmp_path / "interactions.parquet"
+    reviews.write_bytes(gzip.compress(line.encode(), mtime=0))
+    (tmp_path / "meta_Beauty.json.gz").write_bytes(gzip.compress(b"{'asin': 'a'}\n"))
+    said: list[str] = []
+    get("amazon-beauty", str(tmp_path), said.append)
+    digest = storage.sha256_file(str(reviews))
+    told, _ = [line for line in said if "no published checksum" in line]  # reviews, and metadata
+    assert "no published checksum" in told and told.endswith(f"source.json records sha256 {digest}")
+    copy.unlink()
+    said.clear()
+    get("amazon-beauty", str(tmp_path), said.append)  # the same files again: nothing to tell
+    assert copy.exists() and not any("no published checksum" in line for line in said)
+    copy.unlink()
+    reviews.write_bytes(gzip.compress(line.replace("5.0", "1.0").encode(), mtime=0))
+    with pytest.raises(ValueError, match=rf"earlier copy in .* was made from {digest}; .*delete"):
+        get("amazon-beauty", str(tmp_path))
+    (tmp_path / "source.json").unlink()  # the mend that the message names
+    get("amazon-beauty", str(tmp_path))
+    assert copy.exists()

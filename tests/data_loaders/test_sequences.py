@@ -289,6 +289,35 @@ def test_bad_rows_are_quarantined_with_titles_and_users_joined(
     assert find_users(str(data), ["4", "0", "4"]).tolist() == [dense["4"], dense["0"], dense["4"]]
 
 
+@pytest.mark.parametrize("format_", ["csv", "jsonl", "parquet"])
+def test_empty_features_are_unknown_in_every_format(tmp_path: Path, format_: str) -> None:
+    log = pd.DataFrame(
+        {
+            "user": ["a", "a", "b"],
+            "item": ["x", "y", "x"],
+            "timestamp": [YEAR_2020 + n for n in range(3)],
+        }
+    ).assign(action=["click", "", "like"], tab=["", "t", ""], rating=1.0)
+    users = pd.DataFrame({"user": ["a", "b"], "age": ["", "30"]})
+    for name, frame in (("log", log), ("users", users)):
+        path = tmp_path / f"{name}.{format_}"
+        if format_ == "csv":
+            frame.to_csv(path, index=False)
+        elif format_ == "jsonl":
+            frame.to_json(path, orient="records", lines=True)
+        else:
+            frame.to_parquet(path)
+    table = UserTable(url=f"{tmp_path}/users.{format_}", format=format_, features=("age",))
+    kind = {"csv": CsvSource, "jsonl": JsonlSource, "parquet": ParquetSource}[format_]
+    source = kind(url=f"{tmp_path}/log.{format_}", columns=COLUMNS, user_table=table)
+    manifest = _prepare(_config(source), tmp_path / "data")
+    assert (manifest.actions, manifest.side_features) == (2, {"tab": 1})
+    assert manifest.user_features == {"age": 1}
+    rows = {row["user"]: row for row in _table(tmp_path / "data", "sequences")}
+    assert rows["a"]["side_tab"] == [0, 1] and rows["b"]["side_tab"] == [0]
+    assert rows["a"]["action_ids"] == [1, 0] and rows["a"]["user_age"] == 0
+
+
 def test_global_time_split(tmp_path: Path) -> None:
     log = [
         {"user": user, "item": f"i{day}", "timestamp": YEAR_2020 + 86400 * day}

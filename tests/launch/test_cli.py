@@ -90,6 +90,14 @@ def test_plan_needs_no_data_when_rows_are_given(tmp_path: Path) -> None:
     assert result.exit_code == 2 and "must read TABLE=N" in result.stderr
 
 
+def test_plan_prints_the_plan_and_nothing_else(tmp_path: Path) -> None:
+    command = ["plan", "quickstart", f"output={tmp_path}", "--rows", "item=1001"]
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.cli", *command], capture_output=True, text=True, check=True
+    )
+    assert done.stderr == "" and done.stdout.startswith("table ")
+
+
 def test_data_list_shows_addresses_and_mirrors() -> None:
     result = tandem("data", "list")
     assert result.exit_code == 0

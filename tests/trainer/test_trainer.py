@@ -1,6 +1,7 @@
 """The training loop's own decisions: when it validates, selects, saves and stops."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,22 @@ class OneStep:
     global_tokens: int = 1
 
 
+class Heard:
+    """What the loop has its monitor say of validations."""
+
+    def __init__(self) -> None:
+        self.sentences: list[str] = []
+
+    def log_validation(self, step: int, metrics: dict[str, float], sentence: str) -> None:
+        self.sentences.append(sentence)
+
+    def paused(self) -> Any:
+        return nullcontext()
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *values: None
+
+
 def run(root: str, values: list[float], changes: dict[str, Any]) -> dict[str, Any]:
     """Train a small policy whose n-th validation gives values[n]; what the loop did."""
     ctx = current_context("cpu")
@@ -73,6 +90,7 @@ def run(root: str, values: list[float], changes: dict[str, Any]) -> dict[str, An
         "measure_start": False,
     }
     settings |= changes
+    said = Heard()
     stores = {name: CheckpointStore(f"{root}/{name}", 2, ctx) for name in ("newest", "best")}
     trainer = Trainer(
         model=policy,
@@ -81,7 +99,7 @@ def run(root: str, values: list[float], changes: dict[str, Any]) -> dict[str, An
         save=lambda store, state: store.save(policy, policy.step, state, {}, {}),
         validate=validate,
         log_every=1,
-        monitor=None,
+        monitor=said,  # type: ignore[arg-type]  # it hears what a stage's monitor would print
         **stores,
         **settings,
     )
@@ -96,6 +114,7 @@ def run(root: str, values: list[float], changes: dict[str, Any]) -> dict[str, An
         "steps": policy.step,
         "error": error,
         "closed": settings["loader"].closed,
+        "said": said.sentences,
         "state": trainer.state.to_dict(),
         **{name: None if info is None else info.step for name, info in found.items()},
     }
@@ -130,6 +149,20 @@ def test_the_measure_at_the_start_is_never_selected(tmp_path: Path) -> None:
     assert done["validated_at"] == [0, 2, 4, 6, 8]
     assert (done["best"], done["state"]["best_value"]) == (4, 0.2)
     assert len(done["state"]["validations"]) == 4
+    assert done["state"]["start_value"] == 0.9
+
+
+def test_best_so_far_counts_the_value_before_training(tmp_path: Path) -> None:
+    said = train(tmp_path, [0.3, 0.2, 0.4, 0.3, 0.5], measure_start=True)["said"]
+    assert said == [
+        "at the start: ndcg@10 0.3000",
+        "validation after epoch 1: ndcg@10 0.2000 (best 0.3000, before training)",
+        "validation after epoch 2: ndcg@10 0.4000 (best so far)",
+        "validation after epoch 3: ndcg@10 0.3000 (best 0.4000)",
+        "validation after epoch 4: ndcg@10 0.5000 (best so far)",
+    ]
+    said = train(tmp_path / "fresh", [0.2, 0.1, 0.1, 0.1])["said"]
+    assert said[0] == "validation after epoch 1: ndcg@10 0.2000 (best so far)"
 
 
 @pytest.mark.parametrize("every, saved", [(3, 6), (4, 4), (None, None)])

@@ -1,5 +1,6 @@
 """What a training stage does about the checkpoints it finds."""
 
+import logging
 import os
 from pathlib import Path
 
@@ -36,8 +37,31 @@ def start_after(root: str, damaged: str) -> tuple[list[str], str]:
 
 def test_a_stage_does_not_start_over_where_every_checkpoint_is_damaged(tmp_path: Path) -> None:
     told, refusal = run_ranks(1, start_after, str(tmp_path / "root"), "state.json")[0]
-    assert len(told) == 2 and all("state.json has 1 bytes" in sentence for sentence in told)
-    assert "every checkpoint of stage 'pretrain' is damaged" in refusal and "--force" in refusal
+    assert told == []  # the refusal says it all, once
+    assert "every checkpoint of stage 'pretrain' is damaged" in refusal
+    assert refusal.count("state.json has 1 bytes") == 2
+    assert "`tandem pretrain RECIPE --force`" in refusal
+
+
+def told_and_logged(root: str) -> tuple[list[str], list[str]]:
+    """Save twice, cut a file of the newest checkpoint; what a stage tells, and what is logged."""
+    policy = make_policy(current_context("cpu"), Settings())
+    store = CheckpointStore(root, 2, policy.ctx)
+    for step in (1, 2):
+        store.save(policy, step, {}, {}, {})
+    os.truncate(Path(root) / storage.list_names(root)[-1] / "state.json", 1)
+    logged: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("sharding").addHandler(handler)
+    told: list[str] = []
+    tell_damage("pretrain", store, store.newest(), told.append)
+    return told, logged
+
+
+def test_a_damaged_checkpoint_is_reported_once(tmp_path: Path) -> None:
+    told, logged = run_ranks(1, told_and_logged, str(tmp_path / "root"))[0]
+    assert len(told) == 1 and "is skipped" in told[0] and logged == []
 
 
 def test_a_stage_starts_where_only_unfinished_saves_are_left(tmp_path: Path) -> None:

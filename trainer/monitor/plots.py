@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import Formatter, MaxNLocator
 
 from trainer.monitor.progress import count
 from trainer.monitor.tracker import MetricRow
@@ -128,6 +128,19 @@ def model_colour(name: str) -> str:
     return MODEL_COLOURS.get(name, OTHER_MODEL)
 
 
+class StepFormatter(Formatter):
+    """Steps in three digits, or in all of them where three do not tell the ticks apart."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return count(x)
+
+    def format_ticks(self, values: Sequence[float]) -> list[str]:
+        """One label a tick."""
+        short = [count(value) for value in values]
+        distinct = len(set(short)) == len(short)
+        return short if distinct else [f"{value:,.0f}" for value in values]
+
+
 def draw_curve(axes: Axes, data: Curve, colour: str, smooth: bool = True) -> None:
     """A curve over steps; a long noisy one is pale, with its moving average on top."""
     short = thinned(data)
@@ -138,8 +151,9 @@ def draw_curve(axes: Axes, data: Curve, colour: str, smooth: bool = True) -> Non
     markers = "o" if len(short.steps) < 25 and not averaged else None
     axes.plot(short.steps, short.values, color=colour, linewidth=2, marker=markers, markersize=4)
     axes.set_xlabel("optimizer step")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: count(x)))
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.xaxis.set_major_formatter(StepFormatter())
+    # By default a run of one or two steps would get ticks between them to fill the axis.
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
     axes.yaxis.set_major_locator(MaxNLocator(5))
 
 

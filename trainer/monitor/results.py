@@ -321,14 +321,34 @@ def _row(group: str, label: str, metric: str, metrics: Mapping[str, Metrics]) ->
 
 
 def sampling_note(results: Results, part: Part) -> str | None:
-    """How far HR@10 of one model may be off by the choice of users alone, in a sentence."""
+    """How far a model's shares may be off by the choice of users and pairs alone, in a sentence."""
+    errors = [_hit_rate_error(results, part), _preference_error(results)]
+    known = [error for error in errors if error is not None]
+    if not known:
+        return None
+    told = f"One standard error is about {' and '.join(known)}"
+    return f"{told}; smaller differences between models may be chance."
+
+
+def _hit_rate_error(results: Results, part: Part) -> str | None:
     for model in reversed(results.ordered_models()):
         metrics = results.metrics(model, part)
         share, users = metrics.get("hr@10"), metrics.get("users")
         if share is not None and users:
-            error = math.sqrt(share * (1 - share) / users)
-            return (
-                f"With {users:,.0f} users, one standard error of HR@10 is about {error:.4f}; "
-                "smaller differences between models may be chance."
-            )
+            return f"{_binomial_error(share, users):.4f} for HR@10 ({users:,.0f} users)"
     return None
+
+
+def _preference_error(results: Results) -> str | None:
+    pairs = 0 if results.preferences is None else results.preferences.validation_pairs
+    for model in reversed(results.ordered_models()):
+        share = results.models[model].preference_accuracy
+        if share is not None and pairs:
+            # Pairs of one user are alike, so that the true error is rather larger than smaller.
+            error = _binomial_error(share, pairs)
+            return f"{error:.4f} or more for pairs ranked right ({pairs:,} pairs)"
+    return None
+
+
+def _binomial_error(share: float, trials: float) -> float:
+    return math.sqrt(share * (1 - share) / trials)

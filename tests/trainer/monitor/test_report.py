@@ -8,11 +8,20 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from configs.layout import RunLayout
 from configs.storage import write_json
 from tests.trainer.monitor import invented
-from trainer.monitor.plots import Curve, curve, draw_bars, smoothed, svg_figure, thinned
+from trainer.monitor.plots import (
+    Curve,
+    curve,
+    draw_bars,
+    draw_curve,
+    smoothed,
+    svg_figure,
+    thinned,
+)
 from trainer.monitor.report import render_report, write_report
 from trainer.monitor.results import ModelResult
 from trainer.monitor.tracker import MetricRow, read_rows
@@ -178,3 +187,16 @@ def test_smoothing_neither_lags_nor_moves_a_line() -> None:
     even = smoothed(line)
     np.testing.assert_allclose(even.values[:-6], line.values[:-6])
     assert even.values[0] == 9.0
+
+
+@pytest.mark.parametrize(
+    "steps", [[1], [0], [7], [1, 2], [0, 1, 2], [3, 4], [12_000, 12_040], [1, 1_000_000]]
+)
+def test_ticks_are_whole_steps_each_once(steps: list[int]) -> None:
+    axes = Figure(figsize=(4.6, 2.9), layout="constrained").subplots()
+    draw_curve(axes, Curve(np.array(steps), np.linspace(0.1, 0.2, len(steps))), "#2f6fde")
+    low, high = axes.get_xlim()
+    places = [place for place in axes.get_xticks() if low <= place <= high]
+    labels = axes.xaxis.get_major_formatter().format_ticks(places)
+    assert places and all(place == round(place) for place in places)
+    assert len(set(labels)) == len(labels) <= 6

@@ -6,6 +6,7 @@ from configs.storage import read_json, write_bytes, write_json
 from tests.trainer.monitor.invented import metrics, recipe, recommendations, results
 from trainer.monitor.results import (
     ModelResult,
+    PreferenceCounts,
     Results,
     compare,
     library_versions,
@@ -119,8 +120,14 @@ def test_without_alignment_nothing_has_changed() -> None:
 
 
 def test_the_note_gives_the_binomial_standard_error() -> None:
-    models = {"pretrained": ModelResult(test={"hr@10": 0.5, "users": 2500.0})}
-    assert "about 0.0100" in (sampling_note(results(models=models), "test") or "")
+    hits = ModelResult(test={"hr@10": 0.5, "users": 2500.0})
+    note = sampling_note(results(models={"pretrained": hits}), "test") or ""
+    assert "0.0100 for HR@10 (2,500 users);" in note and "pairs" not in note
+    counts = PreferenceCounts(pairs=10, validation_pairs=400)
+    both = {"pretrained": hits, "aligned": ModelResult(preference_accuracy=0.8)}
+    note = sampling_note(results(models=both, preferences=counts), "test") or ""
+    assert "HR@10 (2,500 users) and 0.0200 or more for pairs ranked right (400 pairs);" in note
+    assert sampling_note(results(models=both, preferences=None), "validation") is None
     assert sampling_note(results(models={"pretrained": ModelResult()}), "test") is None
 
 

@@ -1,0 +1,147 @@
+"""One run at a time on an output: a lock file with a heartbeat, on any storage.
+
+No storage below fsspec has one way to create a file only if it is absent. So a run writes its lock,
+waits until a rival's write would show, and holds the output if it then reads back its own.
+"""
+
+import os
+import socket
+import sys
+import threading
+import time
+import uuid
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from configs import storage
+
+FILE = "run.lock"
+HEARTBEAT_S = 15.0
+STALE_S = 120.0
+"""Silence after which a run on another machine is taken for dead; covers clocks that differ."""
+SETTLE_S = {True: 0.05, False: 1.0}
+"""Local or not → longest time between a rival's look at the lock and its write being readable."""
+
+
+class OutputLock:
+    """Context that holds `output` for this process.
+
+    Raises:
+        ValueError: on entry, another run holds it: who does, and the mend.
+    """
+
+    def __init__(self, output: str) -> None:
+        self._output = output
+        self._url = storage.join(output, FILE)
+        self._me = _this_process()
+        self._rival: dict[str, Any] | None = None
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+
+    def __enter__(self) -> "OutputLock":
+        held = self._read()
+        if held is not None and _lives(held):
+            raise ValueError(self._refusal(held))
+        self._write()
+        time.sleep(SETTLE_S[storage.is_local(self._url)])
+        held = self._read()
+        if held is not None and held["token"] != self._me["token"]:
+            raise ValueError(self._refusal(held))
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._closed.set()
+        self._thread.join()
+        held = self._read()
+        if held is not None and held["token"] == self._me["token"]:
+            storage.remove(self._url)
+
+    def check(self) -> None:
+        """Refuse to go on where another run took over, as it may when this one slept.
+
+        Raises:
+            ValueError: it did.
+        """
+        if self._rival is not None:
+            raise ValueError(
+                f"another run has taken over {self._output!r} ({_who(self._rival)}) while this one "
+                "showed no life; let that one end, then run the same command again"
+            )
+
+    def _beat(self) -> None:
+        while not self._closed.wait(HEARTBEAT_S):
+            try:
+                held = self._read()
+                if held is not None and held["token"] != self._me["token"]:
+                    self._rival = held
+                    return
+                self._write()
+            except Exception as error:  # noqa: BLE001 - each storage back end raises its own kinds
+                print(f"{self._url} cannot be renewed: {error}", file=sys.stderr, flush=True)
+
+    def _read(self) -> dict[str, Any] | None:
+        storage.filesystem(self._url)[0].invalidate_cache()
+        try:
+            value: dict[str, Any] = storage.read_json(self._url)
+        except FileNotFoundError:
+            return None
+        except ValueError:  # as a machine that lost power may leave it
+            return None
+        return value
+
+    def _write(self) -> None:
+        storage.write_json(self._url, self._me | {"alive": time.time()})
+
+    def _refusal(self, held: dict[str, Any]) -> str:
+        return (
+            f"output={self._output!r} is in use by another run ({_who(held)}); wait for it, stop "
+            f"it, or choose another output (if it is dead on a machine of its own, this one may "
+            f"begin {STALE_S:.0f} s after its last sign of life)"
+        )
+
+
+def _who(held: dict[str, Any]) -> str:
+    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(held["since"]))
+    return f"host {held['host']}, process {held['pid']}, since {since}"
+
+
+def _this_process() -> dict[str, Any]:
+    pid = os.getpid()
+    return {
+        "token": uuid.uuid4().hex,
+        "host": socket.gethostname(),
+        "machine": _machine(),
+        "pid": pid,
+        "born": _born(pid),
+        "since": time.time(),
+    }
+
+
+def _lives(held: dict[str, Any]) -> bool:
+    """Whether the holder of a lock still runs, as far as this machine can tell."""
+    if held["machine"] == _machine():
+        return held["born"] is not None and _born(held["pid"]) == held["born"]
+    return bool(time.time() - held["alive"] < STALE_S)
+
+
+def _machine() -> str:
+    """What process ids are unique in: a boot of a machine, and in it a container."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+
+
+def _born(pid: int) -> int | None:
+    """Clock ticks from boot to the start of a process, which its id alone does not tell from
+    another's that had it earlier; None if it does not run."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])
