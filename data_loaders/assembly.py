@@ -27,9 +27,13 @@ _EMPTY_EVENTS = {
 }
 
 
-def vocabulary_url(root: str, name: str) -> str:
+def _vocabulary_path(job: Job, name: str) -> str:
     """Where the categories of `name` (`actions`, `side_<f>`, `user_<f>`) lie."""
-    return storage.join(root, f"vocabularies/{name}.parquet")
+    return job.path("vocabularies", f"{name}.parquet")
+
+
+def _vocabulary(job: Job, name: str) -> pa.ChunkedArray:
+    return read_table(storage.join(job.root, _vocabulary_path(job, name)), ["value"])["value"]
 
 
 def load_categories(url: str, names: list[str], indices: list[int]) -> Iterator[pa.Table]:
@@ -45,7 +49,7 @@ def vocabulary_step(job: Job, names: list[str], partition: int, rows: pa.Table) 
     """Give the values of one categorical column ids 1, 2, … in byte order."""
     _, values = dense_codes(rows["value"])
     ids = pa.array(np.arange(1, len(values) + 1))
-    path = f"vocabularies/{names[partition]}.parquet"
+    path = _vocabulary_path(job, names[partition])
     entry = write_table(job.root, path, pa.table({"id": ids, "value": values}))
     return {"rows": rows.num_rows, "name": names[partition], "entry": entry.model_dump()}
 
@@ -77,7 +81,7 @@ def shard_step(
     table = _sequences(job, events, users, length, first_user_id, item_offsets)
     for name in user_features:
         table = table.append_column(f"user_{name}", _user_feature(job, shard, name, users))
-    path = f"sequences/part-{shard:05d}.parquet"
+    path = job.path("sequences", f"part-{shard:05d}.parquet")
     group = job.shards.rows_per_group
     entry = write_table(job.root, path, table, rows_per_group=group, codec=job.shards.compression)
     rows = table.num_rows
@@ -147,14 +151,10 @@ def _sequences(
     if job.source.columns.labels:
         columns["labels"] = lists(events["labels"].to_numpy())
     for name in job.rules.categories():
-        vocabulary = read_table(vocabulary_url(job.root, _vocabulary(name)), ["value"])["value"]
+        vocabulary = _vocabulary(job, "actions" if name == "action" else name)
         column = "action_ids" if name == "action" else name
         columns[column] = lists(lookup(events[name], vocabulary))
     return pa.table(columns)
-
-
-def _vocabulary(column: str) -> str:
-    return "actions" if column == "action" else column
 
 
 def _split(job: Job, time: np.ndarray, length: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -180,8 +180,7 @@ def _user_feature(job: Job, shard: int, name: str, users: pa.Array) -> pa.Array:
     table = read_table(url, ["user", f"user_{name}"])
     row = pc.index_in(users, value_set=table["user"].combine_chunks())
     values = table[f"user_{name}"].take(row)
-    vocabulary = read_table(vocabulary_url(job.root, f"user_{name}"), ["value"])["value"]
-    return pa.array(lookup(values, vocabulary))
+    return pa.array(lookup(values, _vocabulary(job, f"user_{name}")))
 
 
 def _stage_train_counts(
@@ -219,9 +218,8 @@ def items_step(job: Job, item_offsets: np.ndarray, partition: int, counts: pa.Ta
             "train_count": pa.array(train_count.astype(np.int64)),
         }
     )
-    entry = write_table(
-        job.root, f"items/part-{partition:05d}.parquet", table, rows_per_group=ITEM_GROUP_ROWS
-    )
+    path = job.path("items", f"part-{partition:05d}.parquet")
+    entry = write_table(job.root, path, table, rows_per_group=ITEM_GROUP_ROWS)
     return {"rows": table.num_rows, "entry": entry.model_dump()}
 
 

@@ -51,6 +51,8 @@ class Job:
 
     root: str
     """Directory of the data set."""
+    version: str
+    """Directory of this preparation's files inside `sequences`, `items` and the like."""
     source: Log
     cleaning: CleaningConfig
     split: Split
@@ -66,6 +68,10 @@ class Job:
     def partitions(self) -> int:
         """Hash partitions of users (one a shard) and of items."""
         return self.shards.num_shards
+
+    def path(self, kind: str, name: str) -> str:
+        """Path of a file of the data set below `root`; `kind` is `sequences`, `items` or so."""
+        return f"{kind}/{self.version}/{name}"
 
     def part(self, name: str, partition: int) -> str:
         """URL of a partition's part of the staged table `name`."""
@@ -94,7 +100,7 @@ def read_events(job: Job, files: TableFiles, chunk: Chunk, index: int) -> Report
             ]
         )
         if rejected.num_rows:
-            entry = write_table(job.root, f"quarantine/{name}", rejected)
+            entry = write_table(job.root, job.path("quarantine", name), rejected)
             report["quarantine"].append(entry.model_dump())
             report["reasons"].update(count_reasons(rejected))
         report["rows"] += raw.table.num_rows + len(raw.malformed)
@@ -152,8 +158,8 @@ def _quarantine_duplicates(
     files = np.asarray(names, dtype=object)[place >> FILE_SHIFT]
     reasons = np.full(len(files), DUPLICATE, object)
     table = quarantined(pa.table(raw), files, source_rows(place), reasons)
-    name = f"quarantine/part-duplicates-{partition:05d}.parquet"
-    return write_table(job.root, name, table).model_dump()
+    path = job.path("quarantine", f"part-duplicates-{partition:05d}.parquet")
+    return write_table(job.root, path, table).model_dump()
 
 
 def item_step(job: Job, partition: int, events: pa.Table) -> Report:

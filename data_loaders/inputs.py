@@ -3,6 +3,8 @@
 Everything that can be wrong with settings, files and columns is found here, before any work.
 """
 
+import time
+import uuid
 from dataclasses import dataclass
 
 from configs.data import (
@@ -37,7 +39,9 @@ def make_job(config: DataConfig, root: str, source: Log) -> Job:
     split = config.split
     if isinstance(split, LeaveLastOut):  # what trains is the loader's matter; the data are the same
         split = split.model_copy(update={"include_validation_in_training": False})
-    return Job(root, source, config.cleaning, split, config.shards, rules)
+    # A name that no earlier preparation had; what it is has no influence on the data.
+    version = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:6]}"
+    return Job(root, version, source, config.cleaning, split, config.shards, rules)
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,6 @@ from configs import storage
 from data_loaders.manifest import MEND, FileEntry, read_manifest
 from data_loaders.shards import partition_of, read_table
 
-ACTIONS = "vocabularies/actions.parquet"
-
 
 @dataclass(frozen=True)
 class ItemPart:
@@ -67,9 +65,11 @@ def train_counts(dataset_url: str) -> Tensor:
 
 def action_names(dataset_url: str) -> tuple[str, ...]:
     """What the kinds of action are called, by id: id 1 comes first. Empty where there are none."""
-    if not read_manifest(dataset_url).actions:
+    manifest = read_manifest(dataset_url)
+    if not manifest.actions:
         return ()
-    values = read_table(storage.join(dataset_url, ACTIONS), ["value"])["value"]
+    [path] = (e.path for e in manifest.vocabularies if e.path.endswith("/actions.parquet"))
+    values = read_table(storage.join(dataset_url, path), ["value"])["value"]
     return tuple(str(value) for value in values.to_pylist())
 
 

@@ -58,7 +58,12 @@ class Sealed(Config):
     """What a directory's manifest says, with a fingerprint of all of it."""
 
     fingerprint: str
-    """Hash of all other fields but `name`: two recipes over the same data share it."""
+    """Hash of `content`."""
+
+    def content(self) -> dict[str, Any]:
+        """JSON-able, what the fingerprint covers: all other fields but `name`, so that two recipes
+        over the same data share it."""
+        return self.model_dump(mode="json", exclude={"name", "fingerprint"})
 
 
 SealedT = TypeVar("SealedT", bound=Sealed)
@@ -69,6 +74,9 @@ class DatasetManifest(Sealed):
 
     format: Literal[1] = 1
     name: str
+    version: str = ""
+    """Directory of this preparation's files inside `sequences`, `items` and the like, so that
+    they never replace those of the one before; no part of the content. Empty: there is none."""
     num_users: PositiveInt
     num_items: PositiveInt
     num_events: PositiveInt
@@ -91,6 +99,19 @@ class DatasetManifest(Sealed):
     items: tuple[FileEntry, ...]
     vocabularies: tuple[FileEntry, ...]
     quarantine: tuple[FileEntry, ...]
+
+    def files(self) -> tuple[FileEntry, ...]:
+        """All files of the data set."""
+        return (*self.shards, *self.items, *self.vocabularies, *self.quarantine)
+
+    def content(self) -> dict[str, Any]:
+        """As `Sealed.content`; paths are without the version's directory."""
+        document = super().content()
+        version = document.pop("version")
+        for kind in ("shards", "items", "vocabularies", "quarantine"):
+            for entry in document[kind]:
+                entry["path"] = entry["path"].replace(f"/{version}/", "/", 1)
+        return document
 
 
 def build_manifest(**content: Any) -> DatasetManifest:
@@ -159,4 +180,4 @@ def verify_shard(url: str, entry: FileEntry, mend: str = MEND) -> None:
 
 
 def _fingerprint(manifest: Sealed) -> str:
-    return storage.fingerprint(manifest.model_dump(mode="json", exclude={"name", "fingerprint"}))
+    return storage.fingerprint(manifest.content())

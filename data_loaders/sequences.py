@@ -8,6 +8,7 @@ number of machines nor on the order in which tasks end.
 import functools
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,15 +22,15 @@ from data_loaders.events import DUPLICATE
 from data_loaders.exchange import Progress, Report, exchange, map_parts, quiet
 from data_loaders.inputs import Input, make_job, plan_inputs, resolve
 from data_loaders.manifest import (
-    MANIFEST,
     DatasetManifest,
     EventCounts,
     build_manifest,
+    read_manifest,
     write_manifest,
 )
 from data_loaders.sources import Chunk, TableFiles
 
-_DIRECTORIES = ("sequences", "items", "vocabularies", "quarantine", "staging")
+_KINDS = ("sequences", "items", "vocabularies", "quarantine")
 _TITLES = {"item": "item", "title": "title"}
 
 
@@ -38,7 +39,8 @@ def prepare(config: DataConfig, name: str, output_url: str, raw_url: str) -> Dat
 
     Args:
         name: name of the data set in its manifest.
-        output_url: directory of the data set; all nodes must see it. What it held is replaced.
+        output_url: directory of the data set; all nodes must see it. A data set that it holds
+            stays whole until the manifest of the new one replaces its own; if this fails, for good.
         raw_url: directory of the copy of a public set, downloaded if it is not there; own logs are
             read from `config.source.url`.
 
@@ -46,19 +48,21 @@ def prepare(config: DataConfig, name: str, output_url: str, raw_url: str) -> Dat
         The manifest, which has been written last.
 
     Raises:
-        ValueError: bad settings or bad input, in one sentence.
+        ValueError: bad settings or bad input, in one sentence; the quarantine of what was read is
+            left to be looked at.
     """
     storage.refuse_memory("output", output_url)
     root = storage.absolute(output_url)
     job = make_job(config, root, resolve(config.source, raw_url, _say))
-    inputs = plan_inputs(job)  # finds what is wrong with the log before the old data set goes
-    _clear(root)
-    with quiet():
-        try:
+    inputs = plan_inputs(job)
+    storage.make_directory(root)
+    _sweep(job)  # what a preparation that was killed left
+    try:
+        with quiet():
             manifest = _Preparation(job, name, inputs).run()
-        finally:
-            storage.remove(job.staging)
-    write_manifest(root, manifest)
+        write_manifest(root, manifest)
+    finally:
+        _sweep(job)
     _say(_closing_line(root, manifest))
     return manifest
 
@@ -71,7 +75,8 @@ def _closing_line(root: str, manifest: DatasetManifest) -> str:
         f"{manifest.num_events:,} events; {sum(counts.quarantined.values()):,} quarantined"
     )
     if counts.quarantined:
-        line += f" ({_reasons(counts.quarantined)}): {storage.join(root, 'quarantine')}"
+        line += f" ({_reasons(counts.quarantined)}): "
+        line += storage.join(root, "quarantine", manifest.version)
     return line + (
         f"; {counts.below_min_rating:,} below min_rating, {counts.core_removed:,} removed by k-core"
     )
@@ -81,11 +86,16 @@ def _reasons(quarantined: Mapping[str, int]) -> str:
     return ", ".join(f"{reason} {count:,}" for reason, count in sorted(quarantined.items()))
 
 
-def _clear(root: str) -> None:
-    storage.remove(storage.join(root, MANIFEST))
-    for directory in _DIRECTORIES:
-        storage.remove(storage.join(root, directory))
-    storage.make_directory(root)
+def _sweep(job: Job) -> None:
+    """Remove all but the files that the manifest names, and the quarantine of this job."""
+    storage.remove(job.staging)
+    kept = {f"quarantine/{job.version}"}
+    with suppress(ValueError):  # without a whole manifest there is no data set
+        kept |= {"/".join(e.path.split("/")[:2]) for e in read_manifest(job.root).files()}
+    for kind in _KINDS:
+        for name in storage.list_names(storage.join(job.root, kind)):
+            if f"{kind}/{name}" not in kept:
+                storage.remove(storage.join(job.root, kind, name))
 
 
 def _say(line: str) -> None:
@@ -144,6 +154,7 @@ class _Preparation:
         if bad <= limit * self.read:
             return
         reasons = _reasons(self.quarantined)
+        quarantine = storage.join(self.job.root, "quarantine", self.job.version)
         hint = ""
         if self.quarantined.most_common(1)[0][0] in (
             "impossible_timestamp",
@@ -153,7 +164,7 @@ class _Preparation:
         raise ValueError(
             f"{bad:,} of {self.read:,} events ({bad / self.read:.2%}) are bad ({reasons}), more "
             f"than data.cleaning.max_bad_share={limit:g} allows; look at "
-            f"{storage.join(self.job.root, 'quarantine')}, mend the log or raise the share{hint}"
+            f"{quarantine}, mend the log or raise the share{hint}"
         )
 
     def _clean(self, parts: list[str], names: list[str]) -> tuple[list[Report], list[Report]]:
@@ -281,6 +292,7 @@ class _Preparation:
         sizes = {name: entry["rows"] for name, entry in self.vocabularies.items()}
         return build_manifest(
             name=self.name,
+            version=self.job.version,
             num_users=sum(entry["rows"] for entry in entries),
             num_items=sum(report["items"] for report in items),
             num_events=self.kept,

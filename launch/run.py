@@ -115,7 +115,8 @@ class _Run:
         started = time.monotonic()
         if stage.needs_ray:
             self._connect()
-        storage.remove(self._layout.stage_record(stage.name))
+        if stage.intact is None:  # otherwise the record is good for as long as what it names
+            storage.remove(self._layout.stage_record(stage.name))
         context = StageContext(self._recipe, self._layout, fingerprint, dict(self._done))
         outputs = stage.run(context)
         self._lock.check()
@@ -139,6 +140,8 @@ class _Run:
         if record.get("format") != RECORD_FORMAT or record.get("fingerprint") != fingerprint:
             return None
         whole = all(storage.exists(file) for file in stage.files(record["outputs"]))
+        if whole and stage.intact is not None:
+            whole = stage.intact(record["outputs"])
         return record if whole else None
 
     def _discard(self, name: StageName, fingerprint: str) -> None:

@@ -50,6 +50,9 @@ class Stage:
     run: Callable[[StageContext], Outputs]
     files: Callable[[Outputs], list[str]]
     """URLs that must still exist for the stage to be skipped."""
+    intact: Callable[[Outputs], bool] | None = None
+    """Whether a record's outputs are what lies there now; of a stage that replaces what it left
+    before only at its end, so that its record outlives an attempt that fails."""
 
 
 def _dump(*blocks: Any) -> list[Any]:
@@ -93,6 +96,15 @@ def _prepare(context: StageContext) -> Outputs:
         "items": manifest.num_items,
         "events": manifest.num_events,
     }
+
+
+def _prepared_data_stand(outputs: Outputs) -> bool:
+    from data_loaders.manifest import read_manifest
+
+    try:
+        return read_manifest(outputs["url"]).fingerprint == outputs["data"]
+    except ValueError:
+        return False
 
 
 def _say(line: str) -> None:
@@ -300,6 +312,7 @@ GRAPH: dict[StageName, Stage] = {
         _prepare_inputs,
         _prepare,
         lambda outputs: [storage.join(outputs["url"], "manifest.json")],
+        _prepared_data_stand,
     ),
     "tokenize": Stage(
         "tokenize",

@@ -37,9 +37,9 @@ def test_ties_of_time_follow_the_order_column_and_not_the_file(tmp_path: Path) -
     assert manifest.counts.quarantined == {"duplicate": 1, "unparsable_order": 1}
     found = {
         row["user"]: raw_items(url, row["item_ids"])
-        for path in sorted((tmp_path / "data" / "sequences").glob("*.parquet"))
+        for path in sorted((tmp_path / "data" / "sequences").glob("*/*.parquet"))
         for row in pq.read_table(path).to_pylist()
     }
     assert found == wanted
-    quarantine = [pq.read_table(p) for p in (tmp_path / "data" / "quarantine").glob("*.parquet")]
-    assert all("pos" in table.column_names for table in quarantine)
+    quarantine = [pq.read_table(p) for p in (tmp_path / "data" / "quarantine").glob("*/*.parquet")]
+    assert quarantine and all("pos" in table.column_names for table in quarantine)

@@ -107,7 +107,7 @@ def _by_loop(
 
 
 def _table(url: Path, directory: str) -> list[Event]:
-    paths = sorted((url / directory).glob("*.parquet"))
+    paths = sorted((url / directory).glob("*/*.parquet"))
     return [row for path in paths for row in pq.read_table(path).to_pylist()]
 
 
@@ -133,7 +133,7 @@ def _check(url: Path, manifest: DatasetManifest, expected: _Expected) -> None:
     vocabularies = {
         name: {row["id"]: row["value"] for row in pq.read_table(path).to_pylist()}
         for name in ("actions", "side_tab")
-        for path in [url / "vocabularies" / f"{name}.parquet"]
+        for path in [url / "vocabularies" / manifest.version / f"{name}.parquet"]
     }
     rows = _table(url, "sequences")
     assert [row["user_id"] for row in rows] == list(range(1, len(rows) + 1))
@@ -275,7 +275,8 @@ def test_bad_rows_are_quarantined_with_titles_and_users_joined(
     }
     assert capfd.readouterr().out.splitlines()[-1] == (
         "5 users, 7 items, 60 events; 4 quarantined (malformed_row 1, null_timestamp 1, null_user "
-        f"1, unparsable_timestamp 1): {data}/quarantine; 0 below min_rating, 0 removed by k-core"
+        f"1, unparsable_timestamp 1): {data}/quarantine/{manifest.version}; "
+        "0 below min_rating, 0 removed by k-core"
     )
     assert manifest.user_features == {"age": 3} and not manifest.has_ratings
     ages = {row["user"]: row["user_age"] for row in _table(data, "sequences")}
@@ -287,35 +288,6 @@ def test_bad_rows_are_quarantined_with_titles_and_users_joined(
     assert train_counts(str(data)).tolist() == [r["train_count"] for r in _table(data, "items")]
     dense = {row["user"]: row["user_id"] for row in _table(data, "sequences")}
     assert find_users(str(data), ["4", "0", "4"]).tolist() == [dense["4"], dense["0"], dense["4"]]
-
-
-@pytest.mark.parametrize("format_", ["csv", "jsonl", "parquet"])
-def test_empty_features_are_unknown_in_every_format(tmp_path: Path, format_: str) -> None:
-    log = pd.DataFrame(
-        {
-            "user": ["a", "a", "b"],
-            "item": ["x", "y", "x"],
-            "timestamp": [YEAR_2020 + n for n in range(3)],
-        }
-    ).assign(action=["click", "", "like"], tab=["", "t", ""], rating=1.0)
-    users = pd.DataFrame({"user": ["a", "b"], "age": ["", "30"]})
-    for name, frame in (("log", log), ("users", users)):
-        path = tmp_path / f"{name}.{format_}"
-        if format_ == "csv":
-            frame.to_csv(path, index=False)
-        elif format_ == "jsonl":
-            frame.to_json(path, orient="records", lines=True)
-        else:
-            frame.to_parquet(path)
-    table = UserTable(url=f"{tmp_path}/users.{format_}", format=format_, features=("age",))
-    kind = {"csv": CsvSource, "jsonl": JsonlSource, "parquet": ParquetSource}[format_]
-    source = kind(url=f"{tmp_path}/log.{format_}", columns=COLUMNS, user_table=table)
-    manifest = _prepare(_config(source), tmp_path / "data")
-    assert (manifest.actions, manifest.side_features) == (2, {"tab": 1})
-    assert manifest.user_features == {"age": 1}
-    rows = {row["user"]: row for row in _table(tmp_path / "data", "sequences")}
-    assert rows["a"]["side_tab"] == [0, 1] and rows["b"]["side_tab"] == [0]
-    assert rows["a"]["action_ids"] == [1, 0] and rows["a"]["user_age"] == 0
 
 
 def test_global_time_split(tmp_path: Path) -> None:

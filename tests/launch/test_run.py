@@ -70,6 +70,22 @@ def test_a_stage_runs_once_until_something_it_depends_on_changes(job: Job) -> No
         job.run(only="train")
 
 
+def test_a_prepare_that_fails_costs_nothing_of_the_one_before(job: Job) -> None:
+    job.run(until="prepare")
+    record = job.record.read_bytes()
+    strict = "data.cleaning.min_rating=9"
+    with pytest.raises(ValueError, match="relax data.cleaning"):
+        job.run(strict, until="prepare")
+    with pytest.raises(ValueError, match="stage 'train' needs 'prepare'"):
+        job.run(strict, only="train")
+    assert job.record.read_bytes() == record
+    assert "prepare: unchanged, skipped" in job.run(until="prepare")
+    # As a kill between new data and their record leaves it: the record is not of what lies there.
+    job.record.write_bytes(record.replace(b'"data": "', b'"data": "0'))
+    with pytest.raises(ValueError, match="stage 'train' needs 'prepare'"):
+        job.run(only="train")
+
+
 def test_interrupted_goes_on_from_and_force_begin_anew(job: Job) -> None:
     job.run(until="prepare")
     mark = job.mark()
