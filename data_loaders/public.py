@@ -10,10 +10,6 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from configs import storage
 from configs.data import (
@@ -26,6 +22,7 @@ from configs.data import (
     UserTable,
 )
 from data_loaders import public_formats
+from data_loaders.copy_record import RECORD, check_copy, column_names, trust
 from data_loaders.download import (
     RemoteFile,
     Say,
@@ -48,8 +45,6 @@ _DAMAGE = (
     ValueError,
 )
 """What converters raise at a file that is not what its publisher offers."""
-RECORD = "source.json"
-"""What a copy was made from, and size and sha256 of each of its files."""
 Converter = Callable[[Mapping[str, Path]], public_formats.Tables]
 _GROUPLENS = "https://files.grouplens.org/datasets/movielens"
 _AMAZON = "http://snap.stanford.edu/data/amazon/productGraph/categoryFiles"
@@ -106,7 +101,7 @@ def get(name: str, url: str, say: Say = print) -> tuple[str, ...]:
     urls = [storage.join(url, file) for file in names]
     found = tuple(file for file in urls if storage.exists(file))
     if not made:
-        _check_copy(entry, url, found)
+        check_copy(url, found, _mend(entry, url))
         say(f"{entry.name}: the copy in {url} is there and whole")
     return found
 
@@ -117,7 +112,7 @@ def source_of(name: str, url: str, say: Say = print) -> ParquetSource:
     files = get(name, url, say)
     columns = entry.columns
     optional = {"rating": entry.optional_rating, "order": entry.optional_order}
-    has = _column_names(files[0]) if any(optional.values()) else []
+    has = column_names(files[0]) if any(optional.values()) else []
     columns = columns.model_copy(update={k: c for k, c in optional.items() if c in has})
     item_text = user_table = None
     if entry.titles is not None and storage.join(url, entry.titles[0]) in files:
@@ -142,41 +137,6 @@ def _find(name: str) -> PublicSet:
     return _SETS[name]
 
 
-def _column_names(url: str) -> list[str]:
-    fs, path = storage.filesystem(url)
-    with fs.open(path, "rb") as stream:
-        names: list[str] = pq.ParquetFile(stream).schema_arrow.names
-        return names
-
-
-def _check_copy(entry: PublicSet, url: str, found: tuple[str, ...]) -> None:
-    """Raises ValueError if a file of the copy is not what it was, or no Parquet."""
-    record = _recorded(entry, url)
-    try:
-        files = {str(f): (e["bytes"], e["sha256"]) for f, e in record.get("files", {}).items()}
-    except (KeyError, TypeError) as error:
-        source = storage.join(url, RECORD)
-        raise ValueError(f"{source} cannot be read; {_mend(entry, url)}") from error
-    for file, (size, digest) in files.items():
-        path = storage.join(url, file)
-        if not storage.exists(path):
-            raise ValueError(f"{path} is gone; {_mend(entry, url)}")
-        fs, inner = storage.filesystem(path)
-        have = fs.size(inner)
-        if have != size:
-            raise ValueError(
-                f"{path} is damaged: it has {have:,} bytes instead of {size:,}; {_mend(entry, url)}"
-            )
-        if storage.sha256_file(path) != digest:
-            raise ValueError(f"{path} is damaged: its sha256 is another; {_mend(entry, url)}")
-    for path in found:
-        try:
-            _column_names(path)
-        except (pa.ArrowException, OSError) as error:
-            detail = str(error).partition("\n")[0]
-            raise ValueError(f"{path} is no Parquet ({detail}); {_mend(entry, url)}") from error
-
-
 def _mend(entry: PublicSet, url: str) -> str:
     return f"delete {storage.join(url, entry.events_file)} to have the copy made again"
 
@@ -196,7 +156,7 @@ def _make_copy(entry: PublicSet, url: str, say: Say) -> None:
         ) from error
     storage.make_directory(url)
     digests = {name: storage.sha256_file(str(path)) for name, path in paths.items()}
-    _trust(entry, url, digests, say)
+    trust(entry.originals, url, digests, cache, _mend(entry, url), say)
     storage.remove(storage.join(url, RECORD))
     # The events file comes last: where it is, the copy is whole.
     order = sorted(tables, key=lambda file: file == entry.events_file)
@@ -209,43 +169,6 @@ def _make_copy(entry: PublicSet, url: str, say: Say) -> None:
     }
     storage.write_json(storage.join(url, RECORD), record)
     say(f"  {tables[entry.events_file].num_rows:,} events in {url}, from {origin}")
-
-
-def _trust(entry: PublicSet, url: str, digests: Mapping[str, str], say: Say) -> None:
-    """Trust files without a published checksum when first seen, afterwards only if unchanged.
-
-    Raises:
-        ValueError: a file is not the one that an earlier copy in `url` was made from.
-    """
-    source = storage.join(url, RECORD)
-    before = _recorded(entry, url).get("sha256", {})
-    for remote in entry.originals:
-        digest = digests.get(remote.file)
-        if remote.checksum is not None or digest is None:
-            continue
-        known = before.get(remote.file)
-        if known is None:
-            say(f"  {remote.file} has no published checksum: {source} records sha256 {digest}")
-        elif known != digest:
-            raise ValueError(
-                f"{remote.file} has sha256 {digest}, but the earlier copy in {url} was made from "
-                f"{known}; if its publisher has replaced it, delete {source} to accept it, "
-                f"otherwise delete {cache_directory(entry.name) / remote.file} to fetch it again"
-            )
-
-
-def _recorded(entry: PublicSet, url: str) -> dict[str, Any]:
-    """What a copy's record says; empty where there is none."""
-    source = storage.join(url, RECORD)
-    if not storage.exists(source):
-        return {}
-    try:
-        record: dict[str, Any] = storage.read_json(source)
-        for block in (record.get("sha256", {}), record.get("files", {})):
-            block.items()
-        return record
-    except (AttributeError, ValueError) as error:
-        raise ValueError(f"{source} cannot be read; delete it and {_mend(entry, url)}") from error
 
 
 def _obtain(
