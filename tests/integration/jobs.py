@@ -53,6 +53,7 @@ def write_recipe(directory: Path, **overrides: Any) -> Path:
         "objective": {"kind": "sampled_softmax", "num_negatives": 16, "shared": "sequence"},
         "training": {"epochs": 10, "log_every_steps": 1, "checkpoint": {"every_steps": 4}},
         "alignment": {
+            "kind": "dpo",
             "epochs": 1,
             "pairs_per_step": 16,
             "log_every_steps": 1,

@@ -6,7 +6,6 @@ from configs.storage import read_json, write_bytes, write_json
 from tests.trainer.monitor.invented import metrics, recipe, recommendations, results
 from trainer.monitor.results import (
     ModelResult,
-    PreferenceCounts,
     Results,
     compare,
     library_versions,
@@ -123,7 +122,9 @@ def test_the_note_gives_the_binomial_standard_error() -> None:
     hits = ModelResult(test={"hr@10": 0.5, "users": 2500.0})
     note = sampling_note(results(models={"pretrained": hits}), "test") or ""
     assert "0.0100 for HR@10 (2,500 users);" in note and "pairs" not in note
-    counts = PreferenceCounts(pairs=10, validation_pairs=400)
+    counts = results().preferences
+    assert counts is not None
+    counts = counts.model_copy(update={"validation_pairs": 400})
     both = {"pretrained": hits, "aligned": ModelResult(preference_accuracy=0.8)}
     note = sampling_note(results(models=both, preferences=counts), "test") or ""
     assert "HR@10 (2,500 users) and 0.0200 or more for pairs ranked right (400 pairs);" in note
