@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from configs.base import Config
+from configs.guardrails import GuardrailsConfig
 from configs.preferences import PreferenceRule, RatingRule
 from configs.training import CheckpointConfig, OptimizerConfig, ValidationConfig
 
@@ -23,6 +24,7 @@ class AlignmentBase(Config):
     """Learning rate of sharded tables relative to pretraining's."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-4)
     validation: ValidationConfig | None = ValidationConfig()
+    guardrails: GuardrailsConfig = GuardrailsConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log_every_steps: PositiveInt = 5
 

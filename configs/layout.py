@@ -41,6 +41,10 @@ class RunLayout:
         """The stage that wrote a checkpoint, from a URL below `checkpoints` or `best`."""
         return checkpoint.rsplit("/checkpoints/", 1)[1].partition("-")[0]
 
+    def good(self, stage: str, fingerprint: str) -> str:
+        """The last checkpoint that kept the guardrails, for stages that have some."""
+        return storage.join(self.root, "checkpoints", f"{stage}-{fingerprint[:12]}", "good")
+
     def metrics(self, stage: str, fingerprint: str) -> str:
         """Directory of a stage's metrics.jsonl and TensorBoard events."""
         return storage.join(self.root, "metrics", f"{stage}-{fingerprint[:12]}")

@@ -258,7 +258,8 @@ def _evaluate(context: StageContext) -> Outputs:
         policies=_policies(done),
         pairs=None if pairs is None else pairs["url"],
     )
-    write_results(context.layout.results, context.recipe, measured, pairs)
+    alarms = done["align"]["alarms"] if "align" in done else []
+    write_results(context.layout.results, context.recipe, measured, pairs, alarms)
     return {"results": context.layout.results}
 
 

@@ -86,6 +86,8 @@ class ParallelModel:
         self.ctx = ctx
         self.step = 0
         """Optimizer steps done; a checkpoint restores it by assignment."""
+        self.lr_ratio = 1.0
+        """Multiplies the schedule of both halves; what lowers it says so in its own state."""
         self._dense = dense
         self._loss: LossModule = dense.loss_module
         self._schedule = schedule
@@ -118,7 +120,7 @@ class ParallelModel:
         shared = torch.stack([weights.sum(), (weights == 0).sum().double()])
         wait = self.ctx.all_reduce_sum_later(shared)
         self.engine.train(True)
-        factor = self._schedule(self.step)
+        factor = self.lr_ratio * self._schedule(self.step)
         lr, sparse_lr = factor * self._lr, factor * self._sparse_lr
         self.tables.set_lr(sparse_lr)  # before the lookup: its kernels keep the rate for the update
         distinct, index = self._distinct([self._loss.required_ids(inputs) for inputs in micro])

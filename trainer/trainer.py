@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from configs.training import CheckpointConfig, ValidationConfig
 from sharding.checkpoint import CheckpointInfo, CheckpointStore
 from sharding.parallelize import ParallelModel, StepResult
+from trainer.guardrails import Alarm, Watch, WatchState
 from trainer.monitor.stage_monitor import StageMonitor
 
 
@@ -44,10 +45,17 @@ class TrainerState:
     stale_validations: int = 0
     finished: bool = False
     validations: list[dict[str, float]] = field(default_factory=list)
+    watch: WatchState = field(default_factory=WatchState)
+    """Of the guardrails."""
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able copy."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "TrainerState":
+        """What `to_dict` gave."""
+        return cls(**(values | {"watch": WatchState(**values["watch"])}))
 
 
 @dataclass(frozen=True)
@@ -78,18 +86,23 @@ class Trainer:
     state: TrainerState
     newest: CheckpointStore
     best: CheckpointStore
+    good: CheckpointStore
+    """The last policy that kept the guardrails, where they may want it back."""
     checkpoint: CheckpointConfig
     save: Callable[[CheckpointStore, dict[str, Any]], CheckpointInfo]
     validation: ValidationConfig | None
     validate: Callable[[], dict[str, float]]
     measure_start: bool
     """Validate before the first step; that value is shown and never selected."""
+    watch: Watch | None
+    """Guardrails."""
     log_every: int
     monitor: StageMonitor | None
     """Rank 0 only."""
 
     def train(self) -> TrainerState:
         """Train to the end; the state says what was selected. Collective."""
+        self.model.lr_ratio = self.state.watch.lr_ratio
         try:
             if self.measure_start and self.model.step == 0:
                 self._measure_start()
@@ -108,6 +121,9 @@ class Trainer:
             return
         metrics, name = self.validate(), self.validation.metric
         self.state.start_value = metrics[name]
+        if self.watch is not None:
+            self.watch.begin(metrics)
+            self._keep_good()
         if self.monitor is not None:
             self.monitor.log_validation(0, metrics, f"at the start: {name} {metrics[name]:.4f}")
 
@@ -116,9 +132,9 @@ class Trainer:
         result = self.model.train_step(self.make_inputs(batches), batches.sample_ids)
         step, epoch = self.model.step, batches.epoch
         self.state.loader = self.loader.state().to_dict()
-        self._log(result, step, epoch, batches.global_tokens)
         last = step >= self.total_steps
         self.state.finished = last
+        self._log(result, step, epoch, batches.global_tokens)
         with self.monitor.paused() if self.monitor is not None else nullcontext():
             if last or (batches.last_of_epoch and self._validates_after(epoch)):
                 self._validate(step, epoch)
@@ -141,41 +157,74 @@ class Trainer:
         self.save(store, self.state.to_dict())
 
     def _log(self, result: StepResult, step: int, epoch: int, tokens: int) -> None:
-        if self.monitor is None:
-            return
-        self.monitor.add_tokens(tokens)
+        if self.monitor is not None:
+            self.monitor.add_tokens(tokens)
         if step % self.log_every and step not in (1, self.total_steps):
             return
-        values = {"lr": result.lr, "sparse_lr": result.sparse_lr}
-        values |= {"dense_grad_norm": result.dense_grad_norm} | result.metrics
-        self.monitor.log_step(step, epoch, result.loss, values)
+        if self.monitor is not None:
+            values = {"lr": result.lr, "sparse_lr": result.sparse_lr}
+            values |= {"dense_grad_norm": result.dense_grad_norm} | result.metrics
+            self.monitor.log_step(step, epoch, result.loss, values)
+        if self.watch is not None:
+            self._heed(self.watch.logged(step, {"loss": result.loss} | result.metrics))
 
     def _validate(self, step: int, epoch: int) -> None:
         if self.validation is None:
             return
         metrics = self.validate()
+        alarm = self.watch.validated(step, metrics) if self.watch is not None else None
         value = metrics[self.validation.metric]
         self.state.validations.append({"step": step, "epoch": epoch, **metrics})
-        improved = self.state.best_value is None or value > self.state.best_value
+        sound = alarm is None or alarm.action == "warn"
+        improved = sound and (self.state.best_value is None or value > self.state.best_value)
         if improved:
             self.state.best_value, self.state.best_step = value, step
             self.state.best_epoch, self.state.stale_validations = epoch, 0
             self._save(self.best)
         else:
             self.state.stale_validations += 1
+        if sound:
+            self._keep_good()
         patience = self.validation.patience
         stops = patience is not None and self.state.stale_validations >= patience
         self.state.finished = self.state.finished or stops
         if self.monitor is not None:
             sentence = f"validation after epoch {epoch + 1}: {self.validation.metric} {value:.4f}"
-            sentence += f" ({self._standing(value, improved)})"
+            sentence += f" ({self._standing(improved)})"
             sentence += f"; no better for {patience} validations, stopping" if stops else ""
             self.monitor.log_validation(step, metrics, sentence)
+        self._heed(alarm)
 
-    def _standing(self, value: float, improved: bool) -> str:
+    def _standing(self, improved: bool) -> str:
         """How a validation compares with all before it, that before training included."""
         best, start = self.state.best_value, self.state.start_value
-        assert best is not None, "the value itself has been counted"
+        if best is None:
+            return "none kept the guardrails yet"
         if start is not None and start >= best:
             return f"best {start:.4f}, before training"
         return "best so far" if improved else f"best {best:.4f}"
+
+    def _keep_good(self) -> None:
+        """Save the policy to go back to, if a guardrail may ask for it."""
+        if self.watch is not None and self.watch.acts:
+            self._save(self.good)
+
+    def _heed(self, alarm: Alarm | None) -> None:
+        """Say what is broken, and do what the guardrail asks for. Collective."""
+        if alarm is None:
+            return
+        if self.monitor is not None:
+            self.monitor.log_alarm(alarm.sentence())
+        if alarm.action == "stop":
+            self.state.finished = True
+        if alarm.action == "roll_back":
+            self._roll_back()
+
+    def _roll_back(self) -> None:
+        """Return to the last good policy; data and schedule go on, at lower learning rates."""
+        good, step = self.good.newest(), self.model.step
+        assert good is not None and self.watch is not None, "one was kept at the start"
+        self.good.load(self.model, good)
+        self.model.step = step
+        self.watch.rolled_back()
+        self.model.lr_ratio = self.state.watch.lr_ratio

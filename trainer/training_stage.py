@@ -10,6 +10,7 @@ from configs.alignment import AlignmentBase
 from configs.training import TrainingConfig
 from sharding.checkpoint import CheckpointInfo, CheckpointStore
 from sharding.parallelize import ParallelModel
+from trainer.guardrails import Watch
 from trainer.monitor.stage_monitor import StageMonitor
 from trainer.objectives.dpo import PreferenceLoss
 from trainer.objectives.next_code import NextCodeLoss
@@ -55,6 +56,7 @@ class TrainingStage:
             layout.checkpoints(self.name, self.fingerprint), config.checkpoint.keep, worker.ctx
         )
         best = CheckpointStore(layout.best(self.name, self.fingerprint), 2, worker.ctx)
+        good = CheckpointStore(layout.good(self.name, self.fingerprint), 2, worker.ctx)
         total_steps = self.limits.total_steps(self.steps_per_epoch)
         policy = parallelize_policy(
             worker,
@@ -77,15 +79,17 @@ class TrainingStage:
             state=state,
             newest=newest,
             best=best,
+            good=good,
             checkpoint=config.checkpoint,
             save=self._saver(policy),
             validation=config.validation,
             validate=self.validator(policy),
             measure_start=self.measure_start,
+            watch=_watch(config, state),
             log_every=config.log_every_steps,
             monitor=self._monitor(policy, total_steps),
         )
-        return _outcome(trainer.train(), newest, best)
+        return _outcome(trainer.train(), newest, best, good)
 
     def _resume(
         self, policy: ParallelModel, store: CheckpointStore, info: CheckpointInfo | None
@@ -93,7 +97,7 @@ class TrainingStage:
         if info is None:
             return TrainerState()
         refuse_other_meanings(self.worker, info)
-        state = TrainerState(**store.load(policy, info))
+        state = TrainerState.from_dict(store.load(policy, info))
         self.worker.tell(f"resuming from step {info.step:,} ({info.url})")
         return state
 
@@ -154,16 +158,33 @@ def tell_damage(
         tell(sentence)
 
 
-def _outcome(state: TrainerState, newest: CheckpointStore, best: CheckpointStore) -> dict[str, Any]:
+def _watch(config: TrainingConfig | AlignmentBase, state: TrainerState) -> Watch | None:
+    """The guardrails of a stage that has some."""
+    if not isinstance(config, AlignmentBase):
+        return None
+    guardrails = config.guardrails
+    if not guardrails.limits and guardrails.divergence is None:
+        return None
+    return Watch(guardrails, state.watch)
+
+
+def _outcome(
+    state: TrainerState, newest: CheckpointStore, best: CheckpointStore, good: CheckpointStore
+) -> dict[str, Any]:
     """A training stage's outputs: the checkpoint that later stages start from. Collective."""
     last = newest.newest()
-    selected = best.newest() if state.best_value is not None else last
+    selected, selected_on = last, "last step"
+    if state.best_value is not None:
+        selected, selected_on = best.newest(), "validation"
+    elif any(alarm["action"] != "warn" for alarm in state.watch.alarms):
+        selected, selected_on = good.newest(), "guardrails"
     assert last is not None and selected is not None, "a finished stage has saved"
     return {
         "checkpoint": checkpoint_reference(selected),
         "last_checkpoint": checkpoint_reference(last),
-        "selected_on": "validation" if state.best_value is not None else "last step",
+        "selected_on": selected_on,
         "best_value": state.best_value,
         "best_epoch": None if state.best_value is None else state.best_epoch + 1,
         "steps": last.step,
+        "alarms": state.watch.alarms,
     }

@@ -3,17 +3,22 @@
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from configs.guardrails import Action, GuardrailsConfig, LimitConfig
 from configs.training import CheckpointConfig, ValidationConfig
 from data_loaders.loader import LoaderState
 from sharding.checkpoint import CheckpointStore
+from sharding.parallelize import ParallelModel
 from sharding.process_group import current_context
 from tests.harness import run_ranks
 from tests.sharding.policies import Settings, make_batch, make_policy
+from trainer.guardrails import Watch
 from trainer.objectives.next_item import NextItemInputs
 from trainer.trainer import Trainer, TrainerState
 
@@ -72,6 +77,13 @@ class Heard:
         return lambda *values: None
 
 
+def hash_of(policy: ParallelModel) -> str:
+    """Of the weights, dense ones and those of the table."""
+    table = policy.lookup({"item": torch.arange(1, 20)})["item"]
+    dense = [p.detach().float().flatten() for p in policy.model.parameters()]
+    return sha256(torch.cat([*dense, table.flatten()]).numpy().tobytes()).hexdigest()
+
+
 def run(root: str, values: list[float], changes: dict[str, Any]) -> dict[str, Any]:
     """Train a small policy whose n-th validation gives values[n]; what the loop did."""
     ctx = current_context("cpu")
@@ -80,8 +92,10 @@ def run(root: str, values: list[float], changes: dict[str, Any]) -> dict[str, An
 
     def validate() -> dict[str, float]:
         calls.append(policy.step)
+        weights.append(hash_of(policy))
         return {"ndcg@10": values[len(calls) - 1]}
 
+    weights: list[str] = []
     settings: dict[str, Any] = {
         "loader": Batches(fail_at=changes.pop("fail_at", None)),
         "total_steps": 8,
@@ -89,13 +103,17 @@ def run(root: str, values: list[float], changes: dict[str, Any]) -> dict[str, An
         "validation": ValidationConfig(),
         "measure_start": False,
     }
+    guardrails = changes.pop("guardrails", None)
+    state = TrainerState()
     settings |= changes
     said = Heard()
-    stores = {name: CheckpointStore(f"{root}/{name}", 2, ctx) for name in ("newest", "best")}
+    names = ("newest", "best", "good")
+    stores = {name: CheckpointStore(f"{root}/{name}", 2, ctx) for name in names}
     trainer = Trainer(
         model=policy,
         make_inputs=lambda step: [NextItemInputs(make_batch(step.step, ctx), None, None, 0)],
-        state=TrainerState(),
+        state=state,
+        watch=None if guardrails is None else Watch(guardrails, state.watch),
         save=lambda store, state: store.save(policy, policy.step, state, {}, {}),
         validate=validate,
         log_every=1,
@@ -111,6 +129,8 @@ def run(root: str, values: list[float], changes: dict[str, Any]) -> dict[str, An
     found = {name: store.newest() for name, store in stores.items()}
     return {
         "validated_at": calls,
+        "weights": [*weights, hash_of(policy)],
+        "lr_ratio": policy.lr_ratio,
         "steps": policy.step,
         "error": error,
         "closed": settings["loader"].closed,
@@ -173,3 +193,62 @@ def test_a_loader_that_fails_is_closed_and_what_was_saved_stays(
     done = train(tmp_path, [0.1] * 9, fail_at=7, checkpoint=checkpoint)
     assert done["error"] == "the shard is gone" and done["closed"]
     assert (done["steps"], done["newest"]) == (7, saved)
+
+
+def guarded(tmp_path: Path, values: list[float], action: Action, **more: Any) -> dict[str, Any]:
+    """A run whose NDCG may lose a tenth of what it was at the start."""
+    limit = LimitConfig(metric="ndcg@10", max_drop=0.1, action=action)
+    guardrails = GuardrailsConfig(limits=(limit,), **more)
+    return train(tmp_path, values, measure_start=True, guardrails=guardrails)
+
+
+def test_a_warning_changes_nothing_but_what_is_said(tmp_path: Path) -> None:
+    values = [0.5, 0.4, 0.6, 0.3, 0.55]
+    warned = guarded(tmp_path / "warned", values, "warn")
+    free = train(tmp_path / "free", values, measure_start=True)
+    assert warned["weights"] == free["weights"] and warned["best"] == free["best"] == 4
+    assert warned["good"] is None
+    alarms = warned["state"]["watch"]["alarms"]
+    assert [(a["step"], a["action"]) for a in alarms] == [(2, "warn"), (6, "warn")]
+    assert "fell from 0.5000 to 0.4000, by 20.0%: more than the 10.0%" in alarms[0]["reason"]
+
+
+def test_a_stop_keeps_the_best_that_kept_the_limits(tmp_path: Path) -> None:
+    done = guarded(tmp_path, [0.5, 0.46, 0.1, 0.9], "stop")
+    assert (done["steps"], done["best"], done["good"], done["newest"]) == (4, 2, 2, 4)
+    assert done["state"]["finished"] and done["state"]["best_value"] == 0.46
+    at_once = guarded(tmp_path / "at once", [0.5, 0.1], "stop")
+    assert (at_once["steps"], at_once["best"], at_once["good"]) == (2, None, 0)
+
+
+def test_a_roll_back_returns_to_the_last_good_policy_and_learns_less(tmp_path: Path) -> None:
+    done = guarded(tmp_path, [0.5, 0.5, 0.1, 0.5, 0.5], "roll_back", rollback_lr_ratio=0.25)
+    assert done["validated_at"] == [0, 2, 4, 6, 8] and done["lr_ratio"] == 0.25
+    watch = done["state"]["watch"]
+    assert (watch["rollbacks"], watch["lr_ratio"]) == (1, 0.25)
+    assert len(set(done["weights"][:5])) == 5
+    # The last step's roll-back is seen alone: after it the weights are those validated before.
+    done = guarded(tmp_path / "last", [0.5, 0.5, 0.5, 0.5, 0.1], "roll_back")
+    assert done["weights"][-1] == done["weights"][-3] != done["weights"][-2]
+    to_start = guarded(tmp_path / "start", [0.5, 0.1, 0.1, 0.1, 0.1], "roll_back")
+    assert to_start["state"]["watch"]["rollbacks"] == 2 and to_start["steps"] == 6
+    assert to_start["good"] == 0
+    assert "after 2 roll-backs" in to_start["state"]["watch"]["alarms"][-1]["reason"]
+
+
+def test_a_training_metric_is_held_to_its_mean(tmp_path: Path) -> None:
+    limit = LimitConfig(metric="loss", max=-1.0, action="stop")
+    done = train(
+        tmp_path,
+        [0.5] * 9,
+        measure_start=True,
+        guardrails=GuardrailsConfig(limits=(limit,), window=3),
+    )
+    assert (done["steps"], done["good"]) == (3, 2)
+    assert "loss is" in done["state"]["watch"]["alarms"][0]["reason"]
+
+
+def test_a_limit_on_nothing_is_refused(tmp_path: Path) -> None:
+    limit = LimitConfig(metric="klx", max=1.0)
+    with pytest.raises(AssertionError, match="watches 'klx', which is not measured; here are loss"):
+        train(tmp_path, [0.5] * 9, guardrails=GuardrailsConfig(limits=(limit,)))

@@ -27,6 +27,7 @@ from trainer.monitor.results import (
     Recommendations,
     Results,
     TableRow,
+    alarm_sentences,
     read_recommendations,
     read_results,
     sampling_note,
@@ -229,6 +230,7 @@ def _stage(results: Results, stage: str, rows: Sequence[MetricRow]) -> dict[str,
         "id": f"stage-{stage}",
         "title": STAGE_TITLES[stage],
         "sentence": _stage_sentence(results, stage, rows),
+        "alarms": alarm_sentences(results) if stage == "align" else (),
         "figures": _embedded(stage_figures(stage, rows, metric)),
     }
 

@@ -5,13 +5,14 @@ Numbers are comparable only under one protocol; `compare` refuses anything else.
 
 import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal, TypeVar
 
 from pydantic import FiniteFloat, NonNegativeInt, ValidationError, model_validator
 
 from configs.base import Config
+from configs.guardrails import Action
 from configs.recipe import Recipe
 from configs.storage import fingerprint, read_json, write_json
 
@@ -97,6 +98,14 @@ class PreferenceCounts(Config):
     neither: NonNegativeInt
 
 
+class AlarmRecord(Config):
+    """A guardrail that alignment broke."""
+
+    step: NonNegativeInt
+    action: Action
+    reason: str
+
+
 class Results(Config):
     """Content of `results.json`."""
 
@@ -109,6 +118,8 @@ class Results(Config):
     models: dict[str, ModelResult]
     """`popularity`, `pretrained`, `aligned`, or other names."""
     preferences: PreferenceCounts | None = None
+    alarms: tuple[AlarmRecord, ...] = ()
+    """Of the alignment stage's guardrails."""
     semantic_ids: str | None = None
     """Fingerprint of the item → semantic id table, where items have semantic ids."""
 
@@ -138,7 +149,11 @@ def library_versions() -> dict[str, str]:
 
 
 def write_results(
-    url: str, recipe: Recipe, measured: Mapping[str, Any], pairs: Mapping[str, Any] | None
+    url: str,
+    recipe: Recipe,
+    measured: Mapping[str, Any],
+    pairs: Mapping[str, Any] | None,
+    alarms: Sequence[Mapping[str, Any]] = (),
 ) -> Results:
     """Write `results.json`, whole or not at all.
 
@@ -147,6 +162,7 @@ def write_results(
         recipe: the resolved recipe.
         measured: what the evaluation answered: `models`, `protocol` and `semantic_ids`.
         pairs: what `PreferenceCounts` says of the alignment's pairs, if there was one.
+        alarms: guardrails that it broke.
     """
     results = Results(
         name=recipe.name,
@@ -158,6 +174,7 @@ def write_results(
         preferences=None
         if pairs is None
         else PreferenceCounts(**{name: pairs[name] for name in PreferenceCounts.model_fields}),
+        alarms=tuple(AlarmRecord.model_validate(alarm) for alarm in alarms),
         semantic_ids=measured["semantic_ids"],
     )
     write_json(url, results.model_dump(mode="json"))
@@ -318,6 +335,21 @@ def _row(group: str, label: str, metric: str, metrics: Mapping[str, Metrics]) ->
     before, after = values.get("pretrained"), values.get("aligned")
     delta = None if before is None or after is None else after - before
     return TableRow(group=group, label=label, metric=metric, values=values, delta=delta)
+
+
+ALARM_FOLLOWS: dict[Action, str] = {
+    "warn": "alignment went on",
+    "roll_back": "alignment returned to the last policy that kept the limits",
+    "stop": "alignment stopped",
+}
+
+
+def alarm_sentences(results: Results) -> tuple[str, ...]:
+    """What guardrails said of alignment, a sentence each."""
+    return tuple(
+        f"Guardrail at step {alarm.step:,}: {alarm.reason}; {ALARM_FOLLOWS[alarm.action]}."
+        for alarm in results.alarms
+    )
 
 
 def sampling_note(results: Results, part: Part) -> str | None:

@@ -57,6 +57,10 @@ class StageMonitor:
         self._tracker.log(step, {f"validation/{name}": v for name, v in metrics.items()})
         self._progress.note(sentence)
 
+    def log_alarm(self, sentence: str) -> None:
+        """Say that a guardrail is broken, and what follows."""
+        self._progress.note(sentence)
+
     def flush(self) -> None:
         """Make all rows durable; call before a checkpoint is committed."""
         self._tracker.flush()

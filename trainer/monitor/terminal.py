@@ -10,6 +10,7 @@ from trainer.monitor.results import (
     Results,
     TableRow,
     UserRecommendations,
+    alarm_sentences,
     sampling_note,
     table_rows,
 )
@@ -42,7 +43,8 @@ def render_table(results: Results, part: Part = "test") -> str:
             body.append("")
         body.append(lines[index + 1])
     note = sampling_note(results, part)
-    return "\n".join([_caption(results, part), "", *body, *(["", note] if note else [])])
+    notes = [*([note] if note else []), *map(printable, alarm_sentences(results))]
+    return "\n".join([_caption(results, part), "", *body, *(["", *notes] if notes else [])])
 
 
 def _caption(results: Results, part: Part) -> str:

@@ -1,0 +1,54 @@
+"""What alignment must not spoil, and what to do where it does."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+
+from configs.base import Config
+
+Action = Literal["warn", "stop", "roll_back"]
+"""Say it and go on; end with the best policy that kept the limits; or return to the last policy
+that kept them and go on from there at a lower learning rate."""
+
+
+class LimitConfig(Config):
+    """A bound on one number: a validation metric (`hr@50`, `coverage@10`, `legality`,
+    `preference_accuracy`) or what a training step logs (`kl`, `margin`, `entropy`)."""
+
+    metric: str
+    max_drop: float | None = Field(None, ge=0, lt=1)
+    """Share of the value before alignment that may be lost; validation metrics only."""
+    min: float | None = None
+    max: float | None = None
+    action: Action = "roll_back"
+
+    @model_validator(mode="after")
+    def _bounds_something(self) -> "LimitConfig":
+        if self.max_drop is None and self.min is None and self.max is None:
+            raise ValueError(f"the limit of {self.metric!r} needs max_drop, min or max")
+        return self
+
+
+class DivergenceConfig(Config):
+    """Reward hacking: what is optimised rises while what is wanted falls."""
+
+    reward: str = "reward"
+    """A training metric, averaged between validations."""
+    metric: str = "ndcg@10"
+    """A validation metric."""
+    validations: PositiveInt = 2
+    """In a row, each with a higher reward and a lower metric than the one before."""
+    action: Action = "warn"
+
+
+class GuardrailsConfig(Config):
+    """Watched during alignment; said when broken, and kept in the results."""
+
+    limits: tuple[LimitConfig, ...] = ()
+    divergence: DivergenceConfig | None = None
+    rollback_lr_ratio: float = Field(0.5, gt=0, le=1)
+    """Learning rates after a roll-back, relative to those before."""
+    max_rollbacks: NonNegativeInt = 2
+    """The next one stops instead."""
+    window: Annotated[int, Field(ge=1)] = 5
+    """Logged steps over which a training metric is averaged before it is held to its limit."""

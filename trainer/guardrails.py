@@ -1,0 +1,181 @@
+"""Guardrails of alignment: limits on metrics, reward against metric, and what follows.
+
+The watch itself decides; the training loop carries out. All its numbers are equal on all ranks, so
+that every rank decides alike, and its state travels with the checkpoints.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from typing import Any
+
+from configs.guardrails import Action, DivergenceConfig, GuardrailsConfig, LimitConfig
+
+FOLLOWS: dict[Action, str] = {
+    "warn": "going on",
+    "roll_back": "returning to the last policy that kept the limits",
+    "stop": "stopping",
+}
+SEVERITY: dict[Action, int] = {"warn": 0, "roll_back": 1, "stop": 2}
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """A broken guardrail."""
+
+    step: int
+    action: Action
+    reason: str
+    """A sentence without a full stop."""
+
+    def sentence(self) -> str:
+        """What is broken, and what follows."""
+        return f"guardrail: {self.reason}; {FOLLOWS[self.action]}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As results and reports keep it."""
+        return asdict(self)
+
+
+@dataclass
+class WatchState:
+    """What a resumed stage must know; JSON-able."""
+
+    start: dict[str, float] = field(default_factory=dict)
+    """Validation metrics before the first step."""
+    recent: dict[str, list[float]] = field(default_factory=dict)
+    """Training metric → its last logged values."""
+    rewards: list[float] = field(default_factory=list)
+    """Since the last validation."""
+    course: list[list[float]] = field(default_factory=list)
+    """Mean reward and metric of each validation."""
+    rollbacks: int = 0
+    lr_ratio: float = 1.0
+    alarms: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Watch:
+    """Holds metrics to the limits; `state` is the caller's, who saves it."""
+
+    def __init__(self, config: GuardrailsConfig, state: WatchState) -> None:
+        self.config = config
+        self.state = state
+
+    @property
+    def acts(self) -> bool:
+        """Whether an alarm may need an earlier policy to go back to."""
+        actions = [limit.action for limit in self.config.limits]
+        if self.config.divergence is not None:
+            actions.append(self.config.divergence.action)
+        return any(action != "warn" for action in actions)
+
+    def begin(self, metrics: Mapping[str, float]) -> None:
+        """Validation before the first step, which drops are relative to."""
+        self.state.start = dict(metrics)
+        self.state.course = []
+
+    def logged(self, step: int, metrics: Mapping[str, float]) -> Alarm | None:
+        """A training step that is logged; its worst alarm.
+
+        Raises:
+            ValueError: a limit's metric is measured nowhere.
+        """
+        state, alarms = self.state, []
+        self._refuse_unknown(metrics)
+        divergence = self.config.divergence
+        if divergence is not None and divergence.reward in metrics:
+            state.rewards.append(metrics[divergence.reward])
+        for limit in self.config.limits:
+            if limit.metric not in metrics:
+                continue
+            recent = [*state.recent.get(limit.metric, []), metrics[limit.metric]]
+            state.recent[limit.metric] = recent = recent[-self.config.window :]
+            if len(recent) == self.config.window:
+                mean = sum(recent) / len(recent)
+                alarms.append(self._held(limit, step, mean, None))
+        return self._worst(alarms)
+
+    def validated(self, step: int, metrics: Mapping[str, float]) -> Alarm | None:
+        """A validation; its worst alarm."""
+        alarms = [
+            self._held(limit, step, metrics[limit.metric], self.state.start.get(limit.metric))
+            for limit in self.config.limits
+            if limit.metric in metrics
+        ]
+        if self.config.divergence is not None:
+            alarms.append(self._diverged(self.config.divergence, step, metrics))
+        return self._worst(alarms)
+
+    def _refuse_unknown(self, logged: Mapping[str, float]) -> None:
+        validated = self.state.start
+        divergence = self.config.divergence
+        wanted = {limit.metric: {**validated, **logged} for limit in self.config.limits}
+        wanted |= {
+            limit.metric: validated for limit in self.config.limits if limit.max_drop is not None
+        }
+        if divergence is not None:
+            wanted |= {divergence.reward: dict(logged), divergence.metric: validated}
+        for name, measured in wanted.items():
+            if name not in measured:
+                raise ValueError(
+                    f"alignment.guardrails watches {name!r}, which is not measured; here are "
+                    f"{', '.join(sorted(measured)) or 'no validation metrics'}"
+                )
+
+    def _held(
+        self, limit: LimitConfig, step: int, value: float, start: float | None
+    ) -> Alarm | None:
+        name, broken = limit.metric, ""
+        drop = limit.max_drop
+        if drop is not None and start is not None and value < start * (1.0 - drop):
+            broken = (
+                f"{name} fell from {start:.4f} to {value:.4f}, by {1.0 - value / start:.1%}: more "
+                f"than the {drop:.1%} allowed"
+            )
+        if limit.min is not None and not value >= limit.min:
+            broken = f"{name} is {value:.4f}, below its limit of {limit.min:g}"
+        if limit.max is not None and not value <= limit.max:
+            broken = f"{name} is {value:.4f}, above its limit of {limit.max:g}"
+        return Alarm(step, limit.action, broken) if broken else None
+
+    def _diverged(
+        self, config: DivergenceConfig, step: int, metrics: Mapping[str, float]
+    ) -> Alarm | None:
+        state = self.state
+        if not state.rewards or config.metric not in metrics:
+            return None
+        state.course.append([sum(state.rewards) / len(state.rewards), metrics[config.metric]])
+        state.rewards = []
+        last = state.course[-config.validations - 1 :]
+        if len(last) <= config.validations:
+            return None
+        hacked = all(b[0] > a[0] and b[1] < a[1] for a, b in pairwise(last))
+        if not hacked:
+            return None
+        return Alarm(
+            step,
+            config.action,
+            f"the reward may be hacked: in {config.validations} validations {config.reward} rose "
+            f"from {last[0][0]:.4f} to {last[-1][0]:.4f} while {config.metric} fell from "
+            f"{last[0][1]:.4f} to {last[-1][1]:.4f}",
+        )
+
+    def _worst(self, alarms: list[Alarm | None]) -> Alarm | None:
+        """Keep all alarms; return what to do, or None. A roll-back too many stops."""
+        raised = [alarm for alarm in alarms if alarm is not None]
+        if not raised:
+            return None
+        worst = max(raised, key=lambda alarm: SEVERITY[alarm.action])
+        if worst.action == "roll_back" and self.state.rollbacks >= self.config.max_rollbacks:
+            more = f"{worst.reason}, after {self.state.rollbacks} roll-backs"
+            worst = Alarm(worst.step, "stop", more)
+        others = [alarm for alarm in raised if alarm.reason not in worst.reason]
+        self.state.alarms += [alarm.to_dict() for alarm in (*others, worst)]
+        return worst
+
+    def rolled_back(self) -> None:
+        """Learn less from here; what was averaged belongs to the policy that was left."""
+        state = self.state
+        state.rollbacks += 1
+        state.lr_ratio *= self.config.rollback_lr_ratio
+        state.recent, state.rewards, state.course = {}, [], []
