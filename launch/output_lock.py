@@ -133,8 +133,11 @@ def _lives(held: dict[str, Any]) -> bool:
 
 def _machine() -> str:
     """What process ids are unique in: a boot of a machine, and in it a container."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # a sandbox that hides them
+        return socket.gethostname()
 
 
 def _born(pid: int) -> int | None:

@@ -155,6 +155,7 @@ def draw_curve(axes: Axes, data: Curve, colour: str, smooth: bool = True) -> Non
     # By default a run of one or two steps would get ticks between them to fill the axis.
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
     axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.ticklabel_format(axis="y", useOffset=False)  # a number of its own at every tick
 
 
 def draw_best(axes: Axes, data: Curve, colour: str) -> None:

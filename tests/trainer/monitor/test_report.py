@@ -200,3 +200,11 @@ def test_ticks_are_whole_steps_each_once(steps: list[int]) -> None:
     labels = axes.xaxis.get_major_formatter().format_ticks(places)
     assert places and all(place == round(place) for place in places)
     assert len(set(labels)) == len(labels) <= 6
+
+
+def test_values_that_hardly_differ_are_not_told_as_offsets() -> None:
+    axes = Figure(figsize=(4.6, 2.9)).subplots()
+    draw_curve(axes, Curve(np.array([1, 2]), np.array([0.1234, 0.12345])), "#2f6fde")
+    axes.figure.canvas.draw()
+    assert axes.yaxis.get_offset_text().get_text() == ""
+    assert all(label.get_text().startswith("0.123") for label in axes.get_yticklabels())
