@@ -157,6 +157,56 @@ def get_data(name: str, url: str) -> None:
 
 
 @main.group(cls=_Group)
+def checkpoint() -> None:
+    """Checkpoints on storage: what is there, is it whole, what is in it."""
+
+
+@checkpoint.command("list")
+@click.argument("url")
+def list_checkpoints(url: str) -> None:
+    """List the checkpoints of a run, a store, or any directory above them."""
+    from launch.checkpoints import render_list
+
+    click.echo(render_list(url))
+
+
+@checkpoint.command("verify")
+@click.argument("url")
+def verify_checkpoints(url: str) -> None:
+    """Hash every file of the checkpoints at URL; exit 2 where one is damaged."""
+    from launch.checkpoints import verify
+
+    verify(url, click.echo)
+
+
+@checkpoint.command("inspect")
+@click.argument("url")
+def inspect_checkpoint(url: str) -> None:
+    """Show the origin and the tensors of a checkpoint, or of a store's newest one."""
+    from launch.checkpoints import render_inspection
+
+    click.echo(render_inspection(url))
+
+
+@checkpoint.command("export")
+@click.argument("url")
+@click.option("--to", "target", required=True, help="A fresh directory (any URL).")
+@click.option(
+    "--max-file-gib",
+    type=click.FloatRange(min=0, min_open=True),
+    default=4.0,
+    show_default=True,
+    help="Split the weights into files of about this size.",
+)
+def export_checkpoint(url: str, target: str, max_file_gib: float) -> None:
+    """Write a checkpoint's weights as safetensors."""
+    from launch.checkpoints import export
+
+    for file in export(url, target, int(max_file_gib * 2**30)):
+        click.echo(file)
+
+
+@main.group(cls=_Group)
 def bench() -> None:
     """Measure against how others do it."""
 

@@ -36,7 +36,8 @@ from sharding.safe_metadata import read_metadata
 
 _log = logging.getLogger(__name__)
 _LIBRARIES = ("torch", "torchrec", "deepspeed")
-_NAME = re.compile(r"step-\d{8,}-([0-9a-f]{16})")
+CHECKPOINT_NAME = re.compile(r"step-\d{8,}-([0-9a-f]{16})")
+"""Of a checkpoint's directory: the step, and when it was saved."""
 T = TypeVar("T")
 
 
@@ -270,7 +271,7 @@ class CheckpointStore:
 
     def _newest_first(self) -> list[str]:
         """Names of all checkpoints, finished or not, in the order of their saves."""
-        names = [name for name in storage.list_names(self.root) if _NAME.fullmatch(name)]
+        names = [name for name in storage.list_names(self.root) if CHECKPOINT_NAME.fullmatch(name)]
         return sorted(names, key=lambda name: name.rsplit("-", 1)[1], reverse=True)
 
     def _fresh_name(self, step: int) -> str:

@@ -1,0 +1,146 @@
+"""Weights of a checkpoint as safetensors files, which any framework reads.
+
+Tensors stream through in blocks, so that a table larger than the memory exports as well. The layout
+is that of sharded safetensors: `model-00001-of-00003.safetensors` … and an index beside them,
+which is written last.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from configs import storage
+from sharding.checkpoint_tensors import CheckpointTensors
+
+BLOCK_BYTES = 64 << 20
+INDEX = "model.safetensors.index.json"
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+@dataclass(frozen=True)
+class _Export:
+    """A tensor that is exported: its names there and in the checkpoint."""
+
+    name: str
+    saved: str
+    num_bytes: int
+
+
+def exported_name(saved: str) -> str | None:
+    """What a tensor of a checkpoint is called outside; None for what is no weight.
+
+    Dense weights and buffers are named as in the model's own `state_dict`, below `model.`; tables
+    are `tables.<name>.weight`, wherever they were placed.
+    """
+    if saved.startswith("tables/"):
+        return f"tables.{saved.removeprefix('tables/')}" if saved.endswith(".weight") else None
+    if saved.startswith("dense/") and saved.endswith("/weight"):
+        inner = saved.removeprefix("dense/").removesuffix("/weight")
+    elif saved.startswith("buffers/"):
+        inner = saved.removeprefix("buffers/")
+    else:
+        return None
+    return inner.removeprefix("loss_module.")
+
+
+def export_safetensors(
+    url: str, target: str, *, max_file_bytes: int, progress: Callable[[int, int], None]
+) -> list[str]:
+    """Write the weights of checkpoint `url` into directory `target`; the files written.
+
+    Args:
+        url: a checkpoint, whose files are verified first.
+        target: a directory (any URL) that is empty or absent.
+        max_file_bytes: a file takes tensors up to this; a larger one has a file of its own.
+        progress: called with bytes done and in all.
+
+    Raises:
+        ValueError: the checkpoint is damaged, or `target` holds something.
+    """
+    if storage.list_names(target):
+        raise ValueError(f"{target} is not empty: name a fresh directory to export into")
+    tensors = CheckpointTensors(url)
+    tensors.verify()
+    exports = [
+        _Export(name, saved, tensors.num_bytes(saved))
+        for saved in tensors.saved
+        if (name := exported_name(saved)) is not None
+    ]
+    files = _packed(sorted(exports, key=lambda export: export.name), max_file_bytes)
+    total, done = sum(export.num_bytes for export in exports), 0
+    names = [f"model-{at:05d}-of-{len(files):05d}.safetensors" for at in range(1, len(files) + 1)]
+    storage.make_directory(target)
+    for name, members in zip(names, files, strict=True):
+        done = _write_file(storage.join(target, name), tensors, members, done, total, progress)
+    recipe = storage.read_json(storage.join(tensors.url, "recipe.json"))
+    storage.write_json(storage.join(target, "recipe.json"), recipe)
+    index = {
+        "metadata": {
+            "total_size": total,
+            "checkpoint": tensors.manifest.fingerprint,
+            "step": tensors.manifest.step,
+            **{f"hash/{key}": value for key, value in tensors.manifest.fingerprints.items()},
+        },
+        "weight_map": {
+            export.name: name
+            for name, members in zip(names, files, strict=True)
+            for export in members
+        },
+    }
+    storage.write_json(storage.join(target, INDEX), index)
+    return [*names, "recipe.json", INDEX]
+
+
+def _packed(exports: list[_Export], max_file_bytes: int) -> list[list[_Export]]:
+    files: list[list[_Export]] = []
+    room = -1
+    for export in exports:
+        if export.num_bytes > room:
+            files.append([])
+            room = max_file_bytes
+        files[-1].append(export)
+        room -= export.num_bytes
+    return files
+
+
+def _write_file(
+    url: str,
+    tensors: CheckpointTensors,
+    members: list[_Export],
+    done: int,
+    total: int,
+    progress: Callable[[int, int], None],
+) -> int:
+    """A safetensors file: length of the header, header, raw bytes of the tensors in its order."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for export in members:
+        header[export.name] = {
+            "dtype": _DTYPES[tensors.dtype(export.saved)],
+            "shape": list(tensors.shape(export.saved)),
+            "data_offsets": [offset, offset := offset + export.num_bytes],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # data begin aligned
+    fs, path = storage.filesystem(url)
+    with fs.open(path, "wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for export in members:
+            for block in tensors.blocks(export.saved, BLOCK_BYTES):
+                data = block.contiguous().reshape(-1).view(torch.uint8).numpy().data
+                stream.write(data)
+                done += len(data)
+                progress(done, total)
+    return done

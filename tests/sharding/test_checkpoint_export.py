@@ -1,0 +1,72 @@
+"""Exported weights are those of the model, whatever their placement and however files are cut."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sharding import checkpoint_export
+from sharding.checkpoint_export import export_safetensors, exported_name
+from sharding.checkpoint_tensors import CheckpointTensors
+from tests.harness import run_ranks
+from tests.sharding.test_table_rows import save
+
+
+def nothing(done: int, total: int) -> None:
+    assert 0 < done <= total
+
+
+def test_weights_are_those_of_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint_export, "BLOCK_BYTES", 50)  # of two or three rows
+    saved = run_ranks(2, save, str(tmp_path))[0]
+    for name, (url, table) in saved.items():
+        for limit in (1, 300, 1 << 30):
+            target = tmp_path / f"{name}-{limit}"
+            files = export_safetensors(url, str(target), max_file_bytes=limit, progress=nothing)
+            index = json.loads((target / "model.safetensors.index.json").read_text())
+            weights = {}
+            for file in files[:-2]:
+                part = load_file(target / file)
+                assert {index["weight_map"][key] for key in part} == {file}
+                size = sum(value.numel() * value.element_size() for value in part.values())
+                assert size <= limit or len(part) == 1
+                assert not weights.keys() & part.keys()
+                weights |= part
+            assert weights.keys() == index["weight_map"].keys()
+            assert torch.equal(weights.pop("tables.item.weight"), table)
+            tensors = CheckpointTensors(url)
+            origins = {exported_name(key): key for key in tensors.saved}
+            assert len(weights) > 2
+            assert all(key.startswith(("model.", "tables.")) for key in weights)
+            for key, value in weights.items():
+                origin = origins[key]
+                rows = tensors.shape(origin)[0] if tensors.shape(origin) else 1
+                assert torch.equal(value, tensors.rows(origin, 0, rows)), key
+            assert len(files[:-2]) == {1: len(weights) + 1}.get(limit, len(files[:-2]))
+            assert len(files[:-2]) == 1 or limit < 1 << 30
+            assert index["metadata"]["hash/data"] == "abc"
+        with pytest.raises(ValueError, match="is not empty"):
+            export_safetensors(url, str(target), max_file_bytes=1, progress=nothing)
+    file = next(Path(url).glob("*.distcp"))
+    file.write_bytes(file.read_bytes()[:-1] + b"!")
+    with pytest.raises(ValueError, match="is damaged"):
+        export_safetensors(url, str(tmp_path / "none"), max_file_bytes=1, progress=nothing)
+    assert not (tmp_path / "none").exists()
+
+
+def test_only_weights_are_exported() -> None:
+    names = {
+        "tables/item.weight": "tables.item.weight",
+        "tables/item.momentum1": None,
+        "dense/tables.item.weight/weight": "tables.item.weight",
+        "dense/loss_module.model.norm.weight/weight": "model.norm.weight",
+        "dense/loss_module.model.norm.weight/exp_avg": None,
+        "buffers/loss_module.model.balance": "model.balance",
+        "step": None,
+        "rng/cpu": None,
+    }
+    assert {name: exported_name(name) for name in names} == names
