@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from configs.objectives import FullSoftmaxConfig, NextCodeConfig
-from data_loaders.items import train_counts
 from models.base import CodeDecoder, TableModel
 from models.batch import JaggedBatch, PreferenceBatch
 from models.generation.candidates import candidate_log_probs
@@ -37,11 +36,7 @@ def build_scorer(worker: Worker, *, normalised: bool) -> Scorer:
 
 def catalogue_trie(worker: Worker) -> CatalogueTrie:
     """The trie of the run's semantic ids, on the worker's device; popular items first."""
-    codes = worker.semantic_ids
-    assert codes is not None, "a recipe that writes codes has a tokenizer"
-    counts = train_counts(worker.layout.data)
-    trie = CatalogueTrie.build(codes.codes[1:], codes.codebook_sizes, priority=counts)
-    return trie.to(worker.ctx.device)
+    return worker.catalogue.trie
 
 
 def candidates_of(

