@@ -2,18 +2,29 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from configs.base import Config
+from configs.generation import AncestralConfig, GenerationConfig
 from configs.guardrails import GuardrailsConfig
+from configs.policy_gradient import (
+    AdvantageConfig,
+    KLConfig,
+    LoggedConfig,
+    PromptConfig,
+    Ratio,
+    Reduction,
+    ReferenceConfig,
+)
 from configs.preferences import PreferenceRule, RatingRule
+from configs.rewards import HitReward, Reward
 from configs.training import CheckpointConfig, OptimizerConfig, ValidationConfig
 
 
 class AlignmentBase(Config):
     """What every kind of alignment has."""
 
-    rule: PreferenceRule = RatingRule()
+    rule: PreferenceRule | None = None
     """Pairs that measure preference accuracy, and that offline kinds train on."""
     validation_share: float = Field(0.1, gt=0, lt=1)
     """Share of users whose pairs measure preference accuracy and are not trained on."""
@@ -32,6 +43,7 @@ class AlignmentBase(Config):
 class OfflineBase(AlignmentBase):
     """Preference optimisation on pairs of the log."""
 
+    rule: PreferenceRule = RatingRule()
     beta: PositiveFloat = 0.1
     """Strength of the pull towards the reference."""
     pairs_per_step: PositiveInt = 256
@@ -62,5 +74,59 @@ class SoftmaxDPOConfig(OfflineBase):
     rule: PreferenceRule = RatingRule(rejected_per_chosen=3)
 
 
+class OnlineBase(AlignmentBase):
+    """Policy gradients on candidates that the policy itself generates, on the training workers."""
+
+    prompts: PromptConfig = PromptConfig()
+    generation: GenerationConfig = AncestralConfig()
+    """How a prompt's group is generated. Beams are no sample of the policy: they work with rank
+    rewards, and make entropy and divergence describe likely candidates only."""
+    rewards: tuple[Reward, ...] = Field((HitReward(),), min_length=1)
+    advantages: AdvantageConfig = AdvantageConfig()
+    ratio: Ratio = "token"
+    reduction: Reduction = "grpo"
+    kl: KLConfig = KLConfig()
+    entropy_weight: NonNegativeFloat = 0.0
+    reference: ReferenceConfig | None = ReferenceConfig()
+    """null holds none: half the memory of weights, and no divergence is measured."""
+    inner_epochs: PositiveInt = 1
+    """Updates with one rollout; the probabilities that generated it stay those of the ratio."""
+
+    @model_validator(mode="after")
+    def _divergence_has_a_reference(self) -> "OnlineBase":
+        if self.reference is None and self.kl.weight > 0:
+            raise ValueError(
+                f"kl.weight={self.kl.weight} needs a reference policy: remove reference=null, or "
+                "set kl.weight to 0"
+            )
+        return self
+
+
+class GRPOConfig(OnlineBase):
+    """GRPO (arXiv 2402.03300), with equal or unequal clips (DAPO)."""
+
+    kind: Literal["grpo"] = "grpo"
+    clip_low: float = Field(0.2, gt=0, lt=1)
+    clip_high: PositiveFloat = 0.28
+
+
+class ECPOConfig(OnlineBase):
+    """ECPO (arXiv 2506.13695): GRPO whose ratio is held below 1 + clip_high + delta."""
+
+    kind: Literal["ecpo"] = "ecpo"
+    clip_low: float = Field(0.2, gt=0, lt=1)
+    clip_high: PositiveFloat = 0.28
+    delta: PositiveFloat = 0.1
+
+
+class GBPOConfig(OnlineBase):
+    """GBPO (arXiv 2508.20900): nothing clipped, gradients bounded as in a binary cross entropy."""
+
+    kind: Literal["gbpo"] = "gbpo"
+    logged: LoggedConfig | None = None
+    """Learn from logged impressions, too."""
+
+
 OfflineAlignment = DPOConfig | IPOConfig | SoftmaxDPOConfig
-Alignment = Annotated[OfflineAlignment, Field(discriminator="kind")]
+OnlineAlignment = GRPOConfig | ECPOConfig | GBPOConfig
+Alignment = Annotated[OfflineAlignment | OnlineAlignment, Field(discriminator="kind")]

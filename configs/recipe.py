@@ -4,13 +4,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, model_validator
 
-from configs.alignment import Alignment
+from configs.alignment import Alignment, GBPOConfig, OfflineBase, OnlineBase
 from configs.base import Config
 from configs.cluster import ClusterConfig
 from configs.data import ColumnMap, DataConfig, LeaveLastOut
 from configs.decoders import Decoder, FeatureInputs, OneRecConfig
 from configs.evaluation import EvaluationConfig, RecommendConfig
-from configs.generation import SearchConfig
+from configs.generation import AncestralConfig, SearchConfig
 from configs.models import InitConfig, Model
 from configs.objectives import NextCodeConfig, Objective, SampledSoftmaxConfig
 from configs.preferences import LabelRule, PreferenceRule, RatingRule, WatchTimeRule
@@ -63,6 +63,7 @@ class Recipe(Config):
             _metric_is_measured,
             _placed_tables_exist,
             _batch_deals,
+            _rollouts_are_possible,
         ):
             check(self)
         return self
@@ -175,8 +176,10 @@ def _features_are_mapped(recipe: Recipe) -> None:
             f"data.cleaning.min_rating={recipe.data.cleaning.min_rating} needs a rating: map "
             "data.source.columns.rating"
         )
-    if recipe.alignment is not None:
+    if recipe.alignment is not None and recipe.alignment.rule is not None:
         _rule_is_mapped(recipe.alignment.rule, source.columns)
+    if isinstance(recipe.alignment, GBPOConfig) and recipe.alignment.logged is not None:
+        _rule_is_mapped(recipe.alignment.logged.rule, source.columns)
 
 
 def _rule_is_mapped(rule: PreferenceRule, columns: ColumnMap) -> None:
@@ -209,7 +212,8 @@ def _metric_is_measured(recipe: Recipe) -> None:
     ranking = [f"{m}@{k}" for m in ("hr", "ndcg") for k in recipe.evaluation.ks] + ["mrr"]
     blocks = [("training", recipe.training.validation, ranking)]
     if recipe.alignment is not None:
-        allowed = [*ranking, "preference_accuracy"]
+        judged = recipe.alignment.rule is not None
+        allowed = [*ranking, "preference_accuracy"] if judged else ranking
         blocks.append(("alignment", recipe.alignment.validation, allowed))
     for name, block, allowed in blocks:
         if block is not None and block.metric not in allowed:
@@ -239,8 +243,25 @@ def _batch_deals(recipe: Recipe) -> None:
         raise ValueError(
             f"data.loader.global_batch={batch} must be a multiple of cluster.num_workers={workers}"
         )
-    if recipe.alignment is not None and recipe.alignment.pairs_per_step % workers:
+    name, size = "", 0
+    if isinstance(recipe.alignment, OfflineBase):
+        name, size = "pairs_per_step", recipe.alignment.pairs_per_step
+    elif isinstance(recipe.alignment, OnlineBase):
+        name, size = "prompts.per_step", recipe.alignment.prompts.per_step
+    if size % workers:
         raise ValueError(
-            f"alignment.pairs_per_step={recipe.alignment.pairs_per_step} must be a multiple of "
-            f"cluster.num_workers={workers}"
+            f"alignment.{name}={size} must be a multiple of cluster.num_workers={workers}"
+        )
+
+
+def _rollouts_are_possible(recipe: Recipe) -> None:
+    """Options of generation and rewards that need a model that writes semantic ids."""
+    config = recipe.alignment
+    if not isinstance(config, OnlineBase) or recipe.writes_codes:
+        return
+    if isinstance(config.generation, AncestralConfig) and config.generation.top_p < 1:
+        raise ValueError(
+            f"alignment.generation.top_p={config.generation.top_p} cuts off codes, but "
+            f"model.kind={recipe.model.kind!r} scores whole items: set top_p to 1 and lower the "
+            "temperature instead"
         )

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from configs import storage
+from configs.alignment import AlignmentBase
 from configs.layout import RunLayout
 from configs.recipe import Recipe, StageName
 
@@ -183,47 +184,52 @@ def _align_inputs(recipe: Recipe, done: dict[str, Outputs]) -> dict[str, Any]:
 
 
 def _align(context: StageContext) -> Outputs:
+    layout, done, config = context.layout, context.done, context.recipe.alignment
+    assert config is not None, "the align stage exists only with an alignment block"
+    pairs = _pairs(context, config)
+    start = done["train"]["checkpoint"]
+    outputs: Outputs = context.run_workers(
+        "trainer.align:align_worker",
+        start=start,
+        pairs=None if pairs is None else pairs["url"],
+        reference=None if pairs is None else layout.reference(pairs["fingerprint"], start["hash"]),
+    )
+    return {**outputs, "pairs": pairs, "metrics": layout.metrics("align", context.fingerprint)}
+
+
+def _pairs(context: StageContext, config: AlignmentBase) -> Outputs | None:
+    """Build the pairs of alignment's rule, if it has one; where they are and what was counted."""
     from data_loaders.pairs import build_pairs
 
-    recipe, layout, done = context.recipe, context.layout, context.done
-    config = recipe.alignment
-    assert config is not None, "the align stage exists only with an alignment block"
-    pairs_key = storage.fingerprint(
+    if config.rule is None:
+        return None
+    recipe, layout = context.recipe, context.layout
+    key = storage.fingerprint(
         [
-            done["prepare"]["data"],
+            context.done["prepare"]["data"],
             *_dump(config.rule),
             config.validation_share,
             recipe.seed,
             recipe.data.loader.max_length,
         ]
     )
-    pairs_url = layout.pairs(pairs_key)
+    url = layout.pairs(key)
     pairs = build_pairs(
         layout.data,
         config.rule,
-        pairs_url,
+        url,
         max_length=recipe.data.loader.max_length,
         seed=recipe.seed,
         validation_share=config.validation_share,
     )
-    start = done["train"]["checkpoint"]
-    outputs: Outputs = context.run_workers(
-        "trainer.align:align_worker",
-        start=start,
-        pairs=pairs_url,
-        reference=layout.reference(pairs.fingerprint, start["hash"]),
-    )
     return {
-        **outputs,
-        "pairs": {
-            "url": pairs_url,
-            "pairs": pairs.num_pairs,
-            "validation_pairs": pairs.num_validation_pairs,
-            "candidates": pairs.num_candidates,
-            "users": pairs.num_users,
-            **pairs.outcomes,
-        },
-        "metrics": layout.metrics("align", context.fingerprint),
+        "url": url,
+        "fingerprint": pairs.fingerprint,
+        "pairs": pairs.num_pairs,
+        "validation_pairs": pairs.num_validation_pairs,
+        "candidates": pairs.num_candidates,
+        "users": pairs.num_users,
+        **pairs.outcomes,
     }
 
 

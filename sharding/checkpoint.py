@@ -122,15 +122,18 @@ class CheckpointStore:
         self._on_first_rank(self._prune)
         return _info(url, manifest)
 
-    def newest(self) -> CheckpointInfo | None:
-        """The newest checkpoint that verifies, or None.
+    def newest(self, step: int | None = None) -> CheckpointInfo | None:
+        """The newest checkpoint that verifies, of all or of one step; or None.
 
         Every byte of its files is hashed once, by one rank or another. `skipped` says why newer
         ones were passed over, for the caller to tell. Unfinished saves do not count.
         """
         skipped: list[str] = []
         chosen = None
+        of_step = "" if step is None else f"step-{step:08d}-"
         for name in self._on_first_rank(self._committed):
+            if not name.startswith(of_step):
+                continue
             url = storage.join(self.root, name)
             try:
                 chosen = _info(url, self._verify(url, name))

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from configs import storage
-from configs.alignment import OfflineAlignment
+from configs.alignment import AlignmentBase, OfflineAlignment, OnlineAlignment, OnlineBase
 from data_loaders.loader import LoaderState
 from data_loaders.preferences import (
     PreferenceLoader,
@@ -14,16 +14,18 @@ from data_loaders.preferences import (
     preference_batches,
     write_reference,
 )
-from models.base import CodeDecoder, TableModel
+from models.base import TableModel
 from sharding.parallelize import ParallelModel
+from trainer.align_online import OnlineUpdates, prompt_loader
 from trainer.evaluate import load_policy, preference_accuracy, validation_ranker
 from trainer.objectives.dpo import PreferenceInputs, PreferenceLoss
-from trainer.objectives.scoring import Supervised
+from trainer.objectives.online import OnlineLoss
 from trainer.policy import Say, Worker, open_checkpoint, start_worker
-from trainer.pretrain import NextItemInputsMaker
-from trainer.scoring import Likelihood, build_scorer, next_code_targets, pair_candidates
+from trainer.reference_policy import ReferencePolicy
+from trainer.scoring import Likelihood, build_scorer, pair_candidates
+from trainer.supervised import SupervisedTargets
 from trainer.trainer import Limits, TrainerState
-from trainer.training_stage import TrainingStage
+from trainer.training_stage import OneUpdate, TrainingStage
 
 
 def align_worker(settings: dict[str, Any], say: Say) -> dict[str, Any]:
@@ -31,45 +33,100 @@ def align_worker(settings: dict[str, Any], say: Say) -> dict[str, Any]:
 
     Args:
         settings: `recipe`, `output`, `fingerprint` (of the stage), `start` (checkpoint reference of
-            the pretrained policy), `pairs` and `reference` (URLs).
+            the pretrained policy), `pairs` and `reference` (URLs; pairs may be null where online
+            alignment has no rule).
         say: prints a line at the driver.
     """
     worker = start_worker(settings, say)
-    recipe, config = worker.recipe, worker.recipe.alignment
+    config = worker.recipe.alignment
     assert config is not None, "the align stage exists only with an alignment block"
-    pairs, reference, start = settings["pairs"], settings["reference"], settings["start"]
+    if isinstance(config, OnlineBase):
+        return online_stage(worker, config, settings).fit()
+    return offline_stage(worker, config, settings).fit()
+
+
+def offline_stage(
+    worker: Worker, config: OfflineAlignment, settings: dict[str, Any]
+) -> TrainingStage:
+    """Preference optimisation on pairs of the log."""
+    pairs, reference = settings["pairs"], settings["reference"]
+    loss = PreferenceLoss(build_scorer(worker, normalised=False), config)
+    with preference_loader(worker, config, pairs, None, TrainerState()) as probe:
+        steps = probe.steps_per_epoch
 
     def before(policy: ParallelModel, afresh: bool) -> None:
         write_reference_once(worker, policy, settings)
-        if afresh:
-            store, info = open_checkpoint(worker, start)
-            store.load_start(policy, info)
+        load_pretrained(worker, policy, settings, afresh)
+
+    return TrainingStage(
+        loss=loss,
+        steps_per_epoch=steps,
+        loader_at=lambda state: preference_loader(worker, config, pairs, reference, state),
+        updates=OneUpdate(PreferenceInputsMaker(worker, config, loss.model)),
+        before=before,
+        **shared_settings(worker, config, settings),
+    )
+
+
+def online_stage(
+    worker: Worker, config: OnlineAlignment, settings: dict[str, Any]
+) -> TrainingStage:
+    """Policy gradients on what the policy itself generates."""
+    loss = OnlineLoss(build_scorer(worker, normalised=True), config)
+    reference = None
+    if config.reference is not None:
+        reference = ReferencePolicy(
+            worker,
+            config.reference,
+            OnlineLoss(build_scorer(worker, normalised=True), config),
+            settings["start"],
+            worker.layout.checkpoints("align", settings["fingerprint"]),
+            config.checkpoint.keep,
+        )
+    with prompt_loader(worker, config, TrainerState()) as probe:
+        batches = probe.steps_per_epoch
+    return TrainingStage(
+        loss=loss,
+        steps_per_epoch=batches * config.inner_epochs,
+        loader_at=lambda state: prompt_loader(worker, config, state),
+        updates=OnlineUpdates(worker, config, loss, reference),
+        before=lambda policy, afresh: load_pretrained(worker, policy, settings, afresh),
+        **shared_settings(worker, config, settings),
+    )
+
+
+def shared_settings(
+    worker: Worker, config: AlignmentBase, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """What all alignment stages are told alike."""
 
     def validator(policy: ParallelModel) -> Callable[[], dict[str, float]]:
         max_users = config.validation.max_users if config.validation is not None else None
-        rank = validation_ranker(worker, policy, max_users)
+        rank, pairs = validation_ranker(worker, policy, max_users), settings["pairs"]
+        if pairs is None:
+            return rank
         return lambda: rank() | {"preference_accuracy": preference_accuracy(worker, policy, pairs)}
 
-    loss = PreferenceLoss(build_scorer(worker, normalised=False), config)
-    with preference_loader(worker, config, pairs, None, TrainerState()) as probe:
-        steps_per_epoch = probe.steps_per_epoch
-    stage = TrainingStage(
-        worker=worker,
-        name="align",
-        fingerprint=settings["fingerprint"],
-        config=config,
-        limits=Limits(config.epochs, None),
-        sparse_lr=recipe.sharding.optimizer.lr * config.sparse_lr_ratio,
-        loss=loss,
-        steps_per_epoch=steps_per_epoch,
-        loader_at=lambda state: preference_loader(worker, config, pairs, reference, state),
-        make_inputs=PreferenceInputsMaker(worker, config, loss.model),
-        validator=validator,
-        before=before,
-        measure_start=True,
-        hashes={"start": start["hash"]},
-    )
-    return stage.fit()
+    return {
+        "worker": worker,
+        "name": "align",
+        "fingerprint": settings["fingerprint"],
+        "config": config,
+        "limits": Limits(config.epochs, None),
+        "sparse_lr": worker.recipe.sharding.optimizer.lr * config.sparse_lr_ratio,
+        "validator": validator,
+        "measure_start": True,
+        "hashes": {"start": settings["start"]["hash"]},
+    }
+
+
+def load_pretrained(
+    worker: Worker, policy: ParallelModel, settings: dict[str, Any], afresh: bool
+) -> None:
+    """Begin with the pretrained policy, unless the stage goes on from a checkpoint. Collective."""
+    if afresh:
+        store, info = open_checkpoint(worker, settings["start"])
+        store.load_start(policy, info)
 
 
 def preference_loader(
@@ -98,30 +155,19 @@ class PreferenceInputsMaker:
     def __init__(self, worker: Worker, config: OfflineAlignment, model: TableModel) -> None:
         self._worker = worker
         self._model = model
-        self._device = worker.ctx.device
-        self._supervises = config.supervised_weight > 0
-        self._next_item: NextItemInputsMaker | None = None
-        if self._supervises and not isinstance(model, CodeDecoder):
-            self._next_item = NextItemInputsMaker(worker)
+        self._supervised = SupervisedTargets(worker, model, config.supervised_weight)
 
     def __call__(self, step: Any) -> list[PreferenceInputs]:
         """Inputs of each micro batch of this rank. Collective if positives are shared."""
         pairs = step.micro_batches
         candidates = [pair_candidates(self._worker, self._model, batch) for batch in pairs]
-        supervised: list[Supervised | None] = [None] * len(pairs)
-        if self._next_item is not None:
-            supervised = [*self._next_item([batch.batch for batch in pairs], step.step)]
-        elif self._supervises:
-            assert isinstance(self._model, CodeDecoder)
-            supervised = [
-                next_code_targets(self._worker, self._model, each.batch) for each in candidates
-            ]
         reference = [
             torch.cat([batch.reference_chosen[:, None], batch.reference_rejected], dim=1)
             for batch in pairs
         ]
+        supervised = self._supervised(candidates, step.step)
         return [
-            PreferenceInputs(*parts).to(self._device)
+            PreferenceInputs(*parts).to(self._worker.ctx.device)
             for parts in zip(candidates, reference, supervised, strict=True)
         ]
 

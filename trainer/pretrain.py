@@ -19,7 +19,7 @@ from trainer.objectives.next_code import NextCodeLoss
 from trainer.objectives.next_item import NextItemInputs
 from trainer.policy import Say, Worker, start_worker
 from trainer.trainer import Limits, TrainerState
-from trainer.training_stage import TrainingStage
+from trainer.training_stage import OneUpdate, TrainingStage
 
 
 class NextItemInputsMaker:
@@ -88,7 +88,7 @@ def train_worker(settings: dict[str, Any], say: Say) -> dict[str, Any]:
         loss=loss,
         steps_per_epoch=steps_per_epoch,
         loader_at=lambda state: training_loader(worker, state),
-        make_inputs=lambda step: make_inputs(step.micro_batches, step.step),
+        updates=OneUpdate(lambda step: make_inputs(step.micro_batches, step.step)),
         validator=lambda policy: validation_ranker(worker, policy, max_users),
     )
     return stage.fit()

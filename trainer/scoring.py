@@ -64,7 +64,10 @@ def next_code_targets(worker: Worker, model: CodeDecoder, batch: JaggedBatch) ->
     targets = batch.target_ids
     if model.supervision == "last_position":
         targets = targets[batch.offsets[1:] - 1]
-    codes = worker.semantic_ids.codes[targets].long()
+    table = worker.semantic_ids.codes
+    if targets.device != table.device:
+        table = worker.catalogue.codes
+    codes = table[targets].long()
     return NextCodeInputs(batch, targets[:, None], codes[:, None], step_seed=0)
 
 
@@ -79,7 +82,7 @@ class Likelihood:
 
     @classmethod
     def of(cls, worker: Worker, policy: ParallelModel) -> "Likelihood":
-        """Fetches the catalogue's keys where the model scores items; builds the trie otherwise."""
+        """Fetches the catalogue's keys where the model scores items."""
         objective = worker.recipe.objective
         if isinstance(objective, NextCodeConfig):
             return cls(policy, None, 1.0, catalogue_trie(worker))
@@ -88,14 +91,16 @@ class Likelihood:
 
     def __call__(self, candidates: Candidates) -> Tensor:
         """log π(candidate | context), [N, G] float32; anything where there is no candidate."""
+        return self.parts(candidates).sum(-1)
+
+    def parts(self, candidates: Candidates) -> Tensor:
+        """log π of each code given those before it, [N, G, L] float32; of items L = 1."""
         candidates = candidates.to(self.policy.ctx.device)
         if self._catalogue is None:
             return self._of_codes(candidates)
         batch, items = candidates.batch, candidates.items
         queries = self.policy.query(batch)[batch.offsets[1:] - 1]
-        log_z = self._catalogue.log_sum_exp(queries, self._temperature)
-        keys = self.policy.item_keys(items.flatten()).view(*items.shape, -1)
-        return (queries[:, None] * keys).sum(-1) / self._temperature - log_z[:, None]
+        return item_log_probs(self.policy, self._catalogue, queries, items, self._temperature)
 
     def _of_codes(self, candidates: Candidates) -> Tensor:
         codes, trie = candidates.codes, self._trie
@@ -104,7 +109,24 @@ class Likelihood:
         def use(model: TableModel, embeddings: dict[str, Tensor]) -> Tensor:
             assert isinstance(model, CodeDecoder)
             context = model.encode(candidates.batch, embeddings, 0, "last")
-            return candidate_log_probs(model, context, codes, trie).sum(-1)
+            return candidate_log_probs(model, context, codes, trie)
 
         log_probs: Tensor = self.policy.infer(candidates.batch, use)
         return log_probs
+
+
+def item_log_probs(
+    policy: ParallelModel,
+    catalogue: Catalogue,
+    queries: Tensor,
+    items: Tensor,
+    temperature: float,
+) -> Tensor:
+    """log π of items [N, G] under the softmax over the catalogue: [N, G, 1] float32. Collective.
+
+    `queries` [N, D] and `catalogue` are of `policy` as it is now.
+    """
+    log_z = catalogue.log_sum_exp(queries, temperature)
+    keys = policy.item_keys(items.flatten()).view(*items.shape, -1)
+    scores = (queries[:, None] * keys).sum(-1) / temperature
+    return (scores - log_z[:, None])[..., None]

@@ -1,6 +1,6 @@
 """The training loop: steps, logs, validation, selection, checkpoints. Blind to the algorithm."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
@@ -75,13 +75,14 @@ class Limits:
 class Trainer:
     """Runs a loader through a model until the limits, an early stop, or a failure.
 
-    `make_inputs` turns a step into the loss module's inputs, one per micro batch. `validate`
+    `updates` turns a step into updates, mostly one; an update is the loss module's inputs, one per
+    micro batch. Checkpoints fall between steps, never between the updates of one. `validate`
     returns metrics that are equal on all ranks. `save` writes the model and the given state.
     """
 
     model: ParallelModel
     loader: StepLoader
-    make_inputs: Callable[[Any], Sequence[Any]]
+    updates: Callable[[Any], Iterable[Sequence[Any]]]
     total_steps: int
     state: TrainerState
     newest: CheckpointStore
@@ -129,25 +130,29 @@ class Trainer:
 
     def _one_step(self, batches: Any) -> bool:
         """Train, validate and save as due; whether training has ended."""
-        result = self.model.train_step(self.make_inputs(batches), batches.sample_ids)
-        step, epoch = self.model.step, batches.epoch
+        before, epoch = self.model.step, batches.epoch
+        alarm: Alarm | None = None
+        for inputs in self.updates(batches):
+            result = self.model.train_step(inputs, batches.sample_ids)
+            alarm = self._log(result, self.model.step, epoch, batches.global_tokens) or alarm
+        step = self.model.step
         self.state.loader = self.loader.state().to_dict()
         last = step >= self.total_steps
         self.state.finished = last
-        self._log(result, step, epoch, batches.global_tokens)
+        self._heed(alarm)
         with self.monitor.paused() if self.monitor is not None else nullcontext():
             if last or (batches.last_of_epoch and self._validates_after(epoch)):
                 self._validate(step, epoch)
-            if self.state.finished or self._saves_after(step, epoch, batches.last_of_epoch):
+            if self.state.finished or self._saves_after(before, step, epoch, batches.last_of_epoch):
                 self._save(self.newest)
         return self.state.finished
 
     def _validates_after(self, epoch: int) -> bool:
         return self.validation is not None and (epoch + 1) % self.validation.every_epochs == 0
 
-    def _saves_after(self, step: int, epoch: int, epoch_ends: bool) -> bool:
+    def _saves_after(self, before: int, step: int, epoch: int, epoch_ends: bool) -> bool:
         every_steps, every_epochs = self.checkpoint.every_steps, self.checkpoint.every_epochs
-        by_step = every_steps is not None and step % every_steps == 0
+        by_step = every_steps is not None and step // every_steps > before // every_steps
         by_epoch = epoch_ends and every_epochs is not None and (epoch + 1) % every_epochs == 0
         return by_step or by_epoch
 
@@ -156,17 +161,19 @@ class Trainer:
             self.monitor.flush()
         self.save(store, self.state.to_dict())
 
-    def _log(self, result: StepResult, step: int, epoch: int, tokens: int) -> None:
+    def _log(self, result: StepResult, step: int, epoch: int, tokens: int) -> Alarm | None:
+        """Log an update, if it is one that is logged; what the guardrails say of it."""
         if self.monitor is not None:
             self.monitor.add_tokens(tokens)
         if step % self.log_every and step not in (1, self.total_steps):
-            return
+            return None
         if self.monitor is not None:
             values = {"lr": result.lr, "sparse_lr": result.sparse_lr}
             values |= {"dense_grad_norm": result.dense_grad_norm} | result.metrics
             self.monitor.log_step(step, epoch, result.loss, values)
-        if self.watch is not None:
-            self._heed(self.watch.logged(step, {"loss": result.loss} | result.metrics))
+        if self.watch is None:
+            return None
+        return self.watch.logged(step, {"loss": result.loss} | result.metrics)
 
     def _validate(self, step: int, epoch: int) -> None:
         if self.validation is None:

@@ -1,8 +1,8 @@
 """What pretraining and alignment share: stores, resume, monitor, and the outcome of a stage."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -15,6 +15,7 @@ from trainer.monitor.stage_monitor import StageMonitor
 from trainer.objectives.dpo import PreferenceLoss
 from trainer.objectives.next_code import NextCodeLoss
 from trainer.objectives.next_item import NextItemLoss
+from trainer.objectives.online import OnlineLoss
 from trainer.policy import (
     Worker,
     checkpoint_reference,
@@ -23,6 +24,36 @@ from trainer.policy import (
     refuse_other_meanings,
 )
 from trainer.trainer import Limits, StepLoader, Trainer, TrainerState
+
+
+class Updates(Protocol):
+    """Turns a step into updates by means of the policy itself, and may hold state of its own."""
+
+    def attach(self, policy: ParallelModel) -> None:
+        """Use `policy`, whose weights and step are in place: new or resumed. Collective."""
+
+    def __call__(self, step: Any) -> Iterable[Sequence[Any]]:
+        """Inputs of each update. Collective."""
+
+    def before_save(self) -> None:
+        """Save what belongs to the policy's next checkpoint. Collective."""
+
+
+class OneUpdate:
+    """A step is one update, made of the step alone."""
+
+    def __init__(self, make_inputs: Callable[[Any], Sequence[Any]]) -> None:
+        self._make_inputs = make_inputs
+
+    def attach(self, policy: ParallelModel) -> None:
+        """There is nothing to attach."""
+
+    def __call__(self, step: Any) -> Iterable[Sequence[Any]]:
+        """The step's inputs, one per micro batch."""
+        return (self._make_inputs(step),)
+
+    def before_save(self) -> None:
+        """There is nothing to save."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +67,11 @@ class TrainingStage:
     config: TrainingConfig | AlignmentBase
     limits: Limits
     sparse_lr: float
-    loss: NextItemLoss | NextCodeLoss | PreferenceLoss
+    loss: NextItemLoss | NextCodeLoss | PreferenceLoss | OnlineLoss
     steps_per_epoch: int
     loader_at: Callable[[TrainerState], StepLoader]
     """The stage's loader at the position of a state."""
-    make_inputs: Callable[[Any], Sequence[Any]]
+    updates: Updates
     validator: Callable[[ParallelModel], Callable[[], dict[str, float]]]
     before: Callable[[ParallelModel, bool], None] | None = None
     """Called with the policy, and whether it starts afresh, before a checkpoint is loaded."""
@@ -71,10 +102,11 @@ class TrainingStage:
         if self.before is not None:
             self.before(policy, info is None)
         state = self._resume(policy, newest, info)
+        self.updates.attach(policy)
         trainer = Trainer(
             model=policy,
             loader=self.loader_at(state),
-            make_inputs=self.make_inputs,
+            updates=self.updates,
             total_steps=total_steps,
             state=state,
             newest=newest,
@@ -108,6 +140,7 @@ class TrainingStage:
         fingerprints = provenance(self.worker, stage=self.fingerprint, **self.hashes)
 
         def save(store: CheckpointStore, state: dict[str, Any]) -> CheckpointInfo:
+            self.updates.before_save()
             return store.save(policy, policy.step, state, recipe_json, fingerprints)
 
         return save

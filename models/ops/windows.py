@@ -35,8 +35,8 @@ def sliding_windows(
 
     Costs host synchronisations on an accelerator; cut windows before moving a batch there.
     """
-    ends = _window_ends(batch, per_sequence, seed, step)
-    return _windows(batch, ends, max_history), batch.target_ids[ends]
+    ends = window_ends(batch, per_sequence, seed, step)
+    return windows_ending_at(batch, ends, max_history), batch.target_ids[ends]
 
 
 def sliding_sessions(
@@ -52,13 +52,13 @@ def sliding_sessions(
 
     0 from where the sequence, or what of it is to be predicted, ends.
     """
-    ends = _window_ends(batch, per_sequence, seed, step)
+    ends = window_ends(batch, per_sequence, seed, step)
     sequences = segment_ids(batch.offsets, batch.num_tokens)[ends]
     tokens = ends[:, None] + torch.arange(session_items, device=ends.device)
     inside = tokens < batch.offsets[1:][sequences][:, None]
     targets = batch.target_ids[tokens.clamp(max=max(batch.num_tokens - 1, 0))]
     unbroken = (inside & (targets > 0)).cumprod(dim=1)
-    return _windows(batch, ends, max_history), targets * unbroken
+    return windows_ending_at(batch, ends, max_history), targets * unbroken
 
 
 def latest_events(
@@ -83,8 +83,8 @@ def latest_events(
     return _of_tokens(batch, tokens, offsets), kept, count
 
 
-def _window_ends(batch: JaggedBatch, per_sequence: int | None, seed: int, step: int) -> Tensor:
-    """Last tokens of the windows, ascending: [N] int64."""
+def window_ends(batch: JaggedBatch, per_sequence: int | None, seed: int, step: int) -> Tensor:
+    """Last tokens of the windows of `sliding_windows`, ascending: [N] int64."""
     ends = (batch.target_ids > 0).nonzero().squeeze(1)
     if per_sequence is None:
         return ends
@@ -98,7 +98,8 @@ def _window_ends(batch: JaggedBatch, per_sequence: int | None, seed: int, step: 
     return ends[order[first]].sort().values
 
 
-def _windows(batch: JaggedBatch, ends: Tensor, max_history: int) -> JaggedBatch:
+def windows_ending_at(batch: JaggedBatch, ends: Tensor, max_history: int) -> JaggedBatch:
+    """The windows of `sliding_windows` whose last tokens are `ends` [N] int64, ascending."""
     sequences = segment_ids(batch.offsets, batch.num_tokens)[ends]
     lengths = (ends - batch.offsets[sequences] + 1).clamp(max=max_history)
     offsets = lengths_to_offsets(lengths)

@@ -111,7 +111,7 @@ def run(root: str, values: list[float], changes: dict[str, Any]) -> dict[str, An
     stores = {name: CheckpointStore(f"{root}/{name}", 2, ctx) for name in names}
     trainer = Trainer(
         model=policy,
-        make_inputs=lambda step: [NextItemInputs(make_batch(step.step, ctx), None, None, 0)],
+        updates=lambda step: [[NextItemInputs(make_batch(step.step, ctx), None, None, 0)]],
         state=state,
         watch=None if guardrails is None else Watch(guardrails, state.watch),
         save=lambda store, state: store.save(policy, policy.step, state, {}, {}),

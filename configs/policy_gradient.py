@@ -1,0 +1,63 @@
+"""Knobs of online alignment: prompts, advantages, ratios, divergence, reference.
+
+Formulas: algorithms reference §6; the functions are in `trainer/objectives/policy_gradient.py`.
+"""
+
+from typing import Literal
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+
+from configs.base import Config
+from configs.preferences import PreferenceRule
+
+
+class PromptConfig(Config):
+    """Contexts that candidates are generated for, cut from training sequences."""
+
+    per_step: PositiveInt = 64
+    """Users of a global batch; one that has less than two training events gives no prompt."""
+    position: Literal["last", "random"] = "random"
+    """Where a user's sequence is cut: before its last event, or at a draw of (seed, epoch, user).
+    The event behind the cut is what rule rewards compare candidates with."""
+
+
+class AdvantageConfig(Config):
+    """(reward - mean of the group) / (std + ε)."""
+
+    scaling: Literal["group", "batch", "none"] = "group"
+    """Std of the group, of the global batch, or no division (Dr. GRPO)."""
+    epsilon: PositiveFloat = 1e-4
+
+
+class KLConfig(Config):
+    """Pull towards the reference policy, inside the loss."""
+
+    weight: NonNegativeFloat = 0.0
+    estimator: Literal["k1", "k2", "k3"] = "k3"
+    """k1 is unbiased as a value, but its gradient says nothing; k3 is never negative."""
+
+
+class ReferenceConfig(Config):
+    """What divergence is measured from: the starting policy, held beside the trained one."""
+
+    sync_every_steps: PositiveInt | None = None
+    """Batches of prompts after which it moves towards the policy; null never."""
+    mixing: float = Field(0.6, gt=0, le=1)
+    """α of reference ← α · policy + (1 - α) · reference."""
+
+
+class LoggedConfig(Config):
+    """Logged impressions as further candidates (GBPO): what the user took next.
+
+    Their advantage is 1 where the rule says liked, -1 where disliked; π_old is sg π.
+    """
+
+    weight: PositiveFloat = 1.0
+    """Against the generated group, whose mean counts 1."""
+    rule: PreferenceRule
+
+
+Ratio = Literal["token", "sequence", "item"]
+"""Ratios of each code, of their geometric mean (GSPO), or of the whole item."""
+Reduction = Literal["grpo", "dr_grpo", "dapo"]
+"""Mean over candidates of the mean over codes; over a constant length; or over all codes."""

@@ -1,0 +1,95 @@
+"""Training sequences to cut prompts from, with what a rule says of each event that follows.
+
+Shape legend: B users, T tokens.
+"""
+
+from dataclasses import dataclass
+from typing import assert_never
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from configs.data import LoaderConfig
+from configs.preferences import LabelRule, PreferenceRule, RatingRule, WatchTimeRule
+from data_loaders.collate import jagged_batch, split_last
+from data_loaders.dataset import SequenceDataset
+from data_loaders.loader import LoaderState, StepLoader
+from data_loaders.preference_rules import outcomes
+from data_loaders.sampler import expand_ranges
+from models.batch import JaggedBatch
+
+
+@dataclass(frozen=True)
+class PromptSequences:
+    """Training sequences of a micro batch."""
+
+    batch: JaggedBatch
+    """As `TrainingLoader` gives them; empty ones are among them."""
+    outcomes: Tensor | None
+    """[T] float32: 1 where the event that follows the token was liked, -1 where disliked, else 0;
+    None without a rule."""
+
+
+class PromptLoader(StepLoader[PromptSequences]):
+    """Steps over the training prefixes of all users, as those of `TrainingLoader`.
+
+    Percentiles of a rule are over a user's whole training prefix, not over what is cut off it.
+
+    Raises:
+        ValueError: the configuration, the state and the data set do not fit together.
+    """
+
+    def __init__(
+        self,
+        dataset: SequenceDataset,
+        config: LoaderConfig,
+        rule: PreferenceRule | None,
+        *,
+        prompts_per_step: int,
+        seed: int,
+        rank: int,
+        world_size: int,
+        state: LoaderState | None = None,
+    ) -> None:
+        """`rule`: `check_rule` has passed."""
+        super().__init__(
+            dataset.reader,
+            dataset.reader.row_group_sizes,
+            config.model_copy(update={"global_batch": prompts_per_step}),
+            seed=seed,
+            rank=rank,
+            world_size=world_size,
+            state=state,
+        )
+        self._dataset, self._rule = dataset, rule
+
+    def _tokens(self, sample_ids: np.ndarray) -> np.ndarray:
+        ends = self._dataset.lengths(sample_ids).train_end
+        return np.clip(ends - 1, 0, self._config.max_length)
+
+    def _batch(self, sample_ids: np.ndarray) -> PromptSequences:
+        ends, tokens = self._dataset.lengths(sample_ids).train_end, self._tokens(sample_ids)
+        begin = np.where(ends < 2, ends, ends - 1 - tokens)  # nothing to predict: nothing is read
+        slices = self._dataset.reader.slices(sample_ids, begin, ends)
+        batch = jagged_batch(*split_last(slices))
+        if self._rule is None:
+            return PromptSequences(batch, None)
+        columns = _columns(self._rule)
+        whole = self._dataset.reader.slices(sample_ids, np.zeros_like(ends), ends, columns)
+        judged = outcomes(whole, self._rule, self._dataset.manifest.labels).rewards
+        following = expand_ranges(whole.offsets[:-1] + begin + 1, tokens)
+        return PromptSequences(batch, torch.from_numpy(judged[following]))
+
+
+def _columns(rule: PreferenceRule) -> list[str]:
+    """Columns of events that the rule reads."""
+    match rule:
+        case RatingRule():
+            return ["ratings"]
+        case LabelRule():
+            return ["labels"]
+        case WatchTimeRule():
+            return ["dwell_times", "durations", *(["labels"] if rule.negative else [])]
+        case _:
+            assert_never(rule)

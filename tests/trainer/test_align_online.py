@@ -1,0 +1,150 @@
+"""Online alignment on real ranks, of both families of models: first step, worlds, resume."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.harness import run_ranks
+from tests.trainer.runs import USERS, logged, quiet, settings_of
+from tests.trainer.test_code_stages import BLOCKS, write_run
+from trainer.align import align_worker
+from trainer.pretrain import train_worker
+
+PER_STEP = 32
+STEPS_PER_EPOCH = -(-USERS // PER_STEP)
+ONLINE: dict[str, Any] = {
+    "rule": None,
+    "epochs": 2,
+    "prompts": {"per_step": PER_STEP},
+    "generation": {"kind": "ancestral", "samples": 6},
+    "rewards": [{"kind": "hit"}, {"kind": "novelty", "weight": 0.3}],
+    "log_every_steps": 1,
+    "supervised_weight": 0.5,
+    "optimizer": {"lr": 0.01},
+    "checkpoint": {"every_steps": 2},
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "hstu": {"evaluation": {"ks": [1, 5, 10], "users_per_batch": 16}},
+    "lazy_decoder": BLOCKS,
+}
+GRPO: dict[str, Any] = {
+    "kind": "grpo",
+    "inner_epochs": 2,
+    "kl": {"weight": 0.1},
+    "reference": {"sync_every_steps": 2, "mixing": 0.5},
+}
+OTHERS: dict[str, dict[str, Any]] = {
+    "hstu": {
+        "kind": "gbpo",
+        "advantages": {"scaling": "batch"},
+        "reduction": "dapo",
+        "generation": {"kind": "gumbel_top_k", "samples": 6},
+        "reference": None,
+        "logged": {"rule": {"kind": "rating", "liked_from": 4, "disliked_to": 2}},
+    },
+    "lazy_decoder": {
+        "kind": "ecpo",
+        "inner_epochs": 2,
+        "entropy_weight": 0.01,
+        "ratio": "item",
+        "generation": {"kind": "beam", "beams": 6},
+        "rewards": [{"kind": "rank"}, {"kind": "prefix"}, {"kind": "quota"}],
+    },
+}
+"""Of each family, an algorithm with what the first one leaves out."""
+
+
+class InterruptedRunError(Exception):
+    """The run's end, before its time."""
+
+
+def interrupting(line: str) -> None:
+    """A `say` that ends the run at the first validation of a step, before that step is saved."""
+    if line.startswith("validation after epoch 1"):
+        raise InterruptedRunError
+
+
+def align(settings: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any] | None:
+    try:
+        return align_worker(settings, say)
+    except InterruptedRunError:
+        return None
+
+
+def settings_for(root: Path, name: str, family: str, **more: Any) -> dict[str, Any]:
+    blocks = FAMILIES[family] | {"cluster": {"num_workers": more.pop("workers", 1)}}
+    start = more.pop("start", None)
+    blocks["alignment"] = {"kind": "grpo"} | ONLINE | more
+    urls = {"pairs": None, "reference": None, "start": start}
+    codes = str(root / "codes") if family != "hstu" else None
+    return settings_of(root, name, blocks, **(urls | {"semantic_ids": codes}))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path: Path = tmp_path_factory.mktemp("online")
+    write_run(path)
+    return path
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def started(request: pytest.FixtureRequest, root: Path) -> tuple[str, dict[str, Any]]:
+    settings = settings_for(root, f"pretrain-{request.param}", request.param)
+    [outputs] = run_ranks(1, train_worker, settings, quiet)
+    return request.param, outputs["checkpoint"]
+
+
+def run(
+    root: Path, name: str, started: tuple[str, dict[str, Any]], workers: int, **more: Any
+) -> dict[int, Any]:
+    """What an alignment measured, step by step."""
+    family, start = started
+    say = more.pop("say", quiet)
+    name = f"{name}-{family}"
+    settings = settings_for(root, name, family, start=start, workers=workers, **more)
+    run_ranks(workers, align, settings, say)
+    return logged(root, "align", name)
+
+
+def test_first_step_worlds_and_resume(root: Path, started: tuple[str, dict[str, Any]]) -> None:
+    whole = run(root, "one", started, 1, **GRPO)
+    assert len([step for step in whole if step]) == 2 * STEPS_PER_EPOCH * 2
+    first = whole[1]
+    assert first["train/ratio"] == pytest.approx(1.0, abs=1e-5)  # rollout and loss agree
+    assert first["train/kl"] == pytest.approx(0.0, abs=1e-6)
+    assert first["train/clip_low"] == first["train/clip_high"] == 0
+    assert first["train/legality"] == 1
+    assert 0 < first["train/unique"] <= 1 and 0 <= first["train/zero_std"] < 1
+    parts = first["train/reward/hit"] + first["train/reward/novelty"]
+    assert first["train/reward"] == pytest.approx(parts, rel=1e-5)
+    assert abs(whole[2]["train/ratio"] - 1) > 1e-4  # the same rollout, after an update
+    assert whole[max(whole)]["train/kl"] > 1e-5
+
+    shared = run(root, "two", started, 2, **GRPO)
+    assert shared.keys() == whole.keys()
+    for tag, value in first.items():
+        assert shared[1][tag] == pytest.approx(value, rel=2e-3, abs=2e-5), tag
+
+    cut = run(root, "cut", started, 1, say=interrupting, **GRPO)
+    assert 0 < max(cut) < max(whole)
+    again = run(root, "cut", started, 1, **GRPO)
+    assert again.keys() == whole.keys()
+    for step, row in whole.items():
+        assert again[step] == row, f"step {step}"
+
+
+def test_other_algorithms(root: Path, started: tuple[str, dict[str, Any]]) -> None:
+    rows = run(root, "other", started, 1, epochs=1, **OTHERS[started[0]])
+    last = rows[max(rows)]
+    if started[0] == "hstu":
+        assert len(rows) == STEPS_PER_EPOCH + 1
+        assert "train/kl" not in last and last["train/clip_high"] == 0
+        assert last["train/unique"] == 1  # without replacement
+        assert last["train/ratio"] <= 1 and last["train/bounded"] > 0
+        assert last["train/logged_loss"] != 0
+    else:
+        assert len(rows) == 2 * STEPS_PER_EPOCH + 1
+        assert rows[1]["train/ratio"] == pytest.approx(1.0, abs=1e-4)
+        assert last["train/reward/quota"] <= 0

@@ -1,0 +1,209 @@
+"""Online alignment: rollouts, rewards, advantages and updates, all on the training workers.
+
+Shape legend: N prompts, G candidates of a prompt, L parts of a candidate's log π.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from configs.alignment import GBPOConfig, OnlineAlignment
+from configs.preferences import PreferenceRule
+from data_loaders.items import train_counts
+from data_loaders.loader import LoaderState
+from data_loaders.preference_rules import check_rule
+from data_loaders.prompts import PromptLoader, PromptSequences
+from models.base import CodeDecoder
+from sharding.parallelize import ParallelModel
+from trainer.objectives import policy_gradient as pg
+from trainer.objectives.online import OnlineInputs, OnlineLoss
+from trainer.objectives.scoring import Candidates
+from trainer.policy import Worker
+from trainer.prompts import Prompts, cut_prompts
+from trainer.reference_policy import ReferencePolicy
+from trainer.rewards import rules
+from trainer.rewards.group import Group
+from trainer.rewards.total import Rewarded, RewardSum
+from trainer.rollout import Rollout, RolloutEngine
+from trainer.supervised import SupervisedTargets
+from trainer.trainer import TrainerState
+
+
+def prompt_loader(worker: Worker, config: OnlineAlignment, state: TrainerState) -> PromptLoader:
+    """Training sequences to cut prompts from, at the state's position."""
+    rule = _logged_rule(config)
+    if rule is not None:
+        check_rule(rule, worker.dataset.manifest, worker.layout.data)
+    return PromptLoader(
+        worker.dataset,
+        worker.recipe.data.loader,
+        rule,
+        prompts_per_step=config.prompts.per_step,
+        seed=worker.recipe.seed,
+        rank=worker.ctx.rank,
+        world_size=worker.ctx.world_size,
+        state=LoaderState(**state.loader) if state.loader else None,
+    )
+
+
+def _logged_rule(config: OnlineAlignment) -> PreferenceRule | None:
+    if isinstance(config, GBPOConfig) and config.logged is not None:
+        return config.logged.rule
+    return None
+
+
+class OnlineUpdates:
+    """Turns a step's sequences into updates: one rollout, then `inner_epochs` updates with it.
+
+    Its only state besides the policy's is the reference, which is saved with every checkpoint.
+    """
+
+    def __init__(
+        self,
+        worker: Worker,
+        config: OnlineAlignment,
+        loss: OnlineLoss,
+        reference: ReferencePolicy | None,
+    ) -> None:
+        """Raises ValueError where a reward cannot be had."""
+        counts = train_counts(worker.layout.data).to(worker.ctx.device)
+        self.rewards = RewardSum(config.rewards, counts)
+        self._worker = worker
+        self._config = config
+        self._model = loss.model
+        self._reference = reference
+        self._supervised = SupervisedTargets(worker, loss.model, config.supervised_weight)
+        self._policy: ParallelModel | None = None
+        self._engine: RolloutEngine | None = None
+
+    def attach(self, policy: ParallelModel) -> None:
+        """Generate with `policy`, whose weights and step are in place. Collective."""
+        self._policy = policy
+        self._engine = RolloutEngine(self._worker, policy, self._config.generation)
+        if self._reference is not None:
+            self._reference.restore(policy.step)
+
+    def before_save(self) -> None:
+        """Save what belongs to the policy's next checkpoint. Collective."""
+        assert self._policy is not None, "attach comes first"
+        if self._reference is not None:
+            self._reference.save(self._policy.step)
+
+    def __call__(self, step: Any) -> Iterator[Sequence[OnlineInputs]]:
+        """Inputs of each update, the same for all inner epochs. Collective."""
+        assert self._policy is not None, "attach comes first"
+        inputs = self.prepared(step)
+        for _ in range(self._config.inner_epochs):
+            yield inputs
+        if self._reference is not None:
+            batches = self._policy.step // self._config.inner_epochs
+            self._reference.after(batches, self._policy)
+
+    def prepared(self, step: Any) -> list[OnlineInputs]:
+        """Rollout, rewards and advantages of a step's micro batches. Collective."""
+        prompts = [self._cut(sequences, step.epoch) for sequences in step.micro_batches]
+        rollouts = self.rolled_out(prompts, step.step)
+        rewarded = self.rewarded(rollouts)
+        return self.inputs(prompts, rollouts, rewarded, step.step)
+
+    def _cut(self, sequences: PromptSequences, epoch: int) -> Prompts:
+        model, seed = self._model, self._worker.recipe.seed
+        longest = self._worker.recipe.data.loader.max_length
+        if isinstance(model, CodeDecoder):
+            longest = min(longest, model.longest_history)
+        position = self._config.prompts.position
+        return cut_prompts(sequences, position, longest, seed=seed, epoch=epoch)
+
+    def rolled_out(self, prompts: Sequence[Prompts], step: int) -> list[Rollout]:
+        """Groups from the policy as it is. Collective."""
+        assert self._engine is not None, "attach comes first"
+        self._engine.refresh()
+        return [self._engine(each, step) for each in prompts]
+
+    def rewarded(self, rollouts: Sequence[Rollout]) -> list[Rewarded]:
+        """What the groups are worth. Collective."""
+        return [self.rewards(rollout.group) for rollout in rollouts]
+
+    def inputs(
+        self,
+        prompts: Sequence[Prompts],
+        rollouts: Sequence[Rollout],
+        rewarded: Sequence[Rewarded],
+        step: int,
+    ) -> list[OnlineInputs]:
+        """Inputs of the loss. Collective."""
+        advantages = self._advantages(rollouts, rewarded)
+        candidates = [
+            self._with_logged(each, rollout)
+            for each, rollout in zip(prompts, rollouts, strict=True)
+        ]
+        supervised = self._supervised(candidates, step)
+        return [
+            OnlineInputs(
+                candidates=candidates[at],
+                mask=rollout.group.valid[..., None].expand(rollout.log_probs.shape),
+                old=rollout.log_probs,
+                reference=self._reference_log_probs(rollout),
+                advantages=advantages[at],
+                logged_advantages=_moved(prompts[at].outcomes, self._worker.ctx.device),
+                measures=measures(rollout.group, rewarded[at]),
+                supervised=supervised[at],
+            )
+            for at, rollout in enumerate(rollouts)
+        ]
+
+    def _advantages(
+        self, rollouts: Sequence[Rollout], rewarded: Sequence[Rewarded]
+    ) -> list[Tensor]:
+        """[N, G] of each micro batch."""
+        config, std = self._config.advantages, None
+        valid = [rollout.group.valid for rollout in rollouts]
+        pairs = list(zip((each.total for each in rewarded), valid, strict=True))
+        if config.scaling == "batch":
+            moments = torch.stack([pg.reward_moments(*pair) for pair in pairs]).sum(0)
+            std = pg.std_of_moments(self._worker.ctx.all_reduce_sum(moments))
+        return [pg.group_advantages(*pair, config.scaling, config.epsilon, std) for pair in pairs]
+
+    def _with_logged(self, prompts: Prompts, rollout: Rollout) -> Candidates:
+        """The group, and what the user took next where impressions are learnt from."""
+        candidates, group = rollout.candidates, rollout.group
+        if prompts.outcomes is None:
+            return candidates
+        items = torch.cat([candidates.items, group.target_ids[:, None]], dim=1)
+        codes = None
+        if candidates.codes is not None and group.target_codes is not None:
+            codes = torch.cat([candidates.codes, group.target_codes[:, None]], dim=1)
+        return replace(candidates, items=items, codes=codes)
+
+    def _reference_log_probs(self, rollout: Rollout) -> Tensor | None:
+        if self._reference is None:
+            return None
+        return self._reference.likelihood().parts(rollout.candidates)
+
+
+def measures(group: Group, rewarded: Rewarded) -> dict[str, Tensor]:
+    """What is logged of groups: each [N, G] float32, to be averaged over candidates.
+
+    `reward`, its parts, `reward_std` within groups, `zero_std` (groups that teach nothing),
+    `unique` (share of a group's candidates that are distinct items) and `legality`.
+    """
+
+    def of_groups(values: Tensor) -> Tensor:
+        return values.float()[:, None].expand(group.items.shape)
+
+    distinct = rules.diversity(group).sum(1) / group.valid.sum(1).clamp(min=1)
+    parts = {f"reward/{name}": part for name, part in rewarded.parts.items()}
+    return parts | {
+        "reward": rewarded.total,
+        "reward_std": of_groups(pg.group_std(rewarded.total, group.valid)),
+        "zero_std": of_groups(pg.zero_std(rewarded.total, group.valid)),
+        "unique": of_groups(distinct),
+        "legality": rules.legality(group),
+    }
+
+
+def _moved(values: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if values is None else values.to(device)

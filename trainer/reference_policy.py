@@ -1,0 +1,128 @@
+"""The policy that divergence is measured from: a second set of weights on the same workers.
+
+It is sharded as the trained one is, has no optimizer state, and is never trained: it is the
+starting policy, or one that follows the trained policy at a distance.
+"""
+
+from typing import Any
+
+import torch
+
+from configs import storage
+from configs.policy_gradient import ReferenceConfig
+from sharding.checkpoint import CheckpointStore
+from sharding.parallelize import ParallelModel, parallelize
+from trainer.objectives.online import OnlineLoss
+from trainer.policy import Worker, open_checkpoint
+from trainer.scoring import Likelihood
+
+
+class ReferencePolicy:
+    """Holds, moves, saves and restores the reference."""
+
+    def __init__(
+        self,
+        worker: Worker,
+        config: ReferenceConfig,
+        loss: OnlineLoss,
+        start: dict[str, Any],
+        checkpoints_url: str,
+        keep: int,
+    ) -> None:
+        """Build it; `restore` fills it. Collective.
+
+        Args:
+            worker: of the stage.
+            config: whether and how it moves.
+            loss: with a new model; it is never called.
+            start: reference of the checkpoint that alignment starts from.
+            checkpoints_url: of the stage's newest checkpoints; a moving reference is saved below.
+            keep: checkpoints of the stage that are kept.
+        """
+        recipe = worker.recipe
+        assert recipe.alignment is not None, "the align stage exists only with an alignment block"
+        sharding = recipe.sharding
+        frozen = recipe.model_copy(
+            update={
+                # Neither copies of weights nor state of optimizers, which ZeRO 1 and 2 would keep.
+                "training": recipe.training.model_copy(
+                    update={"zero_stage": 3 if recipe.training.zero_stage == 3 else 0}
+                ),
+                "sharding": sharding.model_copy(
+                    update={"optimizer": sharding.optimizer.model_copy(update={"kind": "sgd"})}
+                ),
+            }
+        )
+        self._policy = parallelize(
+            loss,
+            loss.model.table_specs(),
+            frozen,
+            worker.ctx,
+            total_steps=1,
+            optimizer=recipe.alignment.optimizer,
+            sparse_lr=sharding.optimizer.lr,
+        )
+        self._worker, self._config, self._start = worker, config, start
+        url = storage.join(checkpoints_url, "reference")
+        self._store = CheckpointStore(url, keep + 1, worker.ctx)
+        self._saved_at: int | None = None
+        self._likelihood: Likelihood | None = None
+
+    def restore(self, step: int) -> None:
+        """As it was at optimizer step `step` of the policy. Collective.
+
+        Raises:
+            ValueError: it was to be saved then, and is not there.
+        """
+        self._likelihood = None
+        if step == 0 or self._config.sync_every_steps is None:
+            store, start = open_checkpoint(self._worker, self._start)
+            store.load_weights(self._policy, start)
+            return
+        info = self._store.newest(step=step)
+        if info is None:
+            raise ValueError(
+                f"{self._store.root} has no reference policy of step {step}, which the stage's "
+                "checkpoint of that step was trained with; run `tandem align RECIPE --force`"
+            )
+        self._store.load_weights(self._policy, info)
+        self._saved_at = step
+
+    def likelihood(self) -> Likelihood:
+        """log π_ref. Collective."""
+        if self._likelihood is None:
+            self._likelihood = Likelihood.of(self._worker, self._policy)
+        return self._likelihood
+
+    def after(self, batches: int, policy: ParallelModel) -> None:
+        """Move towards the policy if that is due after so many batches of prompts. Collective."""
+        every = self._config.sync_every_steps
+        if every is None or batches % every:
+            return
+        mix(self._policy, policy, self._config.mixing)
+        self._likelihood = None
+
+    def save(self, step: int) -> None:
+        """Save, once, what belongs to the policy's checkpoint of `step`. Collective."""
+        if self._config.sync_every_steps is None or self._saved_at == step:
+            return
+        self._store.save(self._policy, step, {}, {}, {"start": self._start["hash"]})
+        self._saved_at = step
+
+
+@torch.no_grad()
+def mix(reference: ParallelModel, policy: ParallelModel, share: float) -> None:
+    """reference ← share · policy + (1 - share) · reference, in float32. Collective."""
+    weights, newer = reference.engine.full_weights(), policy.engine.full_weights()
+    mixed = {name: {"weight": value.lerp(newer[name], share)} for name, value in weights.items()}
+    reference.engine.load_full_state(mixed, 0)
+    newest = dict(policy.engine.module.named_buffers())
+    for name, buffer in reference.engine.module.named_buffers():
+        buffer.copy_(newest[name])  # which expert is chosen is no mean of two choices
+    state, theirs = reference.tables.state_dict(), policy.tables.state_dict()
+    for key, table in state.items():
+        ours, others = table.local_shards(), theirs[key].local_shards()
+        for mine, other in zip(ours, others, strict=True):
+            assert mine.metadata == other.metadata, "both policies are sharded alike"
+            mine.tensor.lerp_(other.tensor.to(mine.tensor.dtype), share)
+    reference.tables.load_state_dict(state)

@@ -1,0 +1,164 @@
+"""Rollouts inside the training workers: groups of candidates from the policy as it is.
+
+Lookups of sharded tables are collective, so ranks generate together, each for its own prompts;
+there are no weights to be synced. What is drawn for a prompt is a pure function of (seed, step,
+user, cut): neither world size nor micro batching changes it.
+
+Shape legend: N prompts, G candidates of a prompt, L code levels, D width.
+"""
+
+from dataclasses import dataclass
+from typing import assert_never
+
+import torch
+from torch import Tensor
+
+from configs.generation import (
+    AncestralConfig,
+    BeamConfig,
+    GenerationConfig,
+    GumbelTopKConfig,
+)
+from configs.objectives import NextCodeConfig
+from models.base import CodeDecoder, TableModel
+from models.generation.candidates import candidate_log_probs
+from models.generation.noise import request_streams, sample_streams
+from models.generation.search import Generated, generate, item_of_each
+from sharding.parallelize import ParallelModel
+from sharding.retrieval import Catalogue
+from trainer.codes import last_requests, with_codes
+from trainer.generate import FirstItem
+from trainer.objectives.scoring import Candidates
+from trainer.policy import Worker
+from trainer.prompts import Prompts, request_keys
+from trainer.rewards.group import Group
+from trainer.scoring import item_log_probs
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """The groups of N prompts, on the policy's device."""
+
+    group: Group
+    candidates: Candidates
+    """Contexts as the model reads them, with the group's items."""
+    log_probs: Tensor
+    """[N, G, L] float32, log π of each code (L = 1 of items) under the policy that generated;
+    anything where there is no candidate."""
+
+
+class RolloutEngine:
+    """Generates with a policy."""
+
+    def __init__(self, worker: Worker, policy: ParallelModel, generation: GenerationConfig) -> None:
+        self._worker = worker
+        self._policy = policy
+        self._generation = generation
+        self._catalogue: Catalogue | None = None
+
+    def refresh(self) -> None:
+        """Take over the policy's weights as they are now. Collective.
+
+        Call it before the first rollout after an update.
+        """
+        if not isinstance(self._policy.model, CodeDecoder):
+            chunk = self._worker.recipe.evaluation.catalogue_chunk
+            self._catalogue = Catalogue(self._policy, self._worker.num_items, chunk)
+
+    def __call__(self, prompts: Prompts, step: int) -> Rollout:
+        """A group for each prompt, which may lie on the CPU. Collective."""
+        keys = request_keys(prompts.batch, self._worker.recipe.seed, step)
+        keys = keys.to(self._policy.ctx.device)
+        if isinstance(self._policy.model, CodeDecoder):
+            return self._of_codes(self._policy.model, prompts, keys)
+        return self._of_items(prompts, keys)
+
+    def _of_codes(self, model: CodeDecoder, prompts: Prompts, keys: Tensor) -> Rollout:
+        catalogue, device = self._worker.catalogue, self._policy.ctx.device
+        read = last_requests(model, prompts.batch).to(device)
+        batch, trie, config = with_codes(read, catalogue.codes), catalogue.trie, self._generation
+
+        def use(model: TableModel, embeddings: dict[str, Tensor]) -> tuple[Generated, Tensor]:
+            assert isinstance(model, CodeDecoder)
+            context = model.encode(batch, embeddings, 0, "last")
+            generated = generate(
+                FirstItem(model, trie.num_levels),
+                context,
+                batch.num_sequences,
+                trie,
+                config,
+                keys=None if isinstance(config, BeamConfig) else keys,
+            )
+            # Those of the loss, to the last bit: search adds them up on its way.
+            return generated, candidate_log_probs(model, context, generated.codes, trie)
+
+        generated, log_probs = self._policy.infer(batch, use)
+        targets = prompts.target_ids.to(device)
+        group = Group(
+            items=item_of_each(generated, trie),
+            codes=generated.codes,
+            valid=generated.valid,
+            log_probs=generated.log_probs,
+            target_ids=targets,
+            target_codes=catalogue.codes[targets].long(),
+            contexts=batch,
+        )
+        return Rollout(group, Candidates(batch, group.items, group.codes), log_probs)
+
+    def _of_items(self, prompts: Prompts, keys: Tensor) -> Rollout:
+        objective, catalogue = self._worker.recipe.objective, self._catalogue
+        assert not isinstance(objective, NextCodeConfig), "a recipe's checks tell decoders apart"
+        assert catalogue is not None, "refresh comes first"
+        device = self._policy.ctx.device
+        batch = prompts.batch.to(device)
+        queries = self._policy.query(batch)[batch.offsets[1:] - 1]
+        items = sample_items(catalogue, queries, keys, self._generation, objective.temperature)
+        log_probs = item_log_probs(self._policy, catalogue, queries, items, objective.temperature)
+        valid = items > 0
+        group = Group(
+            items=items,
+            codes=None,
+            valid=valid,
+            log_probs=log_probs.squeeze(-1).masked_fill(~valid, -torch.inf),
+            target_ids=prompts.target_ids.to(device),
+            target_codes=None,
+            contexts=batch,
+        )
+        return Rollout(group, Candidates(batch, items), log_probs)
+
+
+def sample_items(
+    catalogue: Catalogue,
+    queries: Tensor,
+    keys: Tensor,
+    config: GenerationConfig,
+    temperature: float,
+) -> Tensor:
+    """G items of each query: [N, G] int64, 0 where there are no more. Collective.
+
+    The same three strategies that write semantic ids, exact over the sharded catalogue.
+
+    Args:
+        catalogue: all items.
+        queries: [N, D].
+        keys: [N] int64, what is drawn for a query is a pure function of its key.
+        config: the strategy.
+        temperature: of the policy's softmax; that of `config` multiplies it.
+    """
+    match config:
+        case BeamConfig():
+            nothing = keys.new_zeros(queries.shape[0] + 1)
+            return catalogue.top_k(queries, config.beams, nothing[:0], nothing)[0]
+        case GumbelTopKConfig():
+            streams = request_streams(keys)[:, 0]
+            scale = temperature * config.temperature
+            return catalogue.sample(queries, config.samples, streams, scale)[0]
+        case AncestralConfig():
+            # Equal queries with streams of their own: their first draws are independent.
+            streams = sample_streams(keys, config.samples)
+            repeated = queries.repeat_interleave(config.samples, dim=0)
+            scale = temperature * config.temperature
+            drawn, _ = catalogue.sample(repeated, 1, streams.flatten(), scale)
+            return drawn.view(queries.shape[0], config.samples)
+        case _:
+            assert_never(config)
