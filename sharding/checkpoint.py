@@ -104,10 +104,20 @@ class CheckpointStore:
             CheckpointError: a rank could not write (a full disk, say). Earlier checkpoints are
                 intact, and nothing of this one is left.
         """
-        name = self._on_first_rank(lambda: self._fresh_name(step))
-        url = storage.join(self.root, name)
         tensors = checkpoint_state.training_state(model) | checkpoint_state.random_state(self._ctx)
         documents = {"state.json": state, "recipe.json": recipe_json}
+        return self.write(step, tensors, documents, fingerprints)
+
+    def write(
+        self,
+        step: int,
+        tensors: dict[str, Tensor],
+        documents: Mapping[str, Mapping[str, Any]],
+        fingerprints: Mapping[str, str],
+    ) -> CheckpointInfo:
+        """As `save`, of tensors and JSON documents at hand."""
+        name = self._on_first_rank(lambda: self._fresh_name(step))
+        url = storage.join(self.root, name)
         try:
             files = self._write_tensors(url, tensors)
             manifest = self._on_first_rank(
@@ -121,6 +131,12 @@ class CheckpointStore:
             ) from error
         self._on_first_rank(self._prune)
         return _info(url, manifest)
+
+    def apart(self, ctx: DistributedContext) -> "CheckpointStore":
+        """The same store, whose collectives are those of `ctx`."""
+        twin = CheckpointStore(self.root, self._keep, ctx)
+        twin._damaged = self._damaged
+        return twin
 
     def newest(self, step: int | None = None) -> CheckpointInfo | None:
         """The newest checkpoint that verifies, of all or of one step; or None.
@@ -202,7 +218,12 @@ class CheckpointStore:
         planner = dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         failure: str | None = None
         try:
-            dcp.save(tensors, storage_writer=writer, planner=planner)
+            dcp.save(
+                tensors,
+                storage_writer=writer,
+                planner=planner,
+                process_group=self._ctx.group,
+            )
         except CheckpointException as error:  # DCP raises it on all ranks together
             failure = str(writer.files.error) if writer.files.error else _reason(error, self._ctx)
         self._raise_together(failure)

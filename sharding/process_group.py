@@ -4,7 +4,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -22,6 +22,18 @@ class DistributedContext:
     rank: int
     world_size: int
     device: torch.device
+    group: dist.ProcessGroup | None = None
+    """Whose collectives are used; None: those of the whole world."""
+
+    def apart(self) -> "DistributedContext":
+        """The same ranks with a group of their own, on the CPU.
+
+        Its collectives may run in another thread, in another order than the world's.
+        """
+        if not dist.is_initialized():
+            return self
+        group = dist.new_group(backend="gloo")
+        return replace(self, device=torch.device("cpu"), group=group)
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in place; returns `tensor`."""
@@ -31,7 +43,7 @@ class DistributedContext:
         """Start a sum over ranks in place; the returned function waits until it is there."""
         if self.world_size == 1:
             return lambda: None
-        work = dist.all_reduce(tensor, async_op=True)
+        work = dist.all_reduce(tensor, group=self.group, async_op=True)
         assert work is not None
         return work.wait
 
@@ -41,7 +53,7 @@ class DistributedContext:
 
     def _reduce(self, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
         if self.world_size > 1:
-            dist.all_reduce(tensor, op)
+            dist.all_reduce(tensor, op, group=self.group)
         return tensor
 
     def all_gather_object(self, value: T) -> list[T]:
@@ -49,7 +61,7 @@ class DistributedContext:
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.group)
         return values
 
     def broadcast_object(self, value: T, source: int = 0) -> T:
@@ -57,13 +69,13 @@ class DistributedContext:
         if self.world_size == 1:
             return value
         box: list[Any] = [value]
-        dist.broadcast_object_list(box, source)
+        dist.broadcast_object_list(box, source, group=self.group)
         return box[0]
 
     def barrier(self) -> None:
         """Wait for every rank."""
         if self.world_size > 1:
-            dist.barrier()
+            dist.barrier(group=self.group)
 
 
 def hush_libraries() -> None:

@@ -1,0 +1,112 @@
+"""Checkpoints written behind training: the model's state is copied, and training goes on.
+
+One save is in flight at a time. It is committed by the same rules as any other, after every rank
+has written its part; until then it is debris, and the checkpoints before it stand.
+"""
+
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
+
+from sharding import checkpoint_state
+from sharding.checkpoint import CheckpointStore
+from sharding.parallelize import ParallelModel
+from sharding.process_group import DistributedContext
+
+
+@dataclass
+class SaveTimes:
+    """What saving cost this rank, in seconds over all saves."""
+
+    saves: int = 0
+    stalled: float = 0.0
+    """Training waited: for the save before, and for the copy."""
+    written: float = 0.0
+    """From the copy to the commit, most of it behind training."""
+
+
+class BackgroundSaves:
+    """Every method is collective: all ranks call it at the same place, and raise together."""
+
+    def __init__(self, ctx: DistributedContext) -> None:
+        self._ctx = ctx.apart()
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self.times = SaveTimes()
+
+    def save(
+        self,
+        store: CheckpointStore,
+        model: ParallelModel,
+        state: Mapping[str, Any],
+        recipe_json: Mapping[str, Any],
+        fingerprints: Mapping[str, str],
+    ) -> None:
+        """Copy what `CheckpointStore.save` would write, and have it written.
+
+        Raises:
+            CheckpointError: the save before could not be written.
+        """
+        started = time.monotonic()
+        self._join()
+        tensors = checkpoint_state.training_state(model)
+        tensors |= checkpoint_state.random_state(self._ctx)
+        copies = {name: _copied(value) for name, value in tensors.items()}
+        documents = {"state.json": state, "recipe.json": recipe_json}
+        arguments = (store.apart(self._ctx), model.step, copies, documents, fingerprints)
+        self._thread = threading.Thread(target=self._write, args=arguments, daemon=True)
+        self._thread.start()
+        self.times.saves += 1
+        self.times.stalled += time.monotonic() - started
+
+    def wait(self) -> None:
+        """Until nothing is in flight.
+
+        Raises:
+            CheckpointError: the last save could not be written.
+        """
+        started = time.monotonic()
+        self._join()
+        self.times.stalled += time.monotonic() - started
+
+    def _join(self) -> None:
+        if self._thread is None:
+            return
+        self._thread.join()
+        self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _write(
+        self,
+        store: CheckpointStore,
+        step: int,
+        tensors: dict[str, Tensor],
+        documents: Mapping[str, Mapping[str, Any]],
+        fingerprints: Mapping[str, str],
+    ) -> None:
+        started = time.monotonic()
+        try:
+            store.write(step, tensors, documents, fingerprints)
+        except BaseException as error:  # noqa: BLE001 - raised where the caller waits
+            self._error = error
+        self.times.written += time.monotonic() - started
+
+
+def _copied(value: Tensor) -> Tensor:
+    """A copy on the CPU that training does not touch; of a sharded tensor, of its local shards."""
+    if not isinstance(value, ShardedTensor):
+        return value.detach().to("cpu", copy=True)
+    shards = [
+        Shard(shard.tensor.detach().to("cpu", copy=True), shard.metadata)
+        for shard in value.local_shards()
+    ]
+    return ShardedTensor._init_from_local_shards_and_global_metadata(
+        shards, sharded_tensor_metadata=value.metadata(), process_group=value._process_group
+    )
