@@ -47,6 +47,8 @@ class CheckpointConfig(Config):
     every_steps: PositiveInt | None = None
     every_epochs: PositiveInt | None = 1
     keep: int = Field(2, ge=2)
+    behind_training: bool = True
+    """Write a copy of the state while training goes on; costs the host memory of one more copy."""
 
 
 class TrainingConfig(Config):

@@ -18,6 +18,9 @@ from sharding.checkpoint import CheckpointStore
 from sharding.parallelize import ParallelModel
 from sharding.process_group import DistributedContext
 
+CLOSING_S = 30.0
+"""How long a training that failed waits for its last save: the other ranks may be gone."""
+
 
 @dataclass
 class SaveTimes:
@@ -73,6 +76,11 @@ class BackgroundSaves:
         started = time.monotonic()
         self._join()
         self.times.stalled += time.monotonic() - started
+
+    def close(self) -> None:
+        """Give what is in flight some time to be committed after training failed; never raises."""
+        if self._thread is not None:
+            self._thread.join(CLOSING_S)
 
     def _join(self) -> None:
         if self._thread is None:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 from configs.training import CheckpointConfig, ValidationConfig
-from sharding.checkpoint import CheckpointInfo, CheckpointStore
+from sharding.checkpoint import CheckpointStore
 from sharding.parallelize import ParallelModel, StepResult
 from trainer.guardrails import Alarm, Watch, WatchState
 from trainer.monitor.stage_monitor import StageMonitor
@@ -21,6 +21,19 @@ class Step(Protocol):
     def epoch(self) -> int: ...
     @property
     def last_of_epoch(self) -> bool: ...
+
+
+class Saver(Protocol):
+    """Writes checkpoints, at once or behind training."""
+
+    def save(self, store: CheckpointStore, state: dict[str, Any]) -> None:
+        """Save the model and the given state. Collective."""
+
+    def wait(self) -> None:
+        """Until all saves are committed. Collective."""
+
+    def close(self) -> None:
+        """After a failure: let what is in flight end."""
 
 
 class StepLoader(Protocol):
@@ -77,7 +90,7 @@ class Trainer:
 
     `updates` turns a step into updates, mostly one; an update is the loss module's inputs, one per
     micro batch. Checkpoints fall between steps, never between the updates of one. `validate`
-    returns metrics that are equal on all ranks. `save` writes the model and the given state.
+    returns metrics that are equal on all ranks.
     """
 
     model: ParallelModel
@@ -90,7 +103,7 @@ class Trainer:
     good: CheckpointStore
     """The last policy that kept the guardrails, where they may want it back."""
     checkpoint: CheckpointConfig
-    save: Callable[[CheckpointStore, dict[str, Any]], CheckpointInfo]
+    saver: Saver
     validation: ValidationConfig | None
     validate: Callable[[], dict[str, float]]
     measure_start: bool
@@ -111,7 +124,9 @@ class Trainer:
                 for batches in self.loader:
                     if self._one_step(batches):
                         break
+            self.saver.wait()
         finally:
+            self.saver.close()
             self.loader.close()
             if self.monitor is not None:
                 self.monitor.close()
@@ -159,7 +174,7 @@ class Trainer:
     def _save(self, store: CheckpointStore) -> None:
         if self.monitor is not None:
             self.monitor.flush()
-        self.save(store, self.state.to_dict())
+        self.saver.save(store, self.state.to_dict())
 
     def _log(self, result: StepResult, step: int, epoch: int, tokens: int) -> Alarm | None:
         """Log an update, if it is one that is logged; what the guardrails say of it."""
@@ -229,6 +244,7 @@ class Trainer:
 
     def _roll_back(self) -> None:
         """Return to the last good policy; data and schedule go on, at lower learning rates."""
+        self.saver.wait()
         good, step = self.good.newest(), self.model.step
         assert good is not None and self.watch is not None, "one was kept at the start"
         self.good.load(self.model, good)

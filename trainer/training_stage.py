@@ -23,6 +23,7 @@ from trainer.policy import (
     provenance,
     refuse_other_meanings,
 )
+from trainer.stage_saver import StageSaver
 from trainer.trainer import Limits, StepLoader, Trainer, TrainerState
 
 
@@ -103,6 +104,7 @@ class TrainingStage:
             self.before(policy, info is None)
         state = self._resume(policy, newest, info)
         self.updates.attach(policy)
+        saver = self._saver(policy)
         trainer = Trainer(
             model=policy,
             loader=self.loader_at(state),
@@ -113,7 +115,7 @@ class TrainingStage:
             best=best,
             good=good,
             checkpoint=config.checkpoint,
-            save=self._saver(policy),
+            saver=saver,
             validation=config.validation,
             validate=self.validator(policy),
             measure_start=self.measure_start,
@@ -121,7 +123,11 @@ class TrainingStage:
             log_every=config.log_every_steps,
             monitor=self._monitor(policy, total_steps),
         )
-        return _outcome(trainer.train(), newest, best, good)
+        state = trainer.train()
+        told = saver.sentence()
+        if told is not None:
+            worker.tell(told)
+        return _outcome(state, newest, best, good)
 
     def _resume(
         self, policy: ParallelModel, store: CheckpointStore, info: CheckpointInfo | None
@@ -133,17 +139,14 @@ class TrainingStage:
         self.worker.tell(f"resuming from step {info.step:,} ({info.url})")
         return state
 
-    def _saver(
-        self, policy: ParallelModel
-    ) -> Callable[[CheckpointStore, dict[str, Any]], CheckpointInfo]:
-        recipe_json = self.worker.recipe.model_dump(mode="json")
-        fingerprints = provenance(self.worker, stage=self.fingerprint, **self.hashes)
-
-        def save(store: CheckpointStore, state: dict[str, Any]) -> CheckpointInfo:
-            self.updates.before_save()
-            return store.save(policy, policy.step, state, recipe_json, fingerprints)
-
-        return save
+    def _saver(self, policy: ParallelModel) -> StageSaver:
+        return StageSaver(
+            policy,
+            self.worker.recipe.model_dump(mode="json"),
+            provenance(self.worker, stage=self.fingerprint, **self.hashes),
+            self.updates.before_save,
+            behind_training=self.config.checkpoint.behind_training,
+        )
 
     def _monitor(self, policy: ParallelModel, total_steps: int) -> StageMonitor | None:
         worker = self.worker

@@ -1,6 +1,6 @@
 """Saves behind training: what is committed is the model at the copy, whatever comes next."""
 
-import time
+import threading
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +28,7 @@ VARIANTS = [
 class SlowStore(CheckpointStore):
     """Writes only when told to go on, so that training is surely ahead."""
 
-    gate = 0.0
+    gate = threading.Event()
 
     def write(
         self,
@@ -37,7 +37,7 @@ class SlowStore(CheckpointStore):
         documents: Mapping[str, Mapping[str, Any]],
         fingerprints: Mapping[str, str],
     ) -> Any:
-        time.sleep(self.gate)
+        assert self.gate.wait(120)
         return super().write(step, tensors, documents, fingerprints)
 
     def apart(self, ctx: Any) -> "SlowStore":
@@ -48,13 +48,14 @@ def save_and_go_on(root: str) -> None:
     for at, settings in enumerate(VARIANTS):
         policy = make_policy(current_context("cpu"), settings)
         saves = BackgroundSaves(policy.ctx)
-        SlowStore.gate = 0.3 * (policy.ctx.rank + 1)
+        SlowStore.gate.clear()
         store = SlowStore(f"{root}/{at}", 2, policy.ctx)
         train(policy, 2)
         then = whole_state(policy)
         saves.save(store, policy, {"at": "then"}, {"name": "r"}, {"data": "abc"})
         losses = train(policy, 3)  # while the copy waits to be written
         assert store.newest() is None
+        SlowStore.gate.set()
         later = whole_state(policy)
         saves.save(store, policy, {"at": "later"}, {}, {})  # waits for the first one
         saves.wait()

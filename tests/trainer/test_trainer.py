@@ -61,6 +61,22 @@ class OneStep:
     global_tokens: int = 1
 
 
+@dataclass
+class AtOnce:
+    """Saves before it returns."""
+
+    policy: ParallelModel
+
+    def save(self, store: CheckpointStore, state: dict[str, Any]) -> None:
+        store.save(self.policy, self.policy.step, state, {}, {})
+
+    def wait(self) -> None:
+        """Nothing is in flight."""
+
+    def close(self) -> None:
+        """Nothing is in flight."""
+
+
 class Heard:
     """What the loop has its monitor say of validations."""
 
@@ -114,7 +130,7 @@ def run(root: str, values: list[float], changes: dict[str, Any]) -> dict[str, An
         updates=lambda step: [[NextItemInputs(make_batch(step.step, ctx), None, None, 0)]],
         state=state,
         watch=None if guardrails is None else Watch(guardrails, state.watch),
-        save=lambda store, state: store.save(policy, policy.step, state, {}, {}),
+        saver=AtOnce(policy),
         validate=validate,
         log_every=1,
         monitor=said,  # type: ignore[arg-type]  # it hears what a stage's monitor would print

@@ -1,0 +1,61 @@
+"""How a training stage writes its checkpoints, and what training waited for them."""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from sharding.background_saves import BackgroundSaves
+from sharding.checkpoint import CheckpointStore
+from sharding.parallelize import ParallelModel
+from trainer.monitor.progress import duration
+
+
+class StageSaver:
+    """Writes into the stage's stores, behind training or at once."""
+
+    def __init__(
+        self,
+        policy: ParallelModel,
+        recipe_json: Mapping[str, Any],
+        fingerprints: Mapping[str, str],
+        before_save: Callable[[], None],
+        *,
+        behind_training: bool,
+    ) -> None:
+        """`before_save` saves what belongs to the next checkpoint. Collective."""
+        self._policy = policy
+        self._recipe_json = recipe_json
+        self._fingerprints = fingerprints
+        self._before_save = before_save
+        self._background = BackgroundSaves(policy.ctx) if behind_training else None
+        self._started = time.monotonic()
+
+    def save(self, store: CheckpointStore, state: dict[str, Any]) -> None:
+        """Save the policy and the given state. Collective."""
+        self._before_save()
+        if self._background is None:
+            step = self._policy.step
+            store.save(self._policy, step, state, self._recipe_json, self._fingerprints)
+            return
+        self._background.save(store, self._policy, state, self._recipe_json, self._fingerprints)
+
+    def wait(self) -> None:
+        """Until all saves are committed. Collective."""
+        if self._background is not None:
+            self._background.wait()
+
+    def close(self) -> None:
+        """After a failure: let what is in flight end."""
+        if self._background is not None:
+            self._background.close()
+
+    def sentence(self) -> str | None:
+        """What saving behind training cost so far; None where that is not done."""
+        if self._background is None or not self._background.times.saves:
+            return None
+        times, elapsed = self._background.times, time.monotonic() - self._started
+        waited = f"{times.stalled:.1f} s ({times.stalled / elapsed:.1%} of its time)"
+        return (
+            f"{times.saves} checkpoints written in {duration(times.written)} behind training, "
+            f"which waited {waited} for them"
+        )
