@@ -49,6 +49,30 @@ class SASRecConfig(Config):
         return self
 
 
+class HSTURankingConfig(Config):
+    """HSTU ranking (arXiv 2402.17152; algorithms §2): what a user would do with given candidates.
+
+    Histories carry the labels of their events; `data.source.columns.labels` maps them.
+    """
+
+    kind: Literal["hstu_ranking"] = "hstu_ranking"
+    width: PositiveInt = 64
+    num_layers: PositiveInt = 2
+    num_heads: PositiveInt = 2
+    qk_width: PositiveInt = 32
+    v_width: PositiveInt = 32
+    dropout: float = Field(0.1, ge=0, lt=1)
+    mlp_width: PositiveInt = 256
+    """Inner width of the networks over contents and actions."""
+    action_width: PositiveInt = 16
+    """Width of a label's row."""
+    head_width: PositiveInt = 512
+    user_features: tuple[str, ...] = ()
+    """User attributes; each becomes a contextual token before the history."""
+    side_features: tuple[str, ...] = ()
+    """Event side features of the history; candidates have none."""
+
+
 Model = Annotated[HSTUConfig | SASRecConfig, Field(discriminator="kind")]
 
 

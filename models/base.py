@@ -1,6 +1,7 @@
 """What every model is: a dense module over looked-up embeddings, and described tables.
 
-A `SequenceModel` scores items by query and key; a `CodeDecoder` writes an item's semantic id.
+A `SequenceModel` scores items by query and key; a `CodeDecoder` writes an item's semantic id; a
+`RankingModel` says of given candidates what the user would do with them.
 
 Shape legend: B sequences, T total tokens, D width, V catalogue rows; N decode requests, W beams,
 L code levels, K_l codes of level l.
@@ -40,6 +41,8 @@ class CatalogueSizes:
     """Codes of each level of the items' semantic ids; empty where there are none."""
     num_actions: int = 0
     """Kinds of action, without the unknown 0."""
+    labels: tuple[str, ...] = ()
+    """Names of the bits of the events' labels, lowest first."""
     action_names: tuple[str, ...] = ()
     """What they are called, by id; id 1 comes first."""
     has_dwell_times: bool = False
@@ -114,6 +117,33 @@ class SequenceModel(TableModel):
     @abstractmethod
     def item_keys(self, item_embeddings: Tensor) -> Tensor:
         """What queries are multiplied with: [..., D] table rows → [..., D] float32."""
+
+
+class RankingModel(TableModel):
+    """Looks at candidates and history together; its first table is `item`."""
+
+    @abstractmethod
+    def forward(
+        self,
+        batch: JaggedBatch,
+        embeddings: dict[str, Tensor],
+        candidates: Tensor,
+        longest: int,
+        step_seed: int,
+    ) -> Tensor:
+        """Logits of each candidate.
+
+        Args:
+            batch: histories with `labels`, some maybe empty; the request is made at
+                `next_timestamps` of a history's last event.
+            embeddings: as in `SequenceModel.forward`.
+            candidates: [B, G, D] item rows; where there is no candidate, anything.
+            longest: length that histories are padded to, at least 1.
+            step_seed: as in `SequenceModel.forward`.
+
+        Returns:
+            [B, G, K] float32, in the order of the objective's tasks.
+        """
 
 
 class CodeDecoder(TableModel):
