@@ -105,15 +105,29 @@ def windows_ending_at(batch: JaggedBatch, ends: Tensor, max_history: int) -> Jag
     offsets = lengths_to_offsets(lengths)
     total = int(offsets[-1])
     first = torch.repeat_interleave(ends - lengths + 1, lengths, output_size=total)
-    windows = _of_tokens(batch, first + positions_in_sequence(offsets, total), offsets)
+    tokens = first + positions_in_sequence(offsets, total)
+    keys = token_keys(0, 0, batch.sample_ids, batch.offsets)[ends]
+    windows = select_tokens(batch, tokens, offsets, sequences, keys)
     targets = torch.zeros_like(windows.item_ids)
     targets[offsets[1:] - 1] = batch.target_ids[ends]
+    return replace(windows, target_ids=targets)
+
+
+def select_tokens(
+    batch: JaggedBatch, tokens: Tensor, offsets: Tensor, sequences: Tensor, sample_ids: Tensor
+) -> JaggedBatch:
+    """Tokens [T'] as N sequences of their own, which predict nothing.
+
+    `offsets` [N + 1] cut the tokens, `sequences` [N] tells whose they are, and `sample_ids` [N] is
+    what the new ones are called.
+    """
+    chosen = _of_tokens(batch, tokens, offsets)
     return replace(
-        windows,
-        sample_ids=token_keys(0, 0, batch.sample_ids, batch.offsets)[ends],
+        chosen,
+        sample_ids=sample_ids,
         user_ids=batch.user_ids[sequences],
         user_features={name: x[sequences] for name, x in batch.user_features.items()},
-        target_ids=targets,
+        target_ids=torch.zeros_like(chosen.item_ids),
     )
 
 
