@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from configs.base import Config
+from configs.data import LabelName
 
 
 class SampledSoftmaxConfig(Config):
@@ -62,6 +63,80 @@ class NextCodeConfig(Config):
     (sliding-window augmentation), drawn anew in each epoch; null takes every one."""
 
 
+class LabelTask(Config):
+    """Whether an event has a label: binary cross entropy."""
+
+    kind: Literal["label"] = "label"
+    label: LabelName
+    weight: PositiveFloat = 1.0
+
+    @property
+    def name(self) -> str:
+        """What its numbers are called."""
+        return self.label
+
+
+class DwellTask(Config):
+    """How long a user stays: squared error of log(1 + seconds) where the log says it."""
+
+    kind: Literal["dwell"] = "dwell"
+    weight: PositiveFloat = 1.0
+
+    @property
+    def name(self) -> str:
+        """What its numbers are called."""
+        return "dwell"
+
+
+class PScoreConfig(Config):
+    """One score from the towers of all tasks, trained on all labels (OneRec, arXiv 2506.13695)."""
+
+    weights: dict[LabelName, float] = Field(min_length=1)
+    """Label → its weight in the score; below 0 where the label is negative feedback."""
+    loss_weight: PositiveFloat = 1.0
+    """Of the score's cross entropy beside those of the tasks."""
+
+    @model_validator(mode="after")
+    def _weights_count(self) -> "PScoreConfig":
+        idle = [name for name, weight in self.weights.items() if weight == 0]
+        if idle:
+            raise ValueError(f"weights of {idle} are 0: leave these labels out")
+        return self
+
+
+class MultiTaskConfig(Config):
+    """What users do with what they are shown (algorithms §2): a loss per task, means added up."""
+
+    kind: Literal["multi_task"] = "multi_task"
+    tasks: tuple[Annotated[LabelTask | DwellTask, Field(discriminator="kind")], ...] = Field(
+        min_length=1
+    )
+    p_score: PScoreConfig | None = None
+    candidates: PositiveInt = 4
+    """Consecutive events that share a request, and so its history; 1 gives each event all that came
+    before it, more cost less."""
+    requests_per_user: PositiveInt | None = None
+    """Requests cut from a user's sequence in a step, drawn anew in each; null takes every one."""
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the model's outputs in order."""
+        return (*(task.name for task in self.tasks), *(("p_score",) if self.p_score else ()))
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> "MultiTaskConfig":
+        names = [task.name for task in self.tasks]
+        taken = {*names} & {"p_score"} | {
+            task.label for task in self.tasks if task.kind == "label"
+        } & {"dwell"}
+        if len(set(names)) < len(names) or taken:
+            raise ValueError(
+                f"tasks {names} need names of their own, other than p_score (and dwell for labels)"
+            )
+        return self
+
+
 Objective = Annotated[
-    SampledSoftmaxConfig | FullSoftmaxConfig | NextCodeConfig, Field(discriminator="kind")
+    SampledSoftmaxConfig | FullSoftmaxConfig | NextCodeConfig | MultiTaskConfig,
+    Field(discriminator="kind"),
 ]

@@ -11,8 +11,8 @@ from configs.data import ColumnMap, DataConfig, LeaveLastOut
 from configs.decoders import Decoder, FeatureInputs, OneRecConfig
 from configs.evaluation import EvaluationConfig, RecommendConfig
 from configs.generation import AncestralConfig, SearchConfig
-from configs.models import InitConfig, Model
-from configs.objectives import NextCodeConfig, Objective, SampledSoftmaxConfig
+from configs.models import HSTURankingConfig, InitConfig, Model
+from configs.objectives import MultiTaskConfig, NextCodeConfig, Objective, SampledSoftmaxConfig
 from configs.preferences import LabelRule, PreferenceRule, RatingRule, WatchTimeRule
 from configs.schema import closest
 from configs.sharding import ShardingConfig
@@ -41,7 +41,7 @@ class Recipe(Config):
     data: DataConfig
     tokenizer: TokenizerConfig | None = None
     """Gives items semantic ids; models that write them need it."""
-    model: Annotated[Model | Decoder, Field(discriminator="kind")]
+    model: Annotated[Model | Decoder | HSTURankingConfig, Field(discriminator="kind")]
     tables: InitConfig = InitConfig()
     sharding: ShardingConfig = ShardingConfig()
     objective: Objective = SampledSoftmaxConfig()
@@ -71,12 +71,18 @@ class Recipe(Config):
     def stages(self) -> tuple[StageName, ...]:
         """The stages of this recipe in order; without what the recipe does not configure."""
         absent = {"tokenize": self.tokenizer is None, "align": self.alignment is None}
+        absent["recommend"] = self.ranks_candidates  # it judges what others recommend
         return tuple(stage for stage in STAGES if not absent.get(stage, False))
 
     @property
     def writes_codes(self) -> bool:
         """Whether the model writes semantic ids instead of scoring items."""
         return isinstance(self.model, FeatureInputs)
+
+    @property
+    def ranks_candidates(self) -> bool:
+        """Whether the model says what users would do with given candidates (a reward model)."""
+        return isinstance(self.model, HSTURankingConfig)
 
     def table_names(self) -> tuple[str, ...]:
         """Embedding tables that the model will describe: item (a model that writes codes may have
@@ -91,6 +97,19 @@ class Recipe(Config):
 
 def _objective_fits_model(recipe: Recipe) -> None:
     kind = recipe.model.kind
+    if recipe.ranks_candidates or isinstance(recipe.objective, MultiTaskConfig):
+        if not (recipe.ranks_candidates and isinstance(recipe.objective, MultiTaskConfig)):
+            raise ValueError(
+                f"model.kind={kind!r} and objective.kind={recipe.objective.kind!r} do not go "
+                "together: objective.kind=multi_task trains model.kind=hstu_ranking, and nothing "
+                "else does"
+            )
+        if recipe.alignment is not None:
+            raise ValueError(
+                f"model.kind={kind!r} recommends nothing that could be aligned: set alignment to "
+                "null"
+            )
+        return
     if not recipe.writes_codes:
         if isinstance(recipe.objective, NextCodeConfig):
             raise ValueError(
@@ -180,6 +199,8 @@ def _features_are_mapped(recipe: Recipe) -> None:
         _rule_is_mapped(recipe.alignment.rule, source.columns)
     if isinstance(recipe.alignment, GBPOConfig) and recipe.alignment.logged is not None:
         _rule_is_mapped(recipe.alignment.logged.rule, source.columns)
+    if isinstance(recipe.objective, MultiTaskConfig):
+        _tasks_are_mapped(recipe.objective, source.columns)
 
 
 def _rule_is_mapped(rule: PreferenceRule, columns: ColumnMap) -> None:
@@ -208,8 +229,29 @@ def _rule_is_mapped(rule: PreferenceRule, columns: ColumnMap) -> None:
         )
 
 
+def _tasks_are_mapped(objective: MultiTaskConfig, columns: ColumnMap) -> None:
+    wanted = [task.label for task in objective.tasks if task.kind == "label"]
+    wanted += list(objective.p_score.weights) if objective.p_score is not None else []
+    unknown = sorted({name for name in wanted if name not in columns.labels})
+    if unknown:
+        raise ValueError(
+            f"objective names the labels {unknown}, which data.source.columns.labels "
+            f"{list(columns.labels)} does not map"
+        )
+    if columns.dwell is None and any(task.kind == "dwell" for task in objective.tasks):
+        raise ValueError("objective.tasks has kind: dwell: map data.source.columns.dwell")
+    if not columns.labels:
+        raise ValueError(
+            "model.kind='hstu_ranking' reads what users did: map data.source.columns.labels"
+        )
+
+
 def _metric_is_measured(recipe: Recipe) -> None:
     ranking = [f"{m}@{k}" for m in ("hr", "ndcg") for k in recipe.evaluation.ks] + ["mrr"]
+    if isinstance(recipe.objective, MultiTaskConfig):
+        labels = [task.name for task in recipe.objective.tasks if task.kind == "label"]
+        ranking = [*(["auc"] if labels else []), *(f"auc/{name}" for name in labels)]
+        ranking += [f"r2/{task.name}" for task in recipe.objective.tasks if task.kind == "dwell"]
     blocks = [("training", recipe.training.validation, ranking)]
     if recipe.alignment is not None:
         judged = recipe.alignment.rule is not None

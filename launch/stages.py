@@ -167,7 +167,8 @@ def _measuring(recipe: Recipe) -> tuple[Any, ...]:
 
 
 def _train(context: StageContext) -> Outputs:
-    outputs: Outputs = context.run_workers("trainer.pretrain:train_worker")
+    module = "reward_model" if context.recipe.ranks_candidates else "pretrain"
+    outputs: Outputs = context.run_workers(f"trainer.{module}:train_worker")
     return {**outputs, "metrics": context.layout.metrics("train", context.fingerprint)}
 
 
@@ -259,8 +260,9 @@ def _evaluate(context: StageContext) -> Outputs:
 
     done = context.done
     pairs = done["align"]["pairs"] if "align" in done else None
+    module = "reward_model" if context.recipe.ranks_candidates else "evaluate"
     measured = context.run_workers(
-        "trainer.evaluate:evaluate_worker",
+        f"trainer.{module}:evaluate_worker",
         policies=_policies(done),
         pairs=None if pairs is None else pairs["url"],
     )
@@ -290,7 +292,9 @@ def _recommend(context: StageContext) -> Outputs:
 def _report_inputs(recipe: Recipe, done: dict[str, Outputs]) -> dict[str, Any]:
     return {
         "results": storage.sha256_file(done["evaluate"]["results"]),
-        "recommendations": storage.sha256_file(done["recommend"]["recommendations"]),
+        "recommendations": storage.sha256_file(done["recommend"]["recommendations"])
+        if "recommend" in done
+        else None,
         "metrics": [done[s]["metrics"] for s in ("train", "align") if s in done],
         **({"semantic_ids": done["tokenize"]["semantic_ids"]} if "tokenize" in done else {}),
     }

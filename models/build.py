@@ -10,10 +10,11 @@ from configs.decoders import (
     OneRecConfig,
     TIGERConfig,
 )
-from configs.models import HSTUConfig, InitConfig, Model, SASRecConfig
-from models.base import CatalogueSizes, CodeDecoder, SequenceModel, TableSpec
+from configs.models import HSTUConfig, HSTURankingConfig, InitConfig, Model, SASRecConfig
+from models.base import CatalogueSizes, CodeDecoder, RankingModel, SequenceModel, TableSpec
 from models.hstu import HSTU
 from models.hstu_decoder import HSTUDecoder
+from models.hstu_ranking import HSTURanking
 from models.lazy_decoder import LazyDecoder
 from models.onerec import OneRec
 from models.sasrec import SASRec
@@ -64,8 +65,30 @@ def build_decoder(
             assert_never(config)
 
 
+def build_ranking_model(
+    config: HSTURankingConfig,
+    sizes: CatalogueSizes,
+    tables: InitConfig,
+    max_length: int,
+    *,
+    num_tasks: int,
+    p_score: bool,
+) -> RankingModel:
+    """The model of `num_tasks` tasks, and of a P-score with `p_score`, that `config` names.
+
+    Raises ValueError where events carry no labels, or the data set lacks a feature.
+    """
+    if not sizes.labels:
+        raise ValueError(
+            f"model.kind {config.kind} reads what users did, and the events carry no labels; map "
+            "data.source.columns.labels and prepare again"
+        )
+    specs = table_specs(config, sizes, tables)
+    return HSTURanking(config, specs, max_length, len(sizes.labels), num_tasks, p_score)
+
+
 def table_specs(
-    config: Model | Decoder, sizes: CatalogueSizes, tables: InitConfig
+    config: Model | Decoder | HSTURankingConfig, sizes: CatalogueSizes, tables: InitConfig
 ) -> tuple[TableSpec, ...]:
     """The tables that a model of this config describes: item, then user_<f>, then side_<f>.
 

@@ -24,6 +24,7 @@ from trainer.objectives.scoring import Candidates
 from trainer.policy import Worker
 from trainer.prompts import Prompts, cut_prompts
 from trainer.reference_policy import ReferencePolicy
+from trainer.reward_model import open_reward_model
 from trainer.rewards import rules
 from trainer.rewards.group import Group
 from trainer.rewards.total import Rewarded, RewardSum
@@ -68,9 +69,11 @@ class OnlineUpdates:
         loss: OnlineLoss,
         reference: ReferencePolicy | None,
     ) -> None:
-        """Raises ValueError where a reward cannot be had."""
+        """Raises ValueError where a reward cannot be had. Collective."""
         counts = train_counts(worker.layout.data).to(worker.ctx.device)
-        self.rewards = RewardSum(config.rewards, counts)
+        runs = [reward.run for reward in config.rewards if reward.kind == "model"]
+        models = {run: open_reward_model(worker, run) for run in dict.fromkeys(runs)}
+        self.rewards = RewardSum(config.rewards, counts, models)
         self._worker = worker
         self._config = config
         self._model = loss.model

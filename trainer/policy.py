@@ -11,6 +11,7 @@ import torch
 
 from configs.decoders import FeatureInputs
 from configs.layout import RunLayout
+from configs.models import HSTURankingConfig
 from configs.recipe import Recipe
 from configs.training import OptimizerConfig
 from data_loaders.dataset import SequenceDataset
@@ -80,7 +81,7 @@ def start_worker(settings: dict[str, Any], say: Say) -> Worker:
 def build_sequence_model(worker: Worker) -> SequenceModel:
     """The recipe's model that scores items, sized by the data set."""
     recipe = worker.recipe
-    assert not isinstance(recipe.model, FeatureInputs), "a recipe's checks tell decoders apart"
+    assert not isinstance(recipe.model, FeatureInputs | HSTURankingConfig), "see a recipe's checks"
     sizes = catalogue_sizes(worker)
     return build_model(recipe.model, sizes, recipe.tables, recipe.data.loader.max_length)
 
@@ -105,6 +106,7 @@ def catalogue_sizes(worker: Worker) -> CatalogueSizes:
         num_actions=manifest.actions,
         action_names=action_names(worker.layout.data),
         has_dwell_times=manifest.has_dwell_times,
+        labels=manifest.labels,
     )
 
 

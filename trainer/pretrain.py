@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from configs.objectives import NextCodeConfig, SampledSoftmaxConfig
+from configs.objectives import MultiTaskConfig, NextCodeConfig, SampledSoftmaxConfig
 from data_loaders.items import train_counts
 from data_loaders.loader import LoaderState, TrainingLoader
 from models.batch import JaggedBatch
@@ -27,7 +27,7 @@ class NextItemInputsMaker:
 
     def __init__(self, worker: Worker) -> None:
         objective = worker.recipe.objective
-        assert not isinstance(objective, NextCodeConfig), "a recipe's checks tell decoders apart"
+        assert not isinstance(objective, NextCodeConfig | MultiTaskConfig), "see a recipe's checks"
         self._objective = objective
         self._seed = worker.recipe.seed
         self._num_items = worker.num_items

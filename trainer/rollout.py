@@ -19,7 +19,7 @@ from configs.generation import (
     GenerationConfig,
     GumbelTopKConfig,
 )
-from configs.objectives import NextCodeConfig
+from configs.objectives import MultiTaskConfig, NextCodeConfig
 from models.base import CodeDecoder, TableModel
 from models.generation.candidates import candidate_log_probs
 from models.generation.noise import request_streams, sample_streams
@@ -107,7 +107,7 @@ class RolloutEngine:
 
     def _of_items(self, prompts: Prompts, keys: Tensor) -> Rollout:
         objective, catalogue = self._worker.recipe.objective, self._catalogue
-        assert not isinstance(objective, NextCodeConfig), "a recipe's checks tell decoders apart"
+        assert not isinstance(objective, NextCodeConfig | MultiTaskConfig), "see a recipe's checks"
         assert catalogue is not None, "refresh comes first"
         device = self._policy.ctx.device
         batch = prompts.batch.to(device)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from configs.objectives import FullSoftmaxConfig, NextCodeConfig
+from configs.objectives import FullSoftmaxConfig, MultiTaskConfig, NextCodeConfig
 from models.base import CodeDecoder, TableModel
 from models.batch import JaggedBatch, PreferenceBatch
 from models.generation.candidates import candidate_log_probs
@@ -28,6 +28,7 @@ def build_scorer(worker: Worker, *, normalised: bool) -> Scorer:
     it anyway.
     """
     objective = worker.recipe.objective
+    assert not isinstance(objective, MultiTaskConfig), "a recipe's checks tell ranking models apart"
     if isinstance(objective, NextCodeConfig):
         return CodeScorer(build_code_decoder(worker), objective, catalogue_trie(worker))
     normalised = normalised or isinstance(objective, FullSoftmaxConfig)
@@ -84,6 +85,7 @@ class Likelihood:
     def of(cls, worker: Worker, policy: ParallelModel) -> "Likelihood":
         """Fetches the catalogue's keys where the model scores items."""
         objective = worker.recipe.objective
+        assert not isinstance(objective, MultiTaskConfig), "see a recipe's checks"
         if isinstance(objective, NextCodeConfig):
             return cls(policy, None, 1.0, catalogue_trie(worker))
         catalogue = Catalogue(policy, worker.num_items, worker.recipe.evaluation.catalogue_chunk)

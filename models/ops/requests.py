@@ -74,6 +74,18 @@ def cut_requests(
     return Requests(_histories(batch, sequence, start + begin, begin, max_history), tokens)
 
 
+def request_slice(requests: Requests, begin: int, count: int) -> Requests:
+    """Requests begin … begin + count - 1, as many of them as there are."""
+    rows = torch.arange(len(requests.tokens), device=requests.tokens.device)[begin : begin + count]
+    batch, lengths = requests.batch, requests.batch.lengths[rows]
+    offsets = lengths_to_offsets(lengths)
+    total = int(offsets[-1])
+    tokens = torch.repeat_interleave(batch.offsets[rows], lengths, output_size=total)
+    tokens = tokens + positions_in_sequence(offsets, total)
+    kept = select_tokens(batch, tokens, offsets, rows, batch.sample_ids[rows])
+    return Requests(kept, requests.tokens[rows])
+
+
 def _histories(
     batch: JaggedBatch, sequence: Tensor, ends: Tensor, before: Tensor, max_history: int
 ) -> JaggedBatch:

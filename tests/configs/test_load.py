@@ -318,3 +318,49 @@ def test_what_decoders_read_of_events_is_mapped(
         assert recipe.data.source.columns.dwell == "t"  # type: ignore[union-attr]
     else:
         assert part in problem("base.yaml", *overrides)
+
+
+RANKING = "model={kind: hstu_ranking}"
+TASKS = "objective={kind: multi_task, tasks: [{kind: label, label: a}]"
+
+
+@pytest.mark.parametrize(
+    ("columns", "overrides", "part"),
+    [
+        ("{labels: {a: x}}", [RANKING, TASKS + "}"], None),
+        ("{labels: {a: x}}", [RANKING], "do not go together"),
+        ("{labels: {a: x}}", [TASKS + "}"], "do not go together"),
+        ("{labels: {b: x}}", [RANKING, TASKS + "}"], "objective names the labels ['a']"),
+        (
+            "{labels: {a: x}}",
+            [RANKING, TASKS + ", p_score: {weights: {c: 1}}}"],
+            "objective names the labels ['c']",
+        ),
+        (
+            "{labels: {a: x}}",
+            [RANKING, "objective={kind: multi_task, tasks: [{kind: dwell}]}"],
+            "map data.source.columns.dwell",
+        ),
+        (
+            "{labels: {a: x}, rating: r}",
+            [RANKING, TASKS + "}", "alignment={kind: dpo}"],
+            "recommends nothing that could be aligned",
+        ),
+    ],
+)
+def test_a_reward_model_learns_labels_that_are_mapped(
+    folder: Path, columns: str, overrides: list[str], part: str | None
+) -> None:
+    overrides = [
+        f"data.source={{kind: csv, url: x, columns: {columns}}}",
+        "training.validation.metric=auc/a",
+        *overrides,
+    ]
+    if part is None:
+        recipe = load_recipe("base.yaml", overrides).recipe
+        assert recipe.stages() == ("prepare", "train", "evaluate", "report")
+        overrides.remove("training.validation.metric=auc/a")
+        told = problem("base.yaml", *overrides)
+        assert "ndcg@10' is not measured; allowed: ['auc', 'auc/a']" in told
+    else:
+        assert part in problem("base.yaml", *overrides)

@@ -26,11 +26,12 @@ from trainer.monitor.plots import (
 )
 from trainer.monitor.progress import count
 from trainer.monitor.results import Results
+from trainer.monitor.reward_report import REWARD_MODEL, calibration_figures
 from trainer.monitor.terminal import clipped
 from trainer.monitor.tracker import MetricRow
 
 STAGE_MODEL = {"train": "pretrained", "align": "aligned"}
-SUMMARY_METRICS = ("hr@10", "ndcg@10", "mrr", "coverage@10")
+SUMMARY_METRICS = ("hr@10", "ndcg@10", "mrr", "coverage@10", "auc")
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class ReportFigure:
 
 def metric_label(metric: str) -> str:
     """`ndcg@10` → `NDCG@10`."""
+    if metric.startswith("auc"):
+        return " ".join(["AUC", *metric.split("/")[1:]])
     name, _, k = metric.partition("@")
     words = {"hr": "HR", "ndcg": "NDCG", "mrr": "MRR", "preference_accuracy": "preference accuracy"}
     return words.get(name, name.capitalize()) + (f"@{k}" if k else "")
@@ -124,6 +127,12 @@ def bar_figures(results: Results) -> list[ReportFigure]:
         svg = svg_figure(draw, f"bars-{key}", f"{title} on test. {caption}")
         figures.append(ReportFigure(f"{title} on test", svg, caption, _legend(models)))
     return figures
+
+
+def calibration_of(results: Results) -> list[ReportFigure]:
+    """Reliability of the probabilities of the run's reward model, if it has one."""
+    curves = results.models[REWARD_MODEL].calibration if REWARD_MODEL in results.models else None
+    return [ReportFigure(*parts) for parts in calibration_figures(curves or {})]
 
 
 def _test_numbers(results: Results, wanted: Sequence[str]) -> dict[str, list[float]]:

@@ -15,6 +15,7 @@ from data_loaders.semantic_ids import SemanticIdManifest, read_semantic_id_manif
 from trainer.monitor.figures import (
     ReportFigure,
     bar_figures,
+    calibration_of,
     data_figures,
     metric_label,
     stage_figures,
@@ -44,7 +45,7 @@ from trainer.monitor.tracker import MetricRow, read_rows
 REPORT_FILE, PICTURE_FILE = "report.html", "report.png"
 TEMPLATES = Path(__file__).parent / "templates"
 STAGE_TITLES = {"train": "Pretraining", "align": "Alignment"}
-KEY_METRICS = ("ndcg@10", "hr@10", "coverage@10", "preference_accuracy")
+KEY_METRICS = ("ndcg@10", "hr@10", "coverage@10", "preference_accuracy", "auc")
 DEFAULT_METRIC = "ndcg@10"
 
 
@@ -107,7 +108,7 @@ def render_report(
         test=_table(results, "test"),
         validation=_table(results, "validation"),
         note=sampling_note(results, "test"),
-        bars=_embedded(bar_figures(results)),
+        bars=_embedded([*bar_figures(results), *calibration_of(results)]),
         stages=[_stage(results, stage, rows) for stage, rows in stages.items()],
         recommendations=_recommendations(recommendations),
         semantic_ids=None if semantic_ids is None else _semantic_ids(semantic_ids),
@@ -161,6 +162,12 @@ def _change(delta: float | None) -> dict[str, str] | None:
 
 def _protocol_sentence(results: Results) -> str:
     protocol = results.protocol
+    if protocol.candidates == "logged events":
+        return (
+            f"Judged on what users did with held-out events, {protocol.candidates_per_request} of "
+            "them after one history; the log's own system chose these events, so that the numbers "
+            "hold for what such a system shows."
+        )
     split = {
         "leave_last_out": "each user's last item is the target",
         "global_time": "targets are the first items after one point in time",

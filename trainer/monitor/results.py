@@ -9,12 +9,14 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal, TypeVar
 
-from pydantic import FiniteFloat, NonNegativeInt, ValidationError, model_validator
+from pydantic import Field, FiniteFloat, NonNegativeInt, ValidationError, model_validator
 
 from configs.base import Config
 from configs.guardrails import Action
+from configs.objectives import MultiTaskConfig
 from configs.recipe import Recipe
 from configs.storage import fingerprint, read_json, write_json
+from trainer.monitor.reward_report import reward_layout
 
 RESULTS_FILE = "results.json"
 RECOMMENDATIONS_FILE = "recommendations.json"
@@ -33,7 +35,9 @@ class Protocol(Config):
     """Fingerprint of the prepared data set's manifest."""
     split: dict[str, Any]
     filter_seen: bool
-    candidates: Literal["full catalogue"] = "full catalogue"
+    candidates: Literal["full catalogue", "logged events"] = "full catalogue"
+    candidates_per_request: int | None = Field(default=None, exclude_if=lambda n: n is None)
+    """Events that shared a request and its history, where those were the candidates."""
     head_share: float
     ks: tuple[int, ...]
     """Cut-offs that were measured; not in the fingerprint, since each stands for itself."""
@@ -60,9 +64,11 @@ def protocol(recipe: Recipe, data_fingerprint: str) -> dict[str, Any]:
         "data": data_fingerprint,
         "split": recipe.data.split.model_dump(mode="json"),
         "filter_seen": recipe.evaluation.filter_seen,
-        "candidates": "full catalogue",
+        "candidates": "logged events" if recipe.ranks_candidates else "full catalogue",
         "head_share": recipe.evaluation.head_share,
     }
+    if isinstance(recipe.objective, MultiTaskConfig):
+        fields["candidates_per_request"] = recipe.objective.candidates
     fields["fingerprint"] = fingerprint(_identity(fields))
     fields["ks"] = sorted(set(recipe.evaluation.ks))
     return Protocol.model_validate(fields).model_dump(mode="json")
@@ -79,6 +85,10 @@ class ModelResult(Config):
     test: Metrics | None = None
     preference_accuracy: FiniteFloat | None = None
     """Share of held-out preference pairs whose winner scores above its loser."""
+    calibration: dict[str, tuple[tuple[FiniteFloat, FiniteFloat, FiniteFloat], ...]] | None = Field(
+        default=None, exclude_if=lambda curves: curves is None
+    )
+    """Of a reward model on test: label → (mean probability, share with it, events) of bins."""
     checkpoint: str | None = None
     """Hash of the checkpoint that was measured."""
 
@@ -322,6 +332,7 @@ def table_rows(results: Results, part: Part) -> tuple[TableRow, ...]:
         ("Catalogue coverage", [(f"Coverage@{k}", f"coverage@{k}") for k in ks]),
         ("Held-out preferences", [("Pairs ranked right", "preference_accuracy")]),
     ]
+    layout += reward_layout(measured)
     return tuple(
         _row(group, label, metric, metrics)
         for group, entries in layout

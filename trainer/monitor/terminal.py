@@ -50,6 +50,8 @@ def render_table(results: Results, part: Part = "test") -> str:
 def _caption(results: Results, part: Part) -> str:
     protocol = results.protocol
     seen = "seen items filtered" if protocol.filter_seen else "seen items kept"
+    if protocol.candidates_per_request is not None:
+        seen = f"{protocol.candidates_per_request} a request"
     return (
         f"{results.name}: {part}, {protocol.candidates}, {seen}, seed {results.seed}, "
         f"protocol {protocol.fingerprint[:12]}"
