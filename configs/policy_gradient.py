@@ -34,8 +34,8 @@ class KLConfig(Config):
 
     weight: NonNegativeFloat = 0.0
     estimator: Literal["k1", "k2", "k3"] = "k3"
-    """All three but k2 are unbiased values. As gradients, k2's is that of KL(π‖π_ref); k3's, which is
-    never negative and varies least, that of KL(π_ref‖π); and k1's is noise."""
+    """All but k2 are unbiased values. As gradients, k2's is that of KL(π‖π_ref); k3's, which varies
+    least, that of KL(π_ref‖π); and k1's is noise."""
 
 
 class ReferenceConfig(Config):

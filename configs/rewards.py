@@ -85,13 +85,13 @@ class QuotaReward(Config):
 
 
 class ModelReward(RewardTerm):
-    """P-score of a reward model: the weighted sum of its tasks' probabilities."""
+    """What a reward model expects of an item: the weighted sum of its outputs."""
 
     kind: Literal["model"] = "model"
     run: str
     """Output directory of the run that trained the reward model, any URL."""
     tasks: dict[str, PositiveFloat] = Field(min_length=1)
-    """Task of the reward model → its weight."""
+    """Output of the reward model (a task, or `p_score`) → its weight."""
 
 
 class FunctionReward(RewardTerm):

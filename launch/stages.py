@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from configs import storage
-from configs.alignment import AlignmentBase
+from configs.alignment import AlignmentBase, OnlineBase
 from configs.layout import RunLayout
 from configs.recipe import Recipe, StageName
+from configs.rewards import ModelReward
 
 Outputs = dict[str, Any]
 
@@ -181,7 +182,21 @@ def _align_inputs(recipe: Recipe, done: dict[str, Outputs]) -> dict[str, Any]:
         "data": done["prepare"]["data"],
         "settings": _dump(recipe.alignment, *_measuring(recipe)),
         "train": _train_inputs(recipe, done),
+        **_reward_models(recipe),
     }
+
+
+def _reward_models(recipe: Recipe) -> dict[str, Any]:
+    """Reward models that online alignment asks, by run; one that is not there is null."""
+    if not isinstance(recipe.alignment, OnlineBase):
+        return {}
+    runs = {each.run for each in recipe.alignment.rewards if isinstance(each, ModelReward)}
+    found: dict[str, Any] = {}
+    for run in sorted(runs):
+        record = RunLayout(storage.absolute(run)).stage_record("train")
+        there = storage.exists(record)
+        found[run] = storage.read_json(record)["outputs"]["checkpoint"]["hash"] if there else None
+    return {"reward_models": found} if found else {}
 
 
 def _align(context: StageContext) -> Outputs:

@@ -15,8 +15,7 @@ from configs.preferences import PreferenceRule
 from data_loaders.items import train_counts
 from data_loaders.loader import LoaderState
 from data_loaders.preference_rules import check_rule
-from data_loaders.prompts import PromptLoader, PromptSequences
-from models.base import CodeDecoder
+from data_loaders.prompts import PromptLoader
 from sharding.parallelize import ParallelModel
 from trainer.objectives import policy_gradient as pg
 from trainer.objectives.online import OnlineInputs, OnlineLoss
@@ -107,18 +106,19 @@ class OnlineUpdates:
 
     def prepared(self, step: Any) -> list[OnlineInputs]:
         """Rollout, rewards and advantages of a step's micro batches. Collective."""
-        prompts = [self._cut(sequences, step.epoch) for sequences in step.micro_batches]
+        prompts = self.cut(step)
         rollouts = self.rolled_out(prompts, step.step)
         rewarded = self.rewarded(rollouts)
         return self.inputs(prompts, rollouts, rewarded, step.step)
 
-    def _cut(self, sequences: PromptSequences, epoch: int) -> Prompts:
-        model, seed = self._model, self._worker.recipe.seed
-        longest = self._worker.recipe.data.loader.max_length
-        if isinstance(model, CodeDecoder):
-            longest = min(longest, model.longest_history)
-        position = self._config.prompts.position
-        return cut_prompts(sequences, position, longest, seed=seed, epoch=epoch)
+    def cut(self, step: Any) -> list[Prompts]:
+        """Prompts of a step's micro batches, on the CPU."""
+        recipe, position = self._worker.recipe, self._config.prompts.position
+        longest = recipe.data.loader.max_length
+        return [
+            cut_prompts(sequences, position, longest, seed=recipe.seed, epoch=step.epoch)
+            for sequences in step.micro_batches
+        ]
 
     def rolled_out(self, prompts: Sequence[Prompts], step: int) -> list[Rollout]:
         """Groups from the policy as it is. Collective."""

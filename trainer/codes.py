@@ -62,7 +62,8 @@ def with_codes(batch: JaggedBatch, codes: Tensor) -> JaggedBatch:
 def last_requests(model: CodeDecoder, batch: JaggedBatch) -> JaggedBatch:
     """The batch cut to what the model reads for one request after each sequence's last token.
 
-    No sequence may be empty. On the CPU or the device, without host synchronisation.
+    Last tokens keep their targets. No sequence may be empty. On the CPU or the device, without host
+    synchronisation.
     """
     if model.supervision == "every_position":
         return batch
@@ -71,4 +72,6 @@ def last_requests(model: CodeDecoder, batch: JaggedBatch) -> JaggedBatch:
     windows, _ = sliding_windows(
         replace(batch, target_ids=last), model.longest_history, per_sequence=None, seed=0, step=0
     )
-    return replace(windows, sample_ids=batch.sample_ids)
+    targets = torch.zeros_like(windows.target_ids)
+    targets[windows.offsets[1:] - 1] = batch.target_ids[batch.offsets[1:] - 1]
+    return replace(windows, sample_ids=batch.sample_ids, target_ids=targets)

@@ -101,7 +101,7 @@ class RolloutEngine:
             log_probs=generated.log_probs,
             target_ids=targets,
             target_codes=catalogue.codes[targets].long(),
-            contexts=batch,
+            contexts=prompts.batch.to(device),
         )
         return Rollout(group, Candidates(batch, group.items, group.codes), log_probs)
 

@@ -22,7 +22,7 @@ class RewardModel(Protocol):
     """A trained model that predicts what users do with items."""
 
     def score(self, contexts: JaggedBatch, candidates: Tensor) -> Mapping[str, Tensor]:
-        """Task → probability, float32 [N, G], of items [N, G] after N histories. Collective.
+        """Output → prediction, float32 [N, G], of items [N, G] after N histories. Collective.
 
         Item 0 is no item: what is predicted for it is not read.
         """
@@ -122,7 +122,7 @@ class RewardSum:
 
 
 def _scored_by(model: RewardModel, config: kinds.ModelReward) -> Part:
-    """The P-score: Σ weight · probability over tasks; 0 for what is no item."""
+    """Σ weight · prediction over outputs; 0 for what is no item."""
 
     def score(group: Group) -> Tensor:
         scores = model.score(group.contexts, group.items)

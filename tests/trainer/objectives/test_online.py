@@ -9,7 +9,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from configs.alignment import Alignment, OnlineAlignment
+from configs.alignment import Alignment, OnlineAlignment, OnlineBase
 from configs.generation import AncestralConfig
 from configs.models import InitConfig, SASRecConfig
 from configs.objectives import FullSoftmaxConfig
@@ -30,9 +30,9 @@ OBJECTIVE = FullSoftmaxConfig(temperature=0.2)
 
 
 def alignment(**settings: Any) -> OnlineAlignment:
-    config: OnlineAlignment = TypeAdapter(Alignment).validate_python(
-        {"supervised_weight": 0, "rule": None} | settings
-    )
+    block = {"supervised_weight": 0, "rule": None} | settings
+    config = TypeAdapter(Alignment).validate_python(block)
+    assert isinstance(config, OnlineBase)
     return config
 
 
