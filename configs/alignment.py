@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from configs.base import Config
-from configs.generation import AncestralConfig, GenerationConfig
+from configs.generation import AncestralConfig, BeamConfig, GenerationConfig
 from configs.guardrails import GuardrailsConfig
 from configs.policy_gradient import (
     AdvantageConfig,
@@ -127,6 +127,62 @@ class GBPOConfig(OnlineBase):
     """Learn from logged impressions, too."""
 
 
+class GeneratedPairsBase(AlignmentBase):
+    """Preference optimisation by DPO on pairs that the policy of the round's start generates.
+
+    It is the reference, too, and held beside the trained policy.
+    """
+
+    beta: PositiveFloat = 0.1
+    """Strength of the pull towards the round's start."""
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """Probability that a preference is the wrong way round."""
+    prompts: PromptConfig = PromptConfig()
+    round_steps: PositiveInt = 100
+    """Batches of prompts of a round; then the policy becomes the start of the next."""
+    preference_weight: PositiveFloat = 1.0
+    """λ of the preference loss beside the supervised one."""
+
+
+class SelfPlayConfig(GeneratedPairsBase):
+    """SPRec (arXiv 2412.09243): what the user took next wins over what the policy would offer."""
+
+    kind: Literal["sprec"] = "sprec"
+    generation: GenerationConfig = AncestralConfig(samples=4)
+    losers: PositiveInt = 1
+    """Generated items that a winner is compared with; of several DPO's softmax form is used."""
+
+    @model_validator(mode="after")
+    def _losers_are_generated(self) -> "SelfPlayConfig":
+        if isinstance(self.generation, BeamConfig):
+            option, size = "beams", self.generation.beams
+        else:
+            option, size = "samples", self.generation.samples
+        if self.losers >= size:
+            raise ValueError(
+                f"losers={self.losers} must be below generation.{option}={size}: one of the "
+                "generated items may be what the user took"
+            )
+        if self.losers > 1 and self.label_smoothing > 0:
+            raise ValueError(
+                f"label_smoothing={self.label_smoothing} is an option of losers=1: the softmax "
+                f"form that losers={self.losers} takes has none"
+            )
+        return self
+
+
+class IterativePreferenceConfig(GeneratedPairsBase):
+    """Iterative preference alignment (OneRec, arXiv 2502.18965): of the generated items the one of
+    highest reward wins over the one of lowest."""
+
+    kind: Literal["ipa"] = "ipa"
+    generation: GenerationConfig = BeamConfig(beams=32)
+    rewards: tuple[Reward, ...] = Field((HitReward(),), min_length=1)
+
+
+GeneratedAlignment = SelfPlayConfig | IterativePreferenceConfig
 OfflineAlignment = DPOConfig | IPOConfig | SoftmaxDPOConfig
 OnlineAlignment = GRPOConfig | ECPOConfig | GBPOConfig
-Alignment = Annotated[OfflineAlignment | OnlineAlignment, Field(discriminator="kind")]
+Alignment = Annotated[
+    OfflineAlignment | OnlineAlignment | GeneratedAlignment, Field(discriminator="kind")
+]

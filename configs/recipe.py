@@ -4,7 +4,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, model_validator
 
-from configs.alignment import Alignment, GBPOConfig, OfflineBase, OnlineBase
+from configs.alignment import (
+    Alignment,
+    GBPOConfig,
+    GeneratedPairsBase,
+    OfflineBase,
+    OnlineBase,
+)
 from configs.base import Config
 from configs.cluster import ClusterConfig
 from configs.data import ColumnMap, DataConfig, LeaveLastOut
@@ -288,7 +294,7 @@ def _batch_deals(recipe: Recipe) -> None:
     name, size = "", 0
     if isinstance(recipe.alignment, OfflineBase):
         name, size = "pairs_per_step", recipe.alignment.pairs_per_step
-    elif isinstance(recipe.alignment, OnlineBase):
+    elif isinstance(recipe.alignment, OnlineBase | GeneratedPairsBase):
         name, size = "prompts.per_step", recipe.alignment.prompts.per_step
     if size % workers:
         raise ValueError(
@@ -299,7 +305,9 @@ def _batch_deals(recipe: Recipe) -> None:
 def _rollouts_are_possible(recipe: Recipe) -> None:
     """Options of generation and rewards that need a model that writes semantic ids."""
     config = recipe.alignment
-    if not isinstance(config, OnlineBase) or recipe.writes_codes:
+    if recipe.writes_codes:
+        return
+    if not isinstance(config, OnlineBase | GeneratedPairsBase):
         return
     if isinstance(config.generation, AncestralConfig) and config.generation.top_p < 1:
         raise ValueError(

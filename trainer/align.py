@@ -6,7 +6,15 @@ from typing import Any
 import torch
 
 from configs import storage
-from configs.alignment import AlignmentBase, OfflineAlignment, OnlineAlignment, OnlineBase
+from configs.alignment import (
+    AlignmentBase,
+    GeneratedAlignment,
+    GeneratedPairsBase,
+    OfflineAlignment,
+    OnlineAlignment,
+    OnlineBase,
+)
+from configs.policy_gradient import ReferenceConfig
 from data_loaders.loader import LoaderState
 from data_loaders.preferences import (
     PreferenceLoader,
@@ -16,6 +24,7 @@ from data_loaders.preferences import (
 )
 from models.base import TableModel
 from sharding.parallelize import ParallelModel
+from trainer.align_generated import GeneratedPairs
 from trainer.align_online import OnlineUpdates, prompt_loader
 from trainer.evaluate import load_policy, preference_accuracy, validation_ranker
 from trainer.objectives.dpo import PreferenceInputs, PreferenceLoss
@@ -42,6 +51,8 @@ def align_worker(settings: dict[str, Any], say: Say) -> dict[str, Any]:
     assert config is not None, "the align stage exists only with an alignment block"
     if isinstance(config, OnlineBase):
         return online_stage(worker, config, settings).fit()
+    if isinstance(config, GeneratedPairsBase):
+        return generated_stage(worker, config, settings).fit()
     return offline_stage(worker, config, settings).fit()
 
 
@@ -90,6 +101,31 @@ def online_stage(
         steps_per_epoch=batches * config.inner_epochs,
         loader_at=lambda state: prompt_loader(worker, config, state),
         updates=OnlineUpdates(worker, config, loss, reference),
+        before=lambda policy, afresh: load_pretrained(worker, policy, settings, afresh),
+        **shared_settings(worker, config, settings),
+    )
+
+
+def generated_stage(
+    worker: Worker, config: GeneratedAlignment, settings: dict[str, Any]
+) -> TrainingStage:
+    """Preference optimisation on pairs that the policy of the round's start generates."""
+    loss = PreferenceLoss(build_scorer(worker, normalised=False), config)
+    start = ReferencePolicy(
+        worker,
+        ReferenceConfig(sync_every_steps=config.round_steps, mixing=1.0),
+        PreferenceLoss(build_scorer(worker, normalised=False), config),
+        settings["start"],
+        worker.layout.checkpoints("align", settings["fingerprint"]),
+        config.checkpoint.keep,
+    )
+    with prompt_loader(worker, config, TrainerState()) as probe:
+        steps = probe.steps_per_epoch
+    return TrainingStage(
+        loss=loss,
+        steps_per_epoch=steps,
+        loader_at=lambda state: prompt_loader(worker, config, state),
+        updates=GeneratedPairs(worker, config, loss, start),
         before=lambda policy, afresh: load_pretrained(worker, policy, settings, afresh),
         **shared_settings(worker, config, settings),
     )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from configs.alignment import GBPOConfig, OnlineAlignment
+from configs.alignment import GBPOConfig, GeneratedAlignment, OnlineAlignment
 from configs.preferences import PreferenceRule
 from data_loaders.items import train_counts
 from data_loaders.loader import LoaderState
@@ -32,7 +32,9 @@ from trainer.supervised import SupervisedTargets
 from trainer.trainer import TrainerState
 
 
-def prompt_loader(worker: Worker, config: OnlineAlignment, state: TrainerState) -> PromptLoader:
+def prompt_loader(
+    worker: Worker, config: OnlineAlignment | GeneratedAlignment, state: TrainerState
+) -> PromptLoader:
     """Training sequences to cut prompts from, at the state's position."""
     rule = _logged_rule(config)
     if rule is not None:
@@ -49,7 +51,7 @@ def prompt_loader(worker: Worker, config: OnlineAlignment, state: TrainerState) 
     )
 
 
-def _logged_rule(config: OnlineAlignment) -> PreferenceRule | None:
+def _logged_rule(config: OnlineAlignment | GeneratedAlignment) -> PreferenceRule | None:
     if isinstance(config, GBPOConfig) and config.logged is not None:
         return config.logged.rule
     return None

@@ -12,6 +12,7 @@ from configs import storage
 from configs.policy_gradient import ReferenceConfig
 from sharding.checkpoint import CheckpointStore
 from sharding.parallelize import ParallelModel, parallelize
+from trainer.objectives.dpo import PreferenceLoss
 from trainer.objectives.online import OnlineLoss
 from trainer.policy import Worker, open_checkpoint
 from trainer.scoring import Likelihood
@@ -24,7 +25,7 @@ class ReferencePolicy:
         self,
         worker: Worker,
         config: ReferenceConfig,
-        loss: OnlineLoss,
+        loss: OnlineLoss | PreferenceLoss,
         start: dict[str, Any],
         checkpoints_url: str,
         keep: int,
@@ -53,7 +54,7 @@ class ReferencePolicy:
                 ),
             }
         )
-        self._policy = parallelize(
+        self.policy = parallelize(
             loss,
             loss.model.table_specs(),
             frozen,
@@ -77,7 +78,7 @@ class ReferencePolicy:
         self._likelihood = None
         if step == 0 or self._config.sync_every_steps is None:
             store, start = open_checkpoint(self._worker, self._start)
-            store.load_weights(self._policy, start)
+            store.load_weights(self.policy, start)
             return
         info = self._store.newest(step=step)
         if info is None:
@@ -85,28 +86,32 @@ class ReferencePolicy:
                 f"{self._store.root} has no reference policy of step {step}, which the stage's "
                 "checkpoint of that step was trained with; run `tandem align RECIPE --force`"
             )
-        self._store.load_weights(self._policy, info)
+        self._store.load_weights(self.policy, info)
         self._saved_at = step
 
     def likelihood(self) -> Likelihood:
         """log π_ref. Collective."""
         if self._likelihood is None:
-            self._likelihood = Likelihood.of(self._worker, self._policy)
+            self._likelihood = Likelihood.of(self._worker, self.policy)
         return self._likelihood
 
-    def after(self, batches: int, policy: ParallelModel) -> None:
-        """Move towards the policy if that is due after so many batches of prompts. Collective."""
+    def after(self, batches: int, policy: ParallelModel) -> bool:
+        """Move towards the policy if that is due after so many batches of prompts; whether it did.
+
+        Collective.
+        """
         every = self._config.sync_every_steps
         if every is None or batches % every:
-            return
-        mix(self._policy, policy, self._config.mixing)
+            return False
+        mix(self.policy, policy, self._config.mixing)
         self._likelihood = None
+        return True
 
     def save(self, step: int) -> None:
         """Save, once, what belongs to the policy's checkpoint of `step`. Collective."""
         if self._config.sync_every_steps is None or self._saved_at == step:
             return
-        self._store.save(self._policy, step, {}, {}, {"start": self._start["hash"]})
+        self._store.save(self.policy, step, {}, {}, {"start": self._start["hash"]})
         self._saved_at = step
 
 

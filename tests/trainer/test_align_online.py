@@ -76,7 +76,10 @@ def align(settings: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any
 def settings_for(root: Path, name: str, family: str, **more: Any) -> dict[str, Any]:
     blocks = FAMILIES[family] | {"cluster": {"num_workers": more.pop("workers", 1)}}
     start = more.pop("start", None)
-    blocks["alignment"] = {"kind": "grpo"} | ONLINE | more
+    alignment = {"kind": "grpo"} | ONLINE | more
+    if alignment["rewards"] is None:
+        alignment.pop("rewards")
+    blocks["alignment"] = alignment
     urls = {"pairs": None, "reference": None, "start": start}
     codes = str(root / "codes") if family != "hstu" else None
     return settings_of(root, name, blocks, **(urls | {"semantic_ids": codes}))

@@ -7,13 +7,22 @@ and losers share their context, so that the normaliser of a catalogue softmax ca
 Shape legend: B pairs, K losers of a pair, T tokens of their contexts.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from configs.alignment import DPOConfig, IPOConfig, OfflineAlignment, SoftmaxDPOConfig
+from configs.alignment import (
+    DPOConfig,
+    GeneratedAlignment,
+    GeneratedPairsBase,
+    IPOConfig,
+    IterativePreferenceConfig,
+    OfflineAlignment,
+    SelfPlayConfig,
+    SoftmaxDPOConfig,
+)
 from sharding.loss_module import LossOutput
 from trainer.objectives.scoring import Candidates, Ids, Scorer, Supervised
 
@@ -72,6 +81,8 @@ class PreferenceInputs:
     """[B, 1 + K] float32, log π_ref of the candidates; anything where there is none."""
     supervised: Supervised | None
     """For the supervised loss on the pairs' own contexts and winners; None without it."""
+    measures: dict[str, Tensor] = field(default_factory=dict)
+    """Name → [B] float32, to be averaged and logged."""
 
     def to(self, device: torch.device | str) -> "PreferenceInputs":
         """Copy on `device`."""
@@ -80,6 +91,7 @@ class PreferenceInputs:
             candidates=self.candidates.to(device),
             reference=self.reference.to(device, non_blocking=True),
             supervised=None if self.supervised is None else self.supervised.to(device),
+            measures={name: values.to(device) for name, values in self.measures.items()},
         )
 
 
@@ -90,11 +102,14 @@ class PreferenceLoss(nn.Module):
     because the reference's log-probabilities were taken without it.
     """
 
-    def __init__(self, scorer: Scorer, config: OfflineAlignment) -> None:
+    def __init__(self, scorer: Scorer, config: OfflineAlignment | GeneratedAlignment) -> None:
         super().__init__()
         self.model = scorer.model
         self.config = config
         self._scorer = scorer
+        self._weight = 1.0
+        if isinstance(config, GeneratedPairsBase):
+            self._weight = config.preference_weight
 
     def train(self, mode: bool = True) -> "PreferenceLoss":
         """Switch the mode; the model's dropout stays off."""
@@ -132,7 +147,8 @@ class PreferenceLoss(nn.Module):
         if self._scorer.normalised:
             metrics["chosen_log_ratio"] = ratios[:, 0].detach().sum()
             metrics["rejected_log_ratio"] = _mean(ratios[:, 1:].detach(), losers).sum()
-        total = losses.sum()
+        metrics |= {name: values.sum() for name, values in inputs.measures.items()}
+        total = self._weight * losses.sum()
         if scored.supervised is not None:
             total = total + self.config.supervised_weight * scored.supervised.sum()
             metrics["supervised_loss"] = scored.supervised.detach().sum()
@@ -149,7 +165,13 @@ class PreferenceLoss(nn.Module):
                 return softmax_dpo_loss(differences, losers, beta)
             case IPOConfig(beta=beta):
                 return _mean(ipo_loss(differences, beta), losers)
-            case DPOConfig(beta=beta, label_smoothing=smoothing):
+            case SelfPlayConfig(beta=beta, losers=several) if several > 1:
+                return softmax_dpo_loss(differences, losers, beta)
+            case (
+                DPOConfig(beta=beta, label_smoothing=smoothing)
+                | IterativePreferenceConfig(beta=beta, label_smoothing=smoothing)
+                | SelfPlayConfig(beta=beta, label_smoothing=smoothing)
+            ):
                 return _mean(dpo_loss(differences, beta, smoothing), losers)
 
 

@@ -1,0 +1,168 @@
+"""Preference optimisation on generated pairs: self-play (SPRec), iterative preference alignment.
+
+In a round, candidates come from the policy as it was at the round's start, which is the reference
+as well: self-play lets what the user took next win over them, iterative alignment lets the one of
+highest reward win over the one of lowest. Formulas: algorithms reference §6.
+
+Shape legend: N prompts, G candidates of a prompt, K losers, L code levels.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from configs.alignment import GeneratedAlignment, IterativePreferenceConfig, SelfPlayConfig
+from data_loaders.items import train_counts
+from models.base import CodeDecoder
+from sharding.parallelize import ParallelModel
+from trainer.objectives.dpo import PreferenceInputs, PreferenceLoss
+from trainer.objectives.scoring import Candidates
+from trainer.policy import Worker
+from trainer.prompts import Prompts, cut_prompts
+from trainer.reference_policy import ReferencePolicy
+from trainer.rewards.group import Group
+from trainer.rewards.total import RewardSum
+from trainer.rollout import Rollout, RolloutEngine
+from trainer.supervised import SupervisedTargets
+
+
+class GeneratedPairs:
+    """Turns a step's sequences into one update on pairs that the round's start generates.
+
+    Its only state besides the policy's is that start, which is saved with every checkpoint.
+    """
+
+    def __init__(
+        self,
+        worker: Worker,
+        config: GeneratedAlignment,
+        loss: PreferenceLoss,
+        start: ReferencePolicy,
+    ) -> None:
+        """`start` holds the round's start and follows the policy; `loss` is the trained one's."""
+        self._worker = worker
+        self._config = config
+        self._model = loss.model
+        self._start = start
+        self._supervised = SupervisedTargets(worker, loss.model, config.supervised_weight)
+        self._policy: ParallelModel | None = None
+        self._engine = RolloutEngine(worker, start.policy, config.generation)
+        self._rewards: RewardSum | None = None
+        if isinstance(config, IterativePreferenceConfig):
+            counts = train_counts(worker.layout.data).to(worker.ctx.device)
+            self._rewards = RewardSum(config.rewards, counts)
+
+    def attach(self, policy: ParallelModel) -> None:
+        """Train `policy`, whose weights and step are in place. Collective."""
+        self._policy = policy
+        self._start.restore(policy.step)
+        self._engine.refresh()
+
+    def before_save(self) -> None:
+        """Save the round's start with the policy's next checkpoint. Collective."""
+        assert self._policy is not None, "attach comes first"
+        self._start.save(self._policy.step)
+
+    def __call__(self, step: Any) -> Iterator[Sequence[PreferenceInputs]]:
+        """Inputs of the step's update. Collective."""
+        assert self._policy is not None, "attach comes first"
+        yield self._inputs(step)
+        if self._start.after(self._policy.step, self._policy):
+            self._engine.refresh()
+
+    def _inputs(self, step: Any) -> list[PreferenceInputs]:
+        prompts = [self._cut(sequences, step.epoch) for sequences in step.micro_batches]
+        rollouts = [self._engine(each, step.step) for each in prompts]
+        chosen = [self._pairs(rollout) for rollout in rollouts]
+        supervised = self._supervised([candidates for candidates, _ in chosen], step.step)
+        return [
+            PreferenceInputs(
+                candidates,
+                self._start.likelihood()(candidates),
+                supervised[at],
+                measures=measures,
+            )
+            for at, (candidates, measures) in enumerate(chosen)
+        ]
+
+    def _cut(self, sequences: Any, epoch: int) -> Prompts:
+        longest = self._worker.recipe.data.loader.max_length
+        if isinstance(self._model, CodeDecoder):
+            longest = min(longest, self._model.longest_history)
+        position, seed = self._config.prompts.position, self._worker.recipe.seed
+        return cut_prompts(sequences, position, longest, seed=seed, epoch=epoch)
+
+    def _pairs(self, rollout: Rollout) -> tuple[Candidates, dict[str, Tensor]]:
+        """Winners and losers [N, 1 + K], and what is measured of the groups, [N] each."""
+        match self._config:
+            case SelfPlayConfig(losers=losers):
+                return self_play_pairs(rollout.candidates, rollout.group, losers)
+            case IterativePreferenceConfig():
+                assert self._rewards is not None
+                total = self._rewards(rollout.group).total
+                return extreme_pairs(rollout.candidates, rollout.group, total)
+
+
+def extreme_pairs(
+    candidates: Candidates, group: Group, rewards: Tensor
+) -> tuple[Candidates, dict[str, Tensor]]:
+    """The candidate of highest reward against the one of lowest; nobody loses where all are equal.
+
+    Args:
+        candidates: [N, G].
+        group: the same, as rewards see it.
+        rewards: [N, G] float32.
+    """
+    infinity = torch.inf
+    best = rewards.masked_fill(~group.legal, -infinity)
+    worst = rewards.masked_fill(~group.legal, infinity)
+    (high, winner), (low, loser) = best.max(dim=1), worst.min(dim=1)
+    places = torch.stack([winner, loser], dim=1)
+    there = (high > low)[:, None]
+    pairs = _taken(candidates, places, there.expand_as(places))
+    told = high.isfinite()
+    measures = {
+        "reward": _mean_of(rewards, group.legal),
+        "reward_best": high.where(told, 0.0),
+        "reward_worst": low.where(told, 0.0),
+        "tied": 1.0 - there.squeeze(1).float(),
+    }
+    return pairs, measures
+
+
+def self_play_pairs(
+    candidates: Candidates, group: Group, losers: int
+) -> tuple[Candidates, dict[str, Tensor]]:
+    """What the user took next against the first `losers` candidates that are other items.
+
+    Args:
+        candidates: [N, G].
+        group: the same, and the targets.
+        losers: K.
+    """
+    other = group.legal & (group.items != group.target_ids[:, None])
+    # Those that are others move to the front, in order.
+    order = (~other).to(torch.uint8).argsort(dim=1, stable=True)[:, :losers]
+    wrong = _taken(candidates, order, other.gather(1, order))
+    items = torch.cat([group.target_ids[:, None], wrong.items], dim=1)
+    codes = None
+    if wrong.codes is not None and group.target_codes is not None:
+        codes = torch.cat([group.target_codes[:, None], wrong.codes], dim=1)
+    hits = (group.legal & ~other).float().sum(1) / group.legal.sum(1).clamp(min=1)
+    return replace(candidates, items=items, codes=codes), {"reward": hits}
+
+
+def _taken(candidates: Candidates, places: Tensor, there: Tensor) -> Candidates:
+    """Candidates [N, n] at `places`, no item where not `there`."""
+    items = candidates.items.gather(1, places).where(there, 0)
+    codes = candidates.codes
+    if codes is not None:
+        codes = codes.gather(1, places[..., None].expand(-1, -1, codes.shape[2]))
+    return replace(candidates, items=items, codes=codes)
+
+
+def _mean_of(values: Tensor, there: Tensor) -> Tensor:
+    return (values * there).sum(1) / there.sum(1).clamp(min=1)
