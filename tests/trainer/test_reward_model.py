@@ -15,7 +15,9 @@ from models.batch import JaggedBatch
 from tests.harness import run_ranks
 from tests.models.sequences import take
 from tests.trainer.runs import LENGTH, logged, quiet, settings_of
+from trainer.align import align_worker
 from trainer.policy import start_worker
+from trainer.pretrain import train_worker as pretrain_worker
 from trainer.reward_model import evaluate_worker, open_reward_model, train_worker
 
 USERS, ITEMS = 60, 30
@@ -163,3 +165,31 @@ def test_evaluation_is_the_same_on_two_ranks_and_stands_beside_item_rates(
         assert model["test"]["events"] == model["validation"]["events"] > USERS / 2
     # Hate depends on the user's segment, which item rates do not know.
     assert "r2/dwell" in alone["models"]["reward model"]["test"]
+
+
+def test_a_policy_is_aligned_by_the_reward_model(root: Path, outputs: dict[str, Any]) -> None:
+    blocks: dict[str, Any] = {"alignment": None, "evaluation": {"ks": [10], "users_per_batch": 16}}
+    [start] = run_ranks(1, pretrain_worker, settings_of(root, "policy", blocks), quiet)
+    blocks["alignment"] = {
+        "kind": "grpo",
+        "rule": None,
+        "epochs": 8,
+        "prompts": {"per_step": 32},
+        "generation": {"kind": "ancestral", "samples": 6},
+        "rewards": [{"kind": "model", "run": str(root), "tasks": {"like": 1.0, "p_score": 0.5}}],
+        "log_every_steps": 1,
+        "supervised_weight": 0.0,
+        "optimizer": {"lr": 0.01},
+    }
+    urls = {"pairs": None, "reference": None, "start": start["checkpoint"]}
+    measured = []
+    for workers in (1, 2):
+        name = f"aligned-{workers}"
+        more = {**blocks, "cluster": {"num_workers": workers}}
+        run_ranks(workers, align_worker, settings_of(root, name, more, **urls), quiet)
+        measured.append(logged(root, "align", name))
+    alone, shared = ([row for step, row in sorted(rows.items()) if step] for rows in measured)
+    rewards = [row["train/reward/model"] for row in alone if "train/reward/model" in row]
+    assert shared[0]["train/reward/model"] == pytest.approx(rewards[0], rel=1e-4)
+    assert 0 < rewards[0] < 1.5
+    assert sum(rewards[-4:]) / 4 > sum(rewards[:4]) / 4  # it is what the policy learns
