@@ -111,7 +111,7 @@ class _Run:
         self._execute(stage, label, fingerprint)
 
     def _execute(self, stage: Stage, label: str, fingerprint: str) -> None:
-        print(f"{label}: {_purpose(stage.name)}", flush=True)
+        print(f"{label}: {_purpose(stage.name, self._recipe)}", flush=True)
         started = time.monotonic()
         if stage.needs_ray:
             self._connect()
@@ -165,7 +165,9 @@ class _Run:
         check_output(self._layout.root)
 
 
-def _purpose(name: StageName) -> str:
+def _purpose(name: StageName, recipe: Recipe) -> str:
+    if recipe.ranks_candidates and name in _OF_REWARD_MODELS:
+        return _OF_REWARD_MODELS[name]
     return {
         "prepare": "logs → typed events → user sequences → Parquet shards",
         "tokenize": "item content → semantic ids",
@@ -175,6 +177,12 @@ def _purpose(name: StageName) -> str:
         "recommend": "recommendations for a few users",
         "report": "tables, plots and the HTML report",
     }[name]
+
+
+_OF_REWARD_MODELS: dict[StageName, str] = {
+    "train": "a reward model from what users did",
+    "evaluate": "order and calibration of what it foretells on held-out events",
+}
 
 
 def _clock(seconds: float) -> str:
