@@ -182,7 +182,7 @@ def measure_item_rates(worker: Worker, targets: TaskTargets, part: str) -> Ranki
         logits = torch.zeros(*inputs.candidate_ids.shape, len(targets.names), device=device)
         for column, (at, _) in enumerate(outputs.values()):
             logits[..., at] = table[inputs.candidate_ids, column]
-        sums.update(logits, inputs, with_dwell=False)
+        sums.update(logits, inputs, only_labels=True)
     return sums.result(worker)
 
 
@@ -192,9 +192,10 @@ class _PartSums:
     def __init__(self, worker: Worker, targets: TaskTargets) -> None:
         self._targets, device = targets, worker.ctx.device
         self._labels = LabelMetrics(tuple(targets.label_outputs), device)
+        self._score = LabelMetrics(tuple(f"p_score:{n}" for n in targets.score_labels), device)
         self._dwell = torch.zeros(4, dtype=torch.float64, device=device)
 
-    def update(self, logits: Tensor, inputs: RankingInputs, with_dwell: bool = True) -> None:
+    def update(self, logits: Tensor, inputs: RankingInputs, only_labels: bool = False) -> None:
         there = inputs.candidate_ids > 0
         found, labels = logits[there], inputs.labels[there]
         users = inputs.batch.user_ids[:, None].expand_as(there)[there]
@@ -202,8 +203,14 @@ class _PartSums:
         if outputs:
             truth = torch.stack([(labels >> bit) & 1 for _, bit in outputs], dim=1)
             self._labels.update(found[:, [at for at, _ in outputs]], truth, users)
+        if only_labels:
+            return
+        wanted = list(self._targets.score_labels.values())
+        if wanted:
+            truth = torch.stack([((labels >> bit) & 1) ^ int(no) for bit, no in wanted], dim=1)
+            self._score.update(found[:, -1:].expand(-1, len(wanted)), truth, users)
         at = self._targets.dwell_output
-        if at is not None and with_dwell:
+        if at is not None:
             stayed = torch.log1p(inputs.dwell_times[there])
             known = stayed.isfinite()
             stayed, error = stayed[known].double(), (found[:, at] - stayed)[known].double()
@@ -213,6 +220,11 @@ class _PartSums:
     def result(self, worker: Worker) -> RankingMeasurement:
         counts, sums = (worker.ctx.all_reduce_sum(x) for x in self._labels.sums())
         metrics, curves = self._labels.result(counts.cpu(), sums.cpu())
+        counts, sums = (worker.ctx.all_reduce_sum(x) for x in self._score.sums())
+        score, _ = self._score.result(counts.cpu(), sums.cpu())
+        metrics |= {
+            name: value for name, value in score.items() if name.startswith("auc") and "/" in name
+        }
         count, total, square, error = worker.ctx.all_reduce_sum(self._dwell.clone()).tolist()
         if count:
             variance = max(square / count - (total / count) ** 2, 1e-12)

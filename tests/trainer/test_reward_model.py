@@ -163,8 +163,11 @@ def test_evaluation_is_the_same_on_two_ranks_and_stands_beside_item_rates(
             assert set(model["calibration"]) == {"hate", "like"} < set(LABELS)
         # Users of three events or more have one of them in each part.
         assert model["test"]["events"] == model["validation"]["events"] > USERS / 2
-    # Hate depends on the user's segment, which item rates do not know.
-    assert "r2/dwell" in alone["models"]["reward model"]["test"]
+    found = alone["models"]["reward model"]["test"]
+    only_the_models = {"r2/dwell", "auc/p_score:like", "auc/p_score:no_hate"}
+    assert only_the_models <= found.keys()
+    assert not only_the_models & alone["models"]["item rates"]["test"].keys()
+    assert found["auc"] == pytest.approx((found["auc/hate"] + found["auc/like"]) / 2)
 
 
 def test_a_policy_is_aligned_by_the_reward_model(root: Path, outputs: dict[str, Any]) -> None:

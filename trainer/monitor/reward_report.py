@@ -11,11 +11,14 @@ Curve = tuple[tuple[float, float, float], ...]
 BASELINE = "item rates"
 """The model that knows how often each item was liked, and no user."""
 REWARD_MODEL = "reward model"
+_SCORED = "auc/p_score:"
 
 
 def reward_layout(measured: Iterable[str]) -> list[tuple[str, list[tuple[str, str]]]]:
     """Groups of (label, metric) for the results table; empty groups where nothing was measured."""
-    names = sorted(m.partition("/")[2] for m in measured if m.startswith("rate/"))
+    kept = set(measured)
+    names = sorted(m.removeprefix("rate/") for m in kept if m.startswith("rate/"))
+    scored = sorted(m.removeprefix(_SCORED) for m in kept if m.startswith(_SCORED))
 
     def rows(*kinds: tuple[str, str]) -> list[tuple[str, str]]:
         return [(f"{label} {name}", f"{kind}/{name}") for name in names for kind, label in kinds]
@@ -27,6 +30,10 @@ def reward_layout(measured: Iterable[str]) -> list[tuple[str, list[tuple[str, st
                 ("Mean AUC", "auc"),
                 *rows(("auc", "AUC"), ("auc_low", "  from,"), ("auc_high", "  to,")),
             ],
+        ),
+        (
+            "Order by the P-score (AUC)",
+            [(f"P-score for {name.replace('_', ' ')}", f"{_SCORED}{name}") for name in scored],
         ),
         (
             "Probabilities",

@@ -92,7 +92,7 @@ class TaskTargets:
 
     def __init__(self, objective: MultiTaskConfig, labels: tuple[str, ...]) -> None:
         """Raises ValueError where the data set lacks a label."""
-        self.names = objective.outputs
+        self.names, self._labels = objective.outputs, labels
         self.weights = [task.weight for task in objective.tasks]
         self._bits = [
             None if task.kind == "dwell" else _bit(task.label, labels) for task in objective.tasks
@@ -107,6 +107,12 @@ class TaskTargets:
     def label_outputs(self) -> dict[str, tuple[int, int]]:
         """Task of a label → its output, and the label's bit."""
         return {self.names[at]: (at, bit) for at, bit in enumerate(self._bits) if bit is not None}
+
+    @property
+    def score_labels(self) -> dict[str, tuple[int, bool]]:
+        """What the P-score should be high for → the label's bit, and whether it is its absence."""
+        bits = {self._labels[bit]: (bit, weight < 0) for bit, weight in self._score}
+        return {f"no_{n}" if against else n: (bit, against) for n, (bit, against) in bits.items()}
 
     @property
     def dwell_output(self) -> int | None:

@@ -101,6 +101,7 @@ def test_outputs_read_as_probabilities_and_seconds() -> None:
     targets = build().targets
     assert targets.names == ("view", "dwell", "like", "p_score")
     assert targets.label_outputs == {"view": (0, 2), "like": (2, 0)} and targets.dwell_output == 1
+    assert targets.score_labels == {"like": (0, False), "no_hate": (1, True)}
     read = targets.readable(torch.tensor([[0.0, math.log(11.0), 2.0, -1.0], [9.0, -3.0, 0.0, 0.0]]))
     assert read["view"].tolist() == pytest.approx([0.5, 1 / (1 + math.exp(-9))])
     assert read["dwell"].tolist() == pytest.approx([10.0, 0.0], abs=1e-5)
