@@ -9,6 +9,7 @@ def add_commands(group: click.Group) -> None:
     """Add every bench to the group `tandem bench`; each is one function below."""
     _add_beam(group)
     _add_decoders(group)
+    _add_rollout(group)
 
 
 def _add_beam(group: click.Group) -> None:
@@ -80,3 +81,26 @@ def _add_decoders(group: click.Group) -> None:
 
         shape = Shape(**sizes)
         bench_decoders(output, shape, batch=batch, repeats=repeats, seed=seed, say=click.echo)
+
+
+def _add_rollout(group: click.Group) -> None:
+    @group.command("rollout")
+    @click.option("--output", required=True, help="Directory (any URL) for data and rollout.json.")
+    @click.option("--items", type=click.IntRange(min=2), default=12_101, show_default=True)
+    @click.option("--prompts", type=click.IntRange(min=1), default=64, show_default=True)
+    @click.option("--group", type=click.IntRange(min=1), default=16, show_default=True)
+    @click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True)
+    @click.option("--seed", type=int, default=0, show_default=True)
+    @click.option(
+        "--threads",
+        type=click.IntRange(min=1),
+        default=None,
+        help="Threads of every contestant.  [default: the machine's cores]",
+    )
+    def rollout(output: str, threads: int | None, **sizes: int) -> None:
+        """Groups per second of online alignment against a plain loop, and a step's parts."""
+        from trainer.bench import measure
+        from trainer.bench.rollout import bench_rollout
+
+        with measure.threads(threads):
+            bench_rollout(output, **sizes, say=click.echo)
