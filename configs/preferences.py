@@ -76,7 +76,8 @@ class WatchTimeRule(PairRule):
 
     kind: Literal["watch_time"] = "watch_time"
     liked_share: float = Field(0.25, gt=0, lt=1)
-    disliked_share: float = Field(0.25, gt=0, lt=1)
+    disliked_share: float = Field(0.25, ge=0, lt=1)
+    """0: short views are no dislike, only negative feedback is (the rule of GBPO)."""
     negative: tuple[LabelName, ...] = ()
     """Negative feedback: an event with one of these labels is disliked, however long it was."""
     duration_base: float = Field(2.0, gt=1)

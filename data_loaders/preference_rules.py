@@ -113,7 +113,8 @@ def _by_watch_time(slices: Slices, rule: WatchTimeRule, labels: Sequence[str]) -
     more, less, size = _ranks_in_buckets(
         user[known], duration_buckets(duration[known], rule), dwell[known]
     )
-    enough = size * min(rule.liked_share, rule.disliked_share) >= 1
+    smallest = min(rule.liked_share, rule.disliked_share or rule.liked_share)
+    enough = size * smallest >= 1
     top, bottom = more < rule.liked_share * size, less < rule.disliked_share * size
     liked, disliked = np.zeros((2, len(dwell)), bool)
     liked[known] = enough & top & ~bottom

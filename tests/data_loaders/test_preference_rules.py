@@ -50,7 +50,8 @@ def by_watch_time(user: list[tuple[int, float, float, float]], rule: WatchTimeRu
         alike = [d for _, d, s, _ in user if known and same_bucket(d, s, duration, rule)]
         more, less = sum(d > dwell for d in alike), sum(d < dwell for d in alike)
         top, bottom = more < rule.liked_share * len(alike), less < rule.disliked_share * len(alike)
-        enough = len(alike) * min(rule.liked_share, rule.disliked_share) >= 1
+        shares = [share for share in (rule.liked_share, rule.disliked_share) if share > 0]
+        enough = len(alike) * min(shares) >= 1
         found.append((top - bottom) * enough)
     return found
 
@@ -65,7 +66,7 @@ def same_bucket(dwell: float, seconds: float, duration: float, rule: WatchTimeRu
 
 @given(
     users=USERS,
-    shares=st.sampled_from([(0.25, 0.25), (0.5, 0.5), (0.3, 0.1), (0.2, 0.6)]),
+    shares=st.sampled_from([(0.25, 0.25), (0.5, 0.5), (0.3, 0.1), (0.2, 0.6), (0.25, 0.0)]),
     negative=st.booleans(),
     base=st.sampled_from([1.5, 2.0, 10.0]),
 )

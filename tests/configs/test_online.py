@@ -1,0 +1,60 @@
+"""What a recipe of online alignment may not say, and what it says by default."""
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from configs.alignment import GBPOConfig, GRPOConfig
+from configs.recipe import Recipe
+
+
+def recipe(alignment: dict[str, Any], **blocks: Any) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "name": "small",
+            "output": "unused",
+            "data": {"source": {"kind": "csv", "url": "x", "columns": {"rating": "r"}}},
+            "model": {"kind": "sasrec", "width": 8},
+            "alignment": alignment,
+            "cluster": {"num_workers": 2},
+        }
+        | blocks
+    )
+
+
+def test_defaults_need_no_preferences() -> None:
+    found = recipe({"kind": "grpo"}).alignment
+    assert isinstance(found, GRPOConfig)
+    assert found.rule is None and found.clip_low == 0.2 and found.clip_high == 0.28
+    assert [reward.kind for reward in found.rewards] == ["hit"]
+    assert found.generation.kind == "ancestral"
+
+
+@pytest.mark.parametrize(
+    ("alignment", "sentence"),
+    [
+        ({"kind": "grpo", "kl": {"weight": 0.1}, "reference": None}, "needs a reference policy"),
+        ({"kind": "grpo", "prompts": {"per_step": 3}}, "prompts.per_step=3 must be a multiple"),
+        ({"kind": "grpo", "generation": {"kind": "ancestral", "top_p": 0.9}}, "set top_p to 1"),
+        ({"kind": "grpo", "rewards": []}, "at least 1 item"),
+        ({"kind": "grpo", "validation": {"metric": "preference_accuracy"}}, "is not measured"),
+        ({"kind": "grpo", "delta": 0.1}, "delta"),
+        ({"kind": "gbpo", "clip_high": 0.2}, "clip_high"),
+        ({"kind": "gbpo", "logged": {"rule": {"kind": "watch_time"}}}, "columns.dwell"),
+        ({"kind": "dpo", "rule": None}, "rule"),
+    ],
+)
+def test_what_cannot_be(alignment: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValidationError, match=sentence):
+        recipe(alignment)
+
+
+def test_gbpos_own_rule() -> None:
+    """The top quarter of a duration bucket is liked; only negative feedback is disliked."""
+    rule = {"kind": "watch_time", "disliked_share": 0, "negative": ["hate"]}
+    columns = {"dwell": "d", "duration": "e", "labels": {"hate": "h"}}
+    source = {"kind": "csv", "url": "x", "columns": columns}
+    found = recipe({"kind": "gbpo", "logged": {"rule": rule}}, data={"source": source}).alignment
+    assert isinstance(found, GBPOConfig) and found.logged is not None
+    assert found.logged.rule.kind == "watch_time"
