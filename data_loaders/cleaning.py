@@ -62,7 +62,7 @@ class Job:
     @property
     def staging(self) -> str:
         """Directory of staged parts, removed at the end."""
-        return storage.join(self.root, "staging")
+        return storage.join(self.root, f"staging-{self.version}")
 
     @property
     def partitions(self) -> int:

@@ -3,10 +3,13 @@
 Everything that can be wrong with settings, files and columns is found here, before any work.
 """
 
+import os
+import re
 import time
 import uuid
 from dataclasses import dataclass
 
+from configs import storage
 from configs.data import (
     DataConfig,
     ItemText,
@@ -39,9 +42,16 @@ def make_job(config: DataConfig, root: str, source: Log) -> Job:
     split = config.split
     if isinstance(split, LeaveLastOut):  # what trains is the loader's matter; the data are the same
         split = split.model_copy(update={"include_validation_in_training": False})
-    # A name that no earlier preparation had; what it is has no influence on the data.
-    version = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:6]}"
-    return Job(root, version, source, config.cleaning, split, config.shards, rules)
+    return Job(root, _new_version(), source, config.cleaning, split, config.shards, rules)
+
+
+VERSION = re.compile(r"\d{8}-\d{6}-[0-9a-f]{6}")
+"""What `_new_version` gives."""
+
+
+def _new_version() -> str:
+    """A name that no earlier preparation had; what it is has no influence on the data."""
+    return f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:6]}"
 
 
 @dataclass(frozen=True)
@@ -57,7 +67,7 @@ def plan_inputs(job: Job) -> dict[str, Input]:
     """The log (`events`) and the tables beside it (`user_table`, `titles`).
 
     Raises:
-        ValueError: a file or a column is missing.
+        ValueError: a file or a column is missing, or a file lies inside the data set's directory.
     """
     log = _log_files(job.source, job.rules)
     inputs = {"events": Input(log, plan(log), {})}
@@ -68,7 +78,27 @@ def plan_inputs(job: Job) -> dict[str, Input]:
     if text is not None:
         names = {"item": text.item, "title": text.title}
         inputs["titles"] = _side_input("data.source.item_text", text, names)
+    for table in inputs.values():
+        _refuse_inside(job.root, table)
     return inputs
+
+
+def _refuse_inside(root: str, table: Input) -> None:
+    """Refuse input that the data set's own directory holds, where preparations come and go."""
+    inside = _real(root) + "/"
+    for chunk in table.chunks:
+        if _real(chunk.url).startswith(inside):
+            raise ValueError(
+                f"{table.files.place}={table.files.url!r} takes in {chunk.url}, which lies inside "
+                f"{root}, where prepared data are written and removed; move it to another "
+                "directory or choose another `output`"
+            )
+
+
+def _real(url: str) -> str:
+    """One spelling of each place."""
+    fs, path = storage.filesystem(url)
+    return os.path.realpath(path) if storage.is_local(url) else fs.unstrip_protocol(path)
 
 
 def _side_input(place: str, table: UserTable | ItemText, names: dict[str, str]) -> Input:

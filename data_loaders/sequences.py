@@ -6,6 +6,7 @@ number of machines nor on the order in which tasks end.
 """
 
 import functools
+import re
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
@@ -20,7 +21,7 @@ from data_loaders import assembly, cleaning
 from data_loaders.cleaning import Job
 from data_loaders.events import DUPLICATE
 from data_loaders.exchange import Progress, Report, exchange, map_parts, quiet
-from data_loaders.inputs import Input, make_job, plan_inputs, resolve
+from data_loaders.inputs import VERSION, Input, make_job, plan_inputs, resolve
 from data_loaders.manifest import (
     DatasetManifest,
     EventCounts,
@@ -31,7 +32,7 @@ from data_loaders.manifest import (
 from data_loaders.sources import Chunk, TableFiles
 
 _KINDS = ("sequences", "items", "vocabularies", "quarantine")
-_TITLES = {"item": "item", "title": "title"}
+_PART = re.compile(r"[^/]+\.parquet(\.[0-9a-f]{32}\.tmp)?")
 
 
 def prepare(config: DataConfig, name: str, output_url: str, raw_url: str) -> DatasetManifest:
@@ -87,15 +88,26 @@ def _reasons(quarantined: Mapping[str, int]) -> str:
 
 
 def _sweep(job: Job) -> None:
-    """Remove all but the files that the manifest names, and the quarantine of this job."""
-    storage.remove(job.staging)
+    """Remove what preparations left, but not what the manifest names or this job's quarantine.
+
+    What has not the names that preparations give is somebody else's and stays.
+    """
+    for name in storage.list_names(job.root):
+        if name.startswith("staging-") and VERSION.fullmatch(name.removeprefix("staging-")):
+            storage.remove(storage.join(job.root, name))
     kept = {f"quarantine/{job.version}"}
     with suppress(ValueError):  # without a whole manifest there is no data set
         kept |= {"/".join(e.path.split("/")[:2]) for e in read_manifest(job.root).files()}
     for kind in _KINDS:
         for name in storage.list_names(storage.join(job.root, kind)):
-            if f"{kind}/{name}" not in kept:
-                storage.remove(storage.join(job.root, kind, name))
+            url = storage.join(job.root, kind, name)
+            if f"{kind}/{name}" not in kept and VERSION.fullmatch(name) and _only_parts(url):
+                storage.remove(url)
+
+
+def _only_parts(url: str) -> bool:
+    """Whether a directory holds nothing but Parquet parts, whole ones or half-written ones."""
+    return all(_PART.fullmatch(name) for name in storage.list_names(url))
 
 
 def _say(line: str) -> None:

@@ -58,7 +58,7 @@ def test_too_many_bad_rows_leave_the_earlier_data_and_their_quarantine(tmp_path:
     bad = [pq.read_table(path) for path in Path(found[1]).glob("*.parquet")]
     assert sum(table.num_rows for table in bad) == 9
     assert _versions(tmp_path) == {earlier.version, Path(found[1]).name}
-    assert not (tmp_path / "data" / "staging").exists()
+    assert not list((tmp_path / "data").glob("staging*"))
     later = _prepare(tmp_path, max_bad_share=0.5)  # sweeps what failed, and what it replaces
     _check_whole(tmp_path, later)
     assert _versions(tmp_path) == {later.version} != {earlier.version}
@@ -82,11 +82,14 @@ def test_a_disk_that_is_full_at_the_last_moment_costs_nothing(
 
 def test_the_same_data_have_the_same_fingerprint_whatever_was_there_before(tmp_path: Path) -> None:
     write_synthetic(str(tmp_path / "data"), 10, 10, 5, 0)  # files directly in their directories
-    (tmp_path / "data" / "sequences" / "of-a-killed-attempt").mkdir()
+    killed = tmp_path / "data" / "sequences" / "20260101-000000-abcdef"
+    killed.mkdir()
+    staged = tmp_path / "data" / "staging-20260101-000000-abcdef" / "read"
+    staged.mkdir(parents=True)
     _write_log(tmp_path, bad=0)
     first = _prepare(tmp_path)
     _check_whole(tmp_path, first)
-    assert _versions(tmp_path) == {first.version}
+    assert not killed.exists() and not staged.parent.exists()
     again = _prepare(tmp_path)
     assert again.fingerprint == first.fingerprint and again.version != first.version
     assert again.shards[0].path.replace(again.version, first.version) == first.shards[0].path
