@@ -75,6 +75,7 @@ def align(settings: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any
 
 def settings_for(root: Path, name: str, family: str, **more: Any) -> dict[str, Any]:
     blocks = FAMILIES[family] | {"cluster": {"num_workers": more.pop("workers", 1)}}
+    blocks["training"] = {"zero_stage": more.pop("zero_stage", 1)}
     start = more.pop("start", None)
     alignment = {"kind": "grpo"} | ONLINE | more
     if alignment["rewards"] is None:
@@ -125,10 +126,11 @@ def test_first_step_worlds_and_resume(root: Path, started: tuple[str, dict[str, 
     assert abs(whole[2]["train/ratio"] - 1) > 1e-4  # the same rollout, after an update
     assert whole[max(whole)]["train/kl"] > 1e-5
 
-    shared = run(root, "two", started, 2, **GRPO)
+    shared = run(root, "two", started, 2, zero_stage=3, **GRPO)
     assert shared.keys() == whole.keys()
     for tag, value in first.items():
         assert shared[1][tag] == pytest.approx(value, rel=2e-3, abs=2e-5), tag
+    assert shared[max(shared)]["train/kl"] > 1e-5
 
     cut = run(root, "cut", started, 1, say=interrupting, **GRPO)
     assert 0 < max(cut) < max(whole)
@@ -139,7 +141,7 @@ def test_first_step_worlds_and_resume(root: Path, started: tuple[str, dict[str, 
 
 
 def test_other_algorithms(root: Path, started: tuple[str, dict[str, Any]]) -> None:
-    rows = run(root, "other", started, 1, epochs=1, **OTHERS[started[0]])
+    rows = run(root, "other", started, 1, epochs=1, zero_stage=2, **OTHERS[started[0]])
     last = rows[max(rows)]
     if started[0] == "hstu":
         assert len(rows) == STEPS_PER_EPOCH + 1
