@@ -273,7 +273,7 @@ def _items(part: ItemPart) -> Iterator[pa.Table]:
         return
     ids = np.arange(part.first_id, part.first_id + part.rows)
     columns = {
-        "key": read_table(part.url, ["item"])["item"],
+        "key": part.column("item"),
         "place": pa.nulls(part.rows, pa.int64()),
         "item_id": pa.array(ids),
         "value": pa.nulls(part.rows, pa.large_binary()),

@@ -10,13 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from configs import storage
-from data_loaders.manifest import MEND, FileEntry, read_manifest
-from data_loaders.shards import partition_of, read_table
+from data_loaders.manifest import FileEntry, read_manifest
+from data_loaders.shards import open_part, partition_of, read_table, verify_once
 
 
 @dataclass(frozen=True)
@@ -26,13 +25,23 @@ class ItemPart:
     url: str
     first_id: int
     rows: int
+    sha256: str
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """A column of all its rows, in the order of ids; the file is hashed before its first use.
+
+        Raises:
+            ValueError: the file is missing or damaged.
+        """
+        return read_table(self.url, [name], sha256=self.sha256)[name]
 
 
 def item_parts(dataset_url: str) -> list[ItemPart]:
     """The parts of the items table, in the order of ids; empty ones are among them."""
     parts, first = [], 1
     for entry in read_manifest(dataset_url).items:
-        parts.append(ItemPart(storage.join(dataset_url, entry.path), first, entry.rows))
+        url = storage.join(dataset_url, entry.path)
+        parts.append(ItemPart(url, first, entry.rows, entry.sha256))
         first += entry.rows
     return parts
 
@@ -41,7 +50,7 @@ def titles(dataset_url: str, ids: Sequence[int] | np.ndarray) -> list[str]:
     """Title of each item id in 1…V, or its raw id where it has no title.
 
     Raises:
-        ValueError: an id is not in the catalogue.
+        ValueError: an id is not in the catalogue, or a part that holds one is damaged.
     """
     rows = _item_rows(dataset_url, ids, ["item", "title"])
     titled = pc.if_else(pc.equal(rows["title"], ""), rows["item"], rows["title"])
@@ -54,13 +63,13 @@ def raw_items(dataset_url: str, ids: Sequence[int] | np.ndarray) -> list[str]:
 
 
 def train_counts(dataset_url: str) -> Tensor:
-    """int64 [V]: occurrences of items 1…V among all users' train events."""
-    manifest = read_manifest(dataset_url)
-    parts = [
-        read_table(storage.join(dataset_url, entry.path), ["train_count"])["train_count"]
-        for entry in manifest.items
-    ]
-    return torch.from_numpy(np.concatenate([part.to_numpy() for part in parts]))
+    """int64 [V]: occurrences of items 1…V among all users' train events.
+
+    Raises:
+        ValueError: a part of the items table is missing or damaged.
+    """
+    parts = [part.column("train_count").to_numpy() for part in item_parts(dataset_url)]
+    return torch.from_numpy(np.concatenate(parts))
 
 
 def action_names(dataset_url: str) -> tuple[str, ...]:
@@ -68,8 +77,9 @@ def action_names(dataset_url: str) -> tuple[str, ...]:
     manifest = read_manifest(dataset_url)
     if not manifest.actions:
         return ()
-    [path] = (e.path for e in manifest.vocabularies if e.path.endswith("/actions.parquet"))
-    values = read_table(storage.join(dataset_url, path), ["value"])["value"]
+    [entry] = (e for e in manifest.vocabularies if e.path.endswith("/actions.parquet"))
+    url = storage.join(dataset_url, entry.path)
+    values = read_table(url, ["value"], sha256=entry.sha256)["value"]
     return tuple(str(value) for value in values.to_pylist())
 
 
@@ -77,7 +87,7 @@ def find_users(dataset_url: str, raw_ids: Sequence[str]) -> np.ndarray:
     """Dense id (1…U) of each raw user id, int64 [n].
 
     Raises:
-        ValueError: a user is not in the data set.
+        ValueError: a user is not in the data set, or a shard that holds one is damaged.
     """
     manifest = read_manifest(dataset_url)
     found = np.zeros(len(raw_ids), np.int64)
@@ -87,7 +97,9 @@ def find_users(dataset_url: str, raw_ids: Sequence[str]) -> np.ndarray:
     # `prepare` puts a user into the shard of its hash; other writers need not, so ask all then.
     likely = partition_of(pa.chunked_array([wanted]), len(manifest.shards))
     for shard in np.unique(likely):
-        _find_in_shard(dataset_url, manifest.shards[int(shard)], wanted, found)
+        entry = manifest.shards[int(shard)]
+        verify_once(storage.join(dataset_url, entry.path), entry.sha256)
+        _find_in_shard(dataset_url, entry, wanted, found)
     for entry in manifest.shards:
         if found.all():
             break
@@ -105,10 +117,9 @@ def _find_in_shard(dataset_url: str, entry: FileEntry, wanted: pa.Array, found: 
     """Fill in the dense ids of the wanted users [n] that live in this shard."""
     if not entry.rows:
         return
-    fs, path = storage.filesystem(storage.join(dataset_url, entry.path))
+    url = storage.join(dataset_url, entry.path)
     low, high = pc.min_max(wanted).as_py().values()
-    with fs.open(path, "rb") as stream:
-        parquet = pq.ParquetFile(stream)
+    with open_part(url) as parquet:
         column = parquet.schema_arrow.get_field_index("user")
         for group in range(parquet.num_row_groups):
             bounds = parquet.metadata.row_group(group).column(column).statistics
@@ -118,40 +129,38 @@ def _find_in_shard(dataset_url: str, entry: FileEntry, wanted: pa.Array, found: 
             rows = parquet.read_row_group(group, columns=["user_id", "user"], use_threads=False)
             row = pc.index_in(wanted, value_set=rows["user"].combine_chunks())
             here = pc.is_valid(row).to_numpy(zero_copy_only=False)
+            if here.any():  # what is believed is hashed, what is passed over is not
+                verify_once(url, entry.sha256)
             found[here] = rows["user_id"].to_numpy()[row.drop_null().to_numpy()]
 
 
 def _item_rows(dataset_url: str, ids: Sequence[int] | np.ndarray, columns: list[str]) -> pa.Table:
     """Rows of the items table in the order of `ids` [n]; reads the row groups that hold them."""
-    manifest = read_manifest(dataset_url)
+    parts = item_parts(dataset_url)
+    num_items = sum(part.rows for part in parts)
     asked = np.asarray(ids, np.int64).reshape(-1)
-    outside = asked[(asked < 1) | (asked > manifest.num_items)]
+    outside = asked[(asked < 1) | (asked > num_items)]
     if len(outside):
-        raise ValueError(f"item id {outside[0]} is not in 1…{manifest.num_items}")
+        raise ValueError(f"item id {outside[0]} is not in 1…{num_items}")
     distinct, inverse = np.unique(asked - 1, return_inverse=True)
-    first_rows = np.cumsum([0, *(entry.rows for entry in manifest.items)])
+    first_rows = np.cumsum([0, *(part.rows for part in parts)])
     tables = [pa.table({name: pa.array([], pa.string()) for name in columns})]
-    for number, entry in enumerate(manifest.items):
+    for number, part in enumerate(parts):
         begin, end = np.searchsorted(distinct, first_rows[number : number + 2])
         if begin < end:
             rows = distinct[begin:end] - first_rows[number]
-            tables.append(_rows_of_part(storage.join(dataset_url, entry.path), rows, columns))
+            tables.append(_rows_of_part(part, rows, columns))
     return pa.concat_tables(tables).take(pa.array(inverse))
 
 
-def _rows_of_part(url: str, rows: np.ndarray, columns: list[str]) -> pa.Table:
-    """The given rows (ascending) of a Parquet file."""
-    fs, path = storage.filesystem(url)
-    try:
-        with fs.open(path, "rb") as stream:
-            parquet = pq.ParquetFile(stream)
-            metadata = parquet.metadata
-            sizes = [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
-            ends = np.cumsum(sizes)
-            groups = np.unique(np.searchsorted(ends, rows, side="right"))
-            table = parquet.read_row_groups(groups.tolist(), columns=columns, use_threads=False)
-    except (FileNotFoundError, pa.ArrowException) as error:
-        raise ValueError(f"{url} is missing or damaged; {MEND}") from error
+def _rows_of_part(part: ItemPart, rows: np.ndarray, columns: list[str]) -> pa.Table:
+    """The given rows (ascending) of a part."""
+    with open_part(part.url, part.sha256) as parquet:
+        metadata = parquet.metadata
+        sizes = [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
+        ends = np.cumsum(sizes)
+        groups = np.unique(np.searchsorted(ends, rows, side="right"))
+        table = parquet.read_row_groups(groups.tolist(), columns=columns, use_threads=False)
     starts = np.zeros(len(sizes), np.int64)  # row of the table at which a group begins
     starts[groups] = np.cumsum([0, *(sizes[g] for g in groups[:-1])])
     group = np.searchsorted(ends, rows, side="right")

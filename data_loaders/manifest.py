@@ -170,12 +170,19 @@ def verify_shard(url: str, entry: FileEntry, mend: str = MEND) -> None:
     Raises:
         ValueError: the file is missing or differs from the manifest.
     """
-    path = storage.join(url, entry.path)
+    verify_file(storage.join(url, entry.path), entry.sha256, mend)
+
+
+def verify_file(path: str, sha256: str, mend: str = MEND) -> None:
+    """As `verify_shard`, of a file that is known by its URL."""
     try:
         digest = storage.sha256_file(path)
     except FileNotFoundError as error:
         raise ValueError(f"{path} is missing; {mend}") from error
-    if digest != entry.sha256:
+    except OSError as error:
+        reason = error.strerror or str(error) or type(error).__name__
+        raise ValueError(f"{path} cannot be read ({reason}); mend the storage or {mend}") from error
+    if digest != sha256:
         raise ValueError(f"{path} is damaged (its sha256 differs from the manifest's); {mend}")
 
 

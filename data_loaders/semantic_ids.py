@@ -175,7 +175,7 @@ def write_semantic_ids(
 
 def _raw_items(data_url: str) -> Iterator[tuple[int, pa.ChunkedArray]]:
     for part in item_parts(data_url):
-        yield part.first_id, read_table(part.url, ["item"])["item"]
+        yield part.first_id, part.column("item")
 
 
 def code_part(index: int) -> str:

@@ -1,5 +1,9 @@
 """Parquet parts on any storage: written whole, hashed as written, read by column."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -7,9 +11,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from configs import storage
-from data_loaders.manifest import FileEntry
+from data_loaders.manifest import MEND, FileEntry, verify_file
 
 STAGED_GROUP_ROWS = 1 << 18
+_VERIFIED_FILES = 1 << 14
 
 
 def write_table(
@@ -38,11 +43,44 @@ def write_table(
     )
 
 
-def read_table(url: str, columns: list[str] | None = None) -> pa.Table:
-    """All rows of a part, or of the named columns of it."""
+def read_table(
+    url: str, columns: list[str] | None = None, *, sha256: str | None = None
+) -> pa.Table:
+    """All rows of a part, or of the named columns of it.
+
+    Args:
+        sha256: what the manifest says of the file, which is hashed before this process first uses
+            it; None for staged parts, which no manifest names.
+
+    Raises:
+        ValueError: the file is missing or damaged.
+    """
+    with open_part(url, sha256) as parquet:
+        return parquet.read(columns=columns, use_threads=False)
+
+
+@contextmanager
+def open_part(url: str, sha256: str | None = None) -> Iterator[pq.ParquetFile]:
+    """A part to read some of, as `read_table` reads all; what damage raises becomes a sentence."""
+    if sha256 is not None:
+        verify_once(url, sha256)
     fs, path = storage.filesystem(url)
-    with fs.open(path, "rb") as stream:
-        return pq.ParquetFile(stream).read(columns=columns, use_threads=False)
+    try:
+        with fs.open(path, "rb") as stream:
+            yield pq.ParquetFile(stream, page_checksum_verification=True)
+    except (pa.ArrowException, OSError, KeyError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{url} is missing or damaged ({reason}); {MEND}") from error
+
+
+@lru_cache(maxsize=_VERIFIED_FILES)
+def verify_once(url: str, sha256: str) -> None:
+    """Hash a file of a prepared data set, but not again once it was whole.
+
+    Raises:
+        ValueError: the file is missing or differs from the manifest.
+    """
+    verify_file(url, sha256)
 
 
 def staged(name: str, partition: int) -> str:

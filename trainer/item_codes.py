@@ -16,7 +16,7 @@ from data_loaders.cold_start import known_codes
 from data_loaders.collisions import coded_rows, fixed_rows
 from data_loaders.exchange import Report
 from data_loaders.items import ItemPart
-from data_loaders.shards import read_table, staged, write_table
+from data_loaders.shards import staged, write_table
 from models.tokenizers.quantizer import Quantizer
 from models.tokenizers.shards import Shard
 from trainer.item_embeddings import ItemEmbeddings
@@ -40,7 +40,7 @@ def stage_shard(
         if part.rows and 0 <= begin < len(shard.rows):
             rows = slice(begin, begin + part.rows)
             ids = np.arange(part.first_id, part.first_id + part.rows)
-            raw = read_table(part.url, ["item"])["item"]
+            raw = part.column("item")
             table = _coded(ids, raw, shard.rows[rows], shard.codes[rows], quantizer, ranked)
             write_table(staging_url, staged(CODED, index), table)
 
@@ -52,7 +52,7 @@ def stage_new(
     items, staging = embeddings.parts[part], embeddings.staging_url
     if not items.rows:
         return {"rows": 0, "known": 0}
-    raw = read_table(items.url, ["item"])["item"].combine_chunks()
+    raw = items.column("item").combine_chunks()
     known_ids, codes = known_codes(staging, part)
     is_new = np.ones(items.rows, bool)
     is_new[known_ids - items.first_id] = False

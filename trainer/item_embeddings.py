@@ -39,7 +39,7 @@ from data_loaders.item_tables import (
 )
 from data_loaders.items import ItemPart, item_parts
 from data_loaders.manifest import read_manifest
-from data_loaders.shards import read_table, staged, write_table
+from data_loaders.shards import staged, write_table
 from data_loaders.sources import files_signature
 from models.ops.hashing import GOLDEN_64, as_signed, mix64
 from sharding.table_rows import CheckpointTable
@@ -86,7 +86,7 @@ class ItemEmbeddings:
             first = last
         result = torch.from_numpy(whole)
         if not known.all():
-            raw = read_table(self.parts[part].url, ["item"])["item"].filter(pa.array(~known))
+            raw = self.parts[part].column("item").filter(pa.array(~known))
             length = sum(block.embedding.weight**2 for block in self.blocks) ** 0.5
             result[torch.from_numpy(~known)] = drawn_directions(raw, self.width) * length
         return result
@@ -341,6 +341,6 @@ def _texts(
         if table is None:
             return np.zeros(0, np.int64), []
         return table["item_id"].to_numpy(), [v.decode() for v in table["value"].to_pylist()]
-    titles = read_table(part.url, ["title"])["title"].to_pylist()
+    titles = part.column("title").to_pylist()
     ids = part.first_id + np.flatnonzero([bool(title) for title in titles])
     return ids, [title for title in titles if title]

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from configs import storage
 from configs.tokenize import ItemTable, VectorEmbedding
 from data_loaders.exchange import Progress
 from data_loaders.item_tables import (
@@ -27,7 +28,7 @@ def parts_of(url: Path, sizes: list[int], names: list[str]) -> list[ItemPart]:
     for index, size in enumerate(sizes):
         path = url / f"part-{index}.parquet"
         pq.write_table(pa.table({"item": pa.array(names[first : first + size], pa.string())}), path)
-        parts.append(ItemPart(str(path), first + 1, size))
+        parts.append(ItemPart(str(path), first + 1, size, storage.sha256_file(str(path))))
         first += size
     return parts
 
