@@ -1,9 +1,43 @@
 """The one base class of every typed setting."""
 
-from pydantic import BaseModel, ConfigDict
+from typing import Any, get_args
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 
 class Config(BaseModel):
-    """A frozen group of settings; an unknown key is an error, never ignored."""
+    """A frozen group of settings; an unknown key is an error, never ignored.
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    Numbers are finite, and truth is no number: `true` is refused where 1 would be taken.
+    """
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False
+    )
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _truth_is_no_number(cls, data: Any, handler: ModelWrapValidatorHandler[Any]) -> Any:
+        if isinstance(data, dict):
+            wrong = [name for name, value in data.items() if _is_misplaced_truth(cls, name, value)]
+            if wrong:
+                problem = PydanticCustomError("truth", "must be no truth value")
+                raise ValidationError.from_exception_data(
+                    cls.__name__,
+                    [InitErrorDetails(type=problem, loc=(n,), input=data[n]) for n in wrong],
+                )
+        return handler(data)
+
+
+def _is_misplaced_truth(block: type[Config], name: Any, value: Any) -> bool:
+    if not isinstance(value, bool) or name not in block.model_fields:
+        return False
+    wanted = block.model_fields[name].annotation
+    return wanted is not bool and wanted is not Any and bool not in get_args(wanted)

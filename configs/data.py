@@ -58,6 +58,13 @@ class ColumnMap(Config):
     side_features: tuple[str, ...] = ()
     """Categorical columns of the event that become `side_<name>` dense ids, one per event."""
 
+    @model_validator(mode="after")
+    def _parts_are_apart(self) -> "ColumnMap":
+        names = {"user": self.user, "item": self.item, "timestamp": self.timestamp}
+        if len(set(names.values())) < len(names):
+            raise ValueError(f"user, item and timestamp must be three columns, not {names}")
+        return self
+
 
 class ItemText(Config):
     """A file that names items, for printing recommendations."""

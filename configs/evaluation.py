@@ -8,13 +8,13 @@ from configs.base import Config
 class EvaluationConfig(Config):
     """Full-catalogue ranking metrics."""
 
-    ks: tuple[PositiveInt, ...] = (1, 5, 10, 50, 200)
+    ks: tuple[PositiveInt, ...] = Field((1, 5, 10, 50, 200), min_length=1, max_length=64)
     filter_seen: bool = True
     """Items of the user's history are not recommended."""
     head_share: float = Field(0.2, gt=0, lt=1)
     """The most popular share of items is the head, the rest the tail."""
     users_per_batch: PositiveInt = 256
-    catalogue_chunk: PositiveInt = 65536
+    catalogue_chunk: int = Field(65536, ge=1, le=1 << 23)
     """Items scored at once by one rank."""
 
 

@@ -35,6 +35,8 @@ def _sentence(
     if detail["type"] == "missing":
         return f"{dotted} is required and not set (last looked at {node.origin})"
     if detail["type"] == "value_error":
+        if path and not schema.blocks(annotation):
+            return f"{_assignment(path, tree)} {detail['ctx']['error']}"
         return f"{dotted}: {detail['ctx']['error']}" if path else str(detail["ctx"]["error"])
     if detail["type"] == "union_tag_invalid":
         return _bad_choice((*path, "kind"), tree, tuple(schema.kinds(annotation)))
@@ -57,6 +59,9 @@ def _unknown_key(
     if guess is None:
         elsewhere = [p for p in schema.settings(root) if p[-1] == path[-1]]
         guess = ".".join(elsewhere[0]) if elsewhere else None
+        if path in elsewhere:
+            kind = ".".join((*path[:-1], "kind"))
+            return f"{_assignment(path, tree)} belongs to another {kind}: choose that, or remove it"
     return (
         f"{_assignment(path, tree)} is no setting: {place} there are "
         f"{', '.join(allowed)}{_did_you_mean(guess)}"

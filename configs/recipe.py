@@ -41,7 +41,7 @@ class Recipe(Config):
     """A run from raw logs to an aligned, evaluated model."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    output: str
+    output: str = Field(min_length=1)
     """Directory (any URL all nodes see) that receives data, checkpoints and results."""
     seed: NonNegativeInt = 0
     data: DataConfig
@@ -174,7 +174,7 @@ def _validation_exists(recipe: Recipe) -> None:
 def _features_are_mapped(recipe: Recipe) -> None:
     source = recipe.data.source
     if source.kind == "public":
-        return  # known only once the data set is named; `prepare` checks it
+        return  # known only once it is prepared; the stage checks it then
     table = source.user_table
     known_user = table.features if table is not None else ()
     for name in recipe.model.user_features:

@@ -12,6 +12,9 @@ from launch.bench import add_commands
 USER_ERRORS = (ValueError, FileNotFoundError, PermissionError)
 RECIPE_HELP = "RECIPE is the path of a .yaml file or a shipped name; KEY=VALUE overrides a setting."
 
+FROM_HELP = "Run this stage and later ones anew; one that was interrupted goes on."
+FORCE_HELP = "Discard stages and their checkpoints, interrupted ones too: all, or those of --from."
+
 
 class _Command(click.Command):
     """Reports a user's mistake as its sentence (exit 2); anything else is a traceback (exit 1)."""
@@ -55,10 +58,8 @@ def _takes_recipe(command: Callable[..., None]) -> Callable[..., None]:
 @main.command(epilog=RECIPE_HELP)
 @_takes_recipe
 @click.option("--until", type=click.Choice(STAGES), help="Stop after this stage.")
-@click.option(
-    "--from", "from_", type=click.Choice(STAGES), help="Run this stage and later ones anew."
-)
-@click.option("--force", is_flag=True, help="Discard finished stages and their checkpoints.")
+@click.option("--from", "from_", type=click.Choice(STAGES), help=FROM_HELP)
+@click.option("--force", is_flag=True, help=FORCE_HELP)
 def run(
     recipe: str,
     overrides: tuple[str, ...],
@@ -120,6 +121,21 @@ def plan(
     from launch.plan import render_plan
 
     click.echo(render_plan(loaded.recipe, world_size, rows))
+
+
+@main.command()
+@click.argument("before")
+@click.argument("after")
+@click.option("--part", type=click.Choice(["test", "validation"]), default="test")
+def compare(before: str, after: str, part: Literal["test", "validation"]) -> None:
+    """Compare the results of two runs (their outputs); refuses those of other protocols."""
+    from configs.layout import RunLayout
+    from trainer.monitor.results import compare as changes
+    from trainer.monitor.results import read_results
+    from trainer.monitor.terminal import render_changes
+
+    results = [read_results(RunLayout(url).results) for url in (before, after)]
+    click.echo(render_changes(changes(results[0], results[1], part)))
 
 
 @main.group(cls=_Group)
@@ -227,8 +243,8 @@ def doctor(ctx: click.Context) -> None:
 @_takes_recipe
 @click.option("--address", required=True, help="The cluster's job server, http://HOST:8265.")
 @click.option("--until", type=click.Choice(STAGES), help="Stop after this stage.")
-@click.option("--from", "from_", type=click.Choice(STAGES), help="Run this stage and later anew.")
-@click.option("--force", is_flag=True, help="Discard finished stages and their checkpoints.")
+@click.option("--from", "from_", type=click.Choice(STAGES), help=FROM_HELP)
+@click.option("--force", is_flag=True, help=FORCE_HELP)
 @click.option("--no-follow", is_flag=True, help="Return once the job is accepted.")
 @click.option(
     "--on-interrupt",

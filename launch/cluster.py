@@ -46,6 +46,7 @@ def worker_environment(cluster: ClusterConfig) -> dict[str, str]:
 def connect(cluster: ClusterConfig) -> Iterator[None]:
     """Join the recipe's cluster, or start an embedded one that ends with this process."""
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(cluster.start_timeout_s)
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", str(cluster.start_timeout_s))
     runtime_env: dict[str, Any] = {"env_vars": worker_environment(cluster)}
     embedded = cluster.address == "local"
     in_ray_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
@@ -69,6 +70,13 @@ def connect(cluster: ClusterConfig) -> Iterator[None]:
         raise ValueError(
             f"cluster.address={cluster.address!r}: no Ray cluster answers there ({error}); "
             "start one with `ray start --head`, or use cluster.address=local"
+        ) from error
+    except Exception as error:
+        if "timed out" not in str(error):
+            raise
+        raise ValueError(
+            f"Ray did not start within cluster.start_timeout_s={cluster.start_timeout_s}: "
+            f"{error}; the machine is busy: raise it, or run again later"
         ) from error
     protect_token()
     _quiet_data_progress()

@@ -40,6 +40,7 @@ class OutputLock:
         self._thread = threading.Thread(target=self._beat, daemon=True)
 
     def __enter__(self) -> "OutputLock":
+        storage.make_directory(self._output)
         held = self._read()
         if held is not None and _lives(held):
             raise ValueError(self._refusal(held))

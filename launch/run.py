@@ -28,7 +28,8 @@ def run(
         from_: this stage and those after it run anew if they had finished; an interrupted one is
             resumed.
         only: run this one stage; the stages it needs must be current.
-        force: run the selected stages again from nothing, discarding their checkpoints.
+        force: run the selected stages again from nothing, discarding their checkpoints; with
+            `from_`, that stage and those after it.
 
     Raises:
         ValueError: the user's mistake, in one sentence that names the mend; also that another
@@ -96,7 +97,8 @@ class _Run:
         )
         record = self._current_record(stage, fingerprint)
         selected = self._only in (None, stage.name)
-        anew = selected and (again or self._force)
+        forced = self._force and (again or self._from is None)
+        anew = selected and (again or forced)
         if record is not None and not anew:
             print(f"{label}: unchanged, skipped", flush=True)
             self._done[stage.name] = record["outputs"]
@@ -106,7 +108,7 @@ class _Run:
                 f"stage {self._only!r} needs {stage.name!r}, which has not run with these "
                 f"settings: run `tandem run RECIPE --until {stage.name}` first"
             )
-        if self._force or record is not None:  # without --force an interrupted stage is resumed
+        if forced or record is not None:  # without --force an interrupted stage is resumed
             self._discard(stage.name, fingerprint)
         self._execute(stage, label, fingerprint)
 
@@ -149,6 +151,7 @@ class _Run:
             self._layout.stage_record(name),
             self._layout.checkpoints(name, fingerprint),
             self._layout.best(name, fingerprint),
+            self._layout.good(name, fingerprint),
             self._layout.metrics(name, fingerprint),
             self._layout.semantic_ids(fingerprint),  # of the stage tokenize
         ):

@@ -2,15 +2,28 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from configs import storage
-from configs.alignment import AlignmentBase, OnlineBase
+from configs.alignment import AlignmentBase
 from configs.layout import RunLayout
 from configs.recipe import Recipe, StageName
-from configs.rewards import ModelReward
+from launch.stage_inputs import (
+    Outputs,
+    align_inputs,
+    dump,
+    evaluate_inputs,
+    policies_of,
+    prepare_inputs,
+    raw_url,
+    recommend_inputs,
+    report_inputs,
+    tokenize_inputs,
+    train_inputs,
+)
 
-Outputs = dict[str, Any]
+if TYPE_CHECKING:
+    from data_loaders.manifest import DatasetManifest
 
 
 @dataclass(frozen=True)
@@ -57,31 +70,7 @@ class Stage:
     before only at its end, so that its record outlives an attempt that fails."""
 
 
-def _dump(*blocks: Any) -> list[Any]:
-    return [None if block is None else block.model_dump(mode="json") for block in blocks]
-
-
 # -- prepare ----------------------------------------------------------------------------------
-
-
-def _prepare_inputs(recipe: Recipe, done: dict[str, Outputs]) -> dict[str, Any]:
-    from data_loaders.sources import source_signature
-
-    data = recipe.data
-    split = data.split.model_dump(mode="json")
-    split.pop("include_validation_in_training", None)  # read by the loader, not by `prepare`
-    layout = RunLayout(storage.absolute(recipe.output))
-    return {
-        "settings": [*_dump(data.source, data.cleaning, data.shards), split],
-        "source": source_signature(data.source, _raw_url(recipe, layout)),
-    }
-
-
-def _raw_url(recipe: Recipe, layout: RunLayout) -> str:
-    source = recipe.data.source
-    if source.kind == "public":
-        return source.url or layout.raw(source.name)
-    return source.url
 
 
 def _prepare(context: StageContext) -> Outputs:
@@ -90,7 +79,8 @@ def _prepare(context: StageContext) -> Outputs:
 
     recipe, layout = context.recipe, context.layout
     check_inputs(recipe.data.source)
-    manifest = prepare(recipe.data, recipe.name, layout.data, _raw_url(recipe, layout))
+    manifest = prepare(recipe.data, recipe.name, layout.data, raw_url(recipe, layout))
+    _check_features(recipe, manifest)
     return {
         "data": manifest.fingerprint,
         "url": layout.data,
@@ -109,22 +99,25 @@ def _prepared_data_stand(outputs: Outputs) -> bool:
         return False
 
 
+def _check_features(recipe: Recipe, manifest: "DatasetManifest") -> None:
+    """What the model looks up is there; of a public set that is known only now."""
+    for kind, wanted, there in (
+        ("user", recipe.model.user_features, manifest.user_features),
+        ("side", recipe.model.side_features, manifest.side_features),
+    ):
+        unknown = [name for name in wanted if name not in there]
+        if unknown:
+            raise ValueError(
+                f"model.{kind}_features names {', '.join(unknown)}, which the data set does not "
+                f"have: there are {', '.join(there) or 'none'}"
+            )
+
+
 def _say(line: str) -> None:
     print(line, flush=True)
 
 
 # -- tokenize ---------------------------------------------------------------------------------
-
-
-def _tokenize_inputs(recipe: Recipe, done: dict[str, Outputs]) -> dict[str, Any]:
-    from trainer.tokenize import tokenizer_inputs
-
-    assert recipe.tokenizer is not None, "the tokenize stage exists only with a tokenizer block"
-    return {
-        "data": done["prepare"]["data"],
-        "seed": recipe.seed,
-        "settings": tokenizer_inputs(recipe.tokenizer),
-    }
 
 
 def _tokenize(context: StageContext) -> Outputs:
@@ -142,31 +135,6 @@ def _tokenize(context: StageContext) -> Outputs:
 # -- train ------------------------------------------------------------------------------------
 
 
-def _train_inputs(recipe: Recipe, done: dict[str, Outputs]) -> dict[str, Any]:
-    settings = _dump(
-        recipe.data.split,
-        recipe.data.loader,
-        recipe.model,
-        recipe.tables,
-        recipe.sharding,
-        recipe.objective,
-        recipe.training,
-        *(_measuring(recipe) if recipe.training.validation else ()),
-    )
-    return {**_meanings(done), "seed": recipe.seed, "settings": settings}
-
-
-def _meanings(done: dict[str, Outputs]) -> dict[str, Any]:
-    """Hashes of what gives ids and codes their meaning."""
-    codes = {"semantic_ids": done["tokenize"]["semantic_ids"]} if "tokenize" in done else {}
-    return {"data": done["prepare"]["data"], **codes}
-
-
-def _measuring(recipe: Recipe) -> tuple[Any, ...]:
-    """Settings that decide what a policy's metrics are."""
-    return (recipe.evaluation, *((recipe.generation,) if recipe.writes_codes else ()))
-
-
 def _train(context: StageContext) -> Outputs:
     module = "reward_model" if context.recipe.ranks_candidates else "pretrain"
     outputs: Outputs = context.run_workers(f"trainer.{module}:train_worker")
@@ -174,29 +142,6 @@ def _train(context: StageContext) -> Outputs:
 
 
 # -- align ------------------------------------------------------------------------------------
-
-
-def _align_inputs(recipe: Recipe, done: dict[str, Outputs]) -> dict[str, Any]:
-    return {
-        "start": done["train"]["checkpoint"]["hash"],
-        "data": done["prepare"]["data"],
-        "settings": _dump(recipe.alignment, *_measuring(recipe)),
-        "train": _train_inputs(recipe, done),
-        **_reward_models(recipe),
-    }
-
-
-def _reward_models(recipe: Recipe) -> dict[str, Any]:
-    """Reward models that online alignment asks, by run; one that is not there is null."""
-    if not isinstance(recipe.alignment, OnlineBase):
-        return {}
-    runs = {each.run for each in recipe.alignment.rewards if isinstance(each, ModelReward)}
-    found: dict[str, Any] = {}
-    for run in sorted(runs):
-        record = RunLayout(storage.absolute(run)).stage_record("train")
-        there = storage.exists(record)
-        found[run] = storage.read_json(record)["outputs"]["checkpoint"]["hash"] if there else None
-    return {"reward_models": found} if found else {}
 
 
 def _align(context: StageContext) -> Outputs:
@@ -223,7 +168,7 @@ def _pairs(context: StageContext, config: AlignmentBase) -> Outputs | None:
     key = storage.fingerprint(
         [
             context.done["prepare"]["data"],
-            *_dump(config.rule),
+            *dump(config.rule),
             config.validation_share,
             recipe.seed,
             recipe.data.loader.max_length,
@@ -252,24 +197,6 @@ def _pairs(context: StageContext, config: AlignmentBase) -> Outputs | None:
 # -- evaluate, recommend, report --------------------------------------------------------------
 
 
-def _policies(done: dict[str, Outputs]) -> dict[str, Any]:
-    policies = {"pretrained": done["train"]["checkpoint"]}
-    if "align" in done:
-        policies["aligned"] = done["align"]["checkpoint"]
-    return policies
-
-
-def _evaluate_inputs(recipe: Recipe, done: dict[str, Outputs]) -> dict[str, Any]:
-    return {
-        **_meanings(done),
-        "policies": {name: entry["hash"] for name, entry in _policies(done).items()},
-        "settings": [
-            *_dump(*_measuring(recipe), recipe.data.split),
-            recipe.data.loader.max_length,
-        ],
-    }
-
-
 def _evaluate(context: StageContext) -> Outputs:
     from trainer.monitor.results import write_results
 
@@ -278,7 +205,7 @@ def _evaluate(context: StageContext) -> Outputs:
     module = "reward_model" if context.recipe.ranks_candidates else "evaluate"
     measured = context.run_workers(
         f"trainer.{module}:evaluate_worker",
-        policies=_policies(done),
+        policies=policies_of(done),
         pairs=None if pairs is None else pairs["url"],
     )
     alarms = done["align"]["alarms"] if "align" in done else []
@@ -286,33 +213,11 @@ def _evaluate(context: StageContext) -> Outputs:
     return {"results": context.layout.results}
 
 
-def _recommend_inputs(recipe: Recipe, done: dict[str, Outputs]) -> dict[str, Any]:
-    return {
-        **_meanings(done),
-        "policy": list(_policies(done).values())[-1]["hash"],
-        "settings": [
-            *_dump(recipe.recommend, *((recipe.generation,) if recipe.writes_codes else ())),
-            recipe.data.loader.max_length,
-        ],
-    }
-
-
 def _recommend(context: StageContext) -> Outputs:
-    policy = list(_policies(context.done).values())[-1]
+    policy = list(policies_of(context.done).values())[-1]
     answer = context.run_workers("trainer.recommend:recommend_worker", policy=policy)
     storage.write_json(context.layout.recommendations, answer)
     return {"recommendations": context.layout.recommendations}
-
-
-def _report_inputs(recipe: Recipe, done: dict[str, Outputs]) -> dict[str, Any]:
-    return {
-        "results": storage.sha256_file(done["evaluate"]["results"]),
-        "recommendations": storage.sha256_file(done["recommend"]["recommendations"])
-        if "recommend" in done
-        else None,
-        "metrics": [done[s]["metrics"] for s in ("train", "align") if s in done],
-        **({"semantic_ids": done["tokenize"]["semantic_ids"]} if "tokenize" in done else {}),
-    }
 
 
 def _report(context: StageContext) -> Outputs:
@@ -335,7 +240,7 @@ GRAPH: dict[StageName, Stage] = {
         "prepare",
         (),
         True,
-        _prepare_inputs,
+        prepare_inputs,
         _prepare,
         lambda outputs: [storage.join(outputs["url"], "manifest.json")],
         _prepared_data_stand,
@@ -344,21 +249,19 @@ GRAPH: dict[StageName, Stage] = {
         "tokenize",
         ("prepare",),
         True,
-        _tokenize_inputs,
+        tokenize_inputs,
         _tokenize,
         lambda outputs: [storage.join(outputs["url"], "manifest.json")],
     ),
-    "train": Stage(
-        "train", ("prepare", "tokenize"), True, _train_inputs, _train, _checkpoint_files
-    ),
+    "train": Stage("train", ("prepare", "tokenize"), True, train_inputs, _train, _checkpoint_files),
     "align": Stage(
-        "align", ("prepare", "tokenize", "train"), True, _align_inputs, _align, _checkpoint_files
+        "align", ("prepare", "tokenize", "train"), True, align_inputs, _align, _checkpoint_files
     ),
     "evaluate": Stage(
         "evaluate",
         ("prepare", "tokenize", "train", "align"),
         True,
-        _evaluate_inputs,
+        evaluate_inputs,
         _evaluate,
         lambda outputs: [outputs["results"]],
     ),
@@ -366,7 +269,7 @@ GRAPH: dict[StageName, Stage] = {
         "recommend",
         ("prepare", "tokenize", "train", "align"),
         True,
-        _recommend_inputs,
+        recommend_inputs,
         _recommend,
         lambda outputs: [outputs["recommendations"]],
     ),
@@ -374,7 +277,7 @@ GRAPH: dict[StageName, Stage] = {
         "report",
         ("prepare", "tokenize", "train", "align", "evaluate", "recommend"),
         False,
-        _report_inputs,
+        report_inputs,
         _report,
         lambda outputs: [outputs["report"]],
     ),

@@ -160,6 +160,12 @@ class EmbeddingPlan:
                 f"{_describe_ranks(ranks)}: weights {_describe_bytes(weights)}, "
                 f"optimizer {_describe_bytes(state)}"
             )
+        cut = [t.spec.name for t in self.sharded if t.placement == "column_wise"]
+        if cut and self.optimizer.kind == "rowwise_adagrad":
+            text.append(
+                f"note: row-wise Adagrad sums each block of columns of {', '.join(cut)} by itself, "
+                "so that losses depend on the number of blocks, and checkpoints go on with as many"
+            )
         return "\n".join(text)
 
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from configs.alignment import GeneratedAlignment, IterativePreferenceConfig, SelfPlayConfig
-from data_loaders.items import train_counts
 from models.base import CodeDecoder
 from sharding.parallelize import ParallelModel
+from trainer.align_online import reward_sum
 from trainer.objectives.dpo import PreferenceInputs, PreferenceLoss
 from trainer.objectives.scoring import Candidates
 from trainer.policy import Worker
@@ -52,8 +52,7 @@ class GeneratedPairs:
         self._engine = RolloutEngine(worker, start.policy, config.generation)
         self._rewards: RewardSum | None = None
         if isinstance(config, IterativePreferenceConfig):
-            counts = train_counts(worker.layout.data).to(worker.ctx.device)
-            self._rewards = RewardSum(config.rewards, counts)
+            self._rewards = reward_sum(worker, config.rewards)
 
     def attach(self, policy: ParallelModel) -> None:
         """Train `policy`, whose weights and step are in place. Collective."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from configs.alignment import GBPOConfig, GeneratedAlignment, OnlineAlignment
 from configs.preferences import PreferenceRule
+from configs.rewards import ModelReward, Reward
 from data_loaders.items import train_counts
 from data_loaders.loader import LoaderState
 from data_loaders.preference_rules import check_rule
@@ -51,6 +52,18 @@ def prompt_loader(
     )
 
 
+def reward_sum(worker: Worker, rewards: Sequence[Reward]) -> RewardSum:
+    """The rewards of a recipe, with the reward models they ask. Collective.
+
+    Raises:
+        ValueError: one cannot be had.
+    """
+    counts = train_counts(worker.layout.data).to(worker.ctx.device)
+    runs = [reward.run for reward in rewards if isinstance(reward, ModelReward)]
+    models = {run: open_reward_model(worker, run) for run in dict.fromkeys(runs)}
+    return RewardSum(rewards, counts, models)
+
+
 def _logged_rule(config: OnlineAlignment | GeneratedAlignment) -> PreferenceRule | None:
     if isinstance(config, GBPOConfig) and config.logged is not None:
         return config.logged.rule
@@ -71,10 +84,7 @@ class OnlineUpdates:
         reference: ReferencePolicy | None,
     ) -> None:
         """Raises ValueError where a reward cannot be had. Collective."""
-        counts = train_counts(worker.layout.data).to(worker.ctx.device)
-        runs = [reward.run for reward in config.rewards if reward.kind == "model"]
-        models = {run: open_reward_model(worker, run) for run in dict.fromkeys(runs)}
-        self.rewards = RewardSum(config.rewards, counts, models)
+        self.rewards = reward_sum(worker, config.rewards)
         self._worker = worker
         self._config = config
         self._model = loss.model

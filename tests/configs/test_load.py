@@ -57,6 +57,29 @@ def test_every_shipped_recipe_parses_and_its_dump_gives_it_back(name: str, tmp_p
     assert all("resolved.yaml:" in origin for origin in again.origins.values())
 
 
+def test_shipped_recipes_keep_apart_what_they_write() -> None:
+    outputs = [load_recipe(name).recipe.output for name in shipped_recipes()]
+    assert len(set(outputs)) == len(outputs)
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("model.num_layers=true", "model.num_layers=true (override) must be no truth value"),
+        ("seed=false", "seed=false (override) must be no truth value"),
+        ("training.optimizer.lr=.inf", "training.optimizer.lr=.inf (override) "),
+        ("evaluation.ks=[]", "evaluation.ks=[] (override) "),
+        ("output=''", "output='' (override) "),
+        ("evaluation.catalogue_chunk=100000000", "evaluation.catalogue_chunk=100000000 (override)"),
+        ("data.source.columns={user: x}", "belongs to another data.source.kind"),
+    ],
+)
+def test_values_that_would_fail_later_are_refused_now(override: str, sentence: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("quickstart", [override])
+    assert sentence in str(caught.value)
+
+
 def test_there_are_shipped_recipes() -> None:
     assert {"quickstart", "debug/tiny"} <= set(shipped_recipes())
 

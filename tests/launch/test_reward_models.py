@@ -5,7 +5,7 @@ from pathlib import Path
 from configs import storage
 from configs.layout import RunLayout
 from configs.load import load_recipe
-from launch.stages import _reward_models
+from launch.stage_inputs import _reward_models
 
 
 def test_the_reward_models_checkpoint_is_an_input_of_alignment(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What of a recipe's stages is run, skipped, refused, resumed or discarded; with real stages."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,9 @@ import pytest
 from configs import storage
 from configs.layout import RunLayout
 from configs.load import load_recipe
+from launch import run as run_module
 from launch.run import run
+from launch.stages import GRAPH, StageContext
 from tests.integration.jobs import write_recipe
 
 
@@ -115,3 +118,68 @@ def test_choices_that_make_no_sense(job: Job, choice: dict[str, Any], sentence: 
 def test_a_recipe_without_alignment_has_no_align(job: Job) -> None:
     with pytest.raises(ValueError, match="has no stage 'align'"):
         job.run("alignment=null", only="align")
+
+
+def stages_run(printed: str) -> list[str]:
+    """Names of the stages that did not skip."""
+    lines = [line for line in printed.splitlines() if ": done in" in line]
+    return [line.split("] ")[1].split(":")[0] for line in lines]
+
+
+@pytest.fixture
+def stubbed(job: Job, monkeypatch: pytest.MonkeyPatch) -> Job:
+    """The graph with stages that only leave files: what runs when is the same, and quick."""
+    graph = dict(GRAPH)
+
+    def leave(context: StageContext) -> dict[str, Any]:
+        done, layout = context.done, context.layout
+        if "train" in done or "prepare" not in done:
+            for url in (layout.results, layout.recommendations, f"{layout.data}/manifest.json"):
+                storage.write_json(url, {})
+        mark = storage.join(layout.checkpoints("train", context.fingerprint), "MANIFEST.json")
+        if "prepare" in done and not storage.exists(mark):
+            storage.write_json(mark, {})
+        checkpoint = {"url": mark.rsplit("/", 1)[0], "hash": context.fingerprint, "step": 1}
+        return {
+            "data": "d",
+            "url": layout.data,
+            "checkpoint": checkpoint,
+            "metrics": layout.metrics("train", "x"),
+            "pairs": None,
+            "alarms": [],
+            "results": layout.results,
+            "recommendations": layout.recommendations,
+            "report": layout.results,
+        }
+
+    for name, stage in graph.items():
+        graph[name] = replace(stage, run=leave, needs_ray=False, intact=None)
+    monkeypatch.setattr(run_module, "GRAPH", graph)
+    monkeypatch.setattr(run_module._Run, "_show", lambda self: None)
+    return job
+
+
+def test_settings_that_change_no_number_train_nothing_anew(stubbed: Job) -> None:
+    assert stages_run(stubbed.run())[:3] == ["prepare", "train", "align"]
+    for override in (
+        "evaluation.ks=[1,5,10,20]",
+        "evaluation.head_share=0.3",
+        "evaluation.users_per_batch=64",
+        "data.loader.prefetch=4",
+        "training.log_every_steps=50",
+        "alignment.log_every_steps=50",
+        "training.checkpoint.keep=5",
+    ):
+        assert not {"prepare", "train", "align"} & set(stages_run(stubbed.run(override))), override
+    guarded = "alignment.guardrails.limits=[{metric: hr@20, max_drop: 0.1}]"
+    ran = stages_run(stubbed.run("evaluation.ks=[1,5,10,20]", guarded))
+    assert "align" in ran and "train" not in ran
+    assert "train" in stages_run(stubbed.run("evaluation.filter_seen=false"))
+    assert "train" in stages_run(stubbed.run("training.epochs=3"))
+
+
+def test_force_reaches_no_further_back_than_from(stubbed: Job) -> None:
+    stubbed.run()
+    ran = stages_run(stubbed.run(from_="evaluate", force=True))
+    assert ran == ["evaluate", "recommend", "report"]
+    assert stages_run(stubbed.run(force=True))[:2] == ["prepare", "train"]

@@ -1,0 +1,174 @@
+"""What decides the result of each stage: settings and upstream hashes that its fingerprint covers.
+
+A setting that changes no number of a stage is left out of its inputs, so that it costs no rerun.
+"""
+
+from typing import Any
+
+from configs import storage
+from configs.alignment import IterativePreferenceConfig, OnlineBase
+from configs.base import Config
+from configs.layout import RunLayout
+from configs.recipe import Recipe
+from configs.rewards import ModelReward
+from configs.training import ValidationConfig
+
+Outputs = dict[str, Any]
+
+
+def dump(*blocks: Any) -> list[Any]:
+    """JSON-able settings of blocks."""
+    return [None if block is None else block.model_dump(mode="json") for block in blocks]
+
+
+def prepare_inputs(recipe: Recipe, done: dict[str, Outputs]) -> dict[str, Any]:
+    """Of `prepare`."""
+    from data_loaders.sources import source_signature
+
+    data = recipe.data
+    split = data.split.model_dump(mode="json")
+    split.pop("include_validation_in_training", None)  # read by the loader, not by `prepare`
+    layout = RunLayout(storage.absolute(recipe.output))
+    return {
+        "settings": [*dump(data.source, data.cleaning, data.shards), split],
+        "source": source_signature(data.source, raw_url(recipe, layout)),
+    }
+
+
+def raw_url(recipe: Recipe, layout: RunLayout) -> str:
+    """Where the raw log lies, or a public set's copy will."""
+    source = recipe.data.source
+    if source.kind == "public":
+        return source.url or layout.raw(source.name)
+    return source.url
+
+
+def tokenize_inputs(recipe: Recipe, done: dict[str, Outputs]) -> dict[str, Any]:
+    """Of `tokenize`."""
+    from trainer.tokenize import tokenizer_inputs
+
+    assert recipe.tokenizer is not None, "the tokenize stage exists only with a tokenizer block"
+    return {
+        "data": done["prepare"]["data"],
+        "seed": recipe.seed,
+        "settings": tokenizer_inputs(recipe.tokenizer),
+    }
+
+
+def train_inputs(recipe: Recipe, done: dict[str, Outputs]) -> dict[str, Any]:
+    """Of `train`."""
+    settings = [
+        *dump(recipe.data.split, recipe.model, recipe.tables, recipe.sharding, recipe.objective),
+        _without(recipe.data.loader, "prefetch", "cached_row_groups"),
+        _without(recipe.training, *_BY_THE_WAY),
+        *_selecting(recipe, recipe.training.validation),
+    ]
+    return {**_meanings(done), "seed": recipe.seed, "settings": settings}
+
+
+_BY_THE_WAY = ("log_every_steps", "checkpoint")
+"""Settings of a training stage that change none of its numbers."""
+
+
+def _without(block: Config, *names: str) -> dict[str, Any]:
+    return block.model_dump(mode="json", exclude=set(names))
+
+
+def _selecting(recipe: Recipe, validation: ValidationConfig | None) -> list[Any]:
+    """Settings that decide which policy validation selects."""
+    if validation is None:
+        return []
+    settings: list[Any] = [recipe.evaluation.filter_seen]
+    if recipe.writes_codes:
+        settings += dump(recipe.generation)
+        # Only what was searched for can be found: the longest list bounds a reciprocal rank.
+        settings += [max(recipe.evaluation.ks)] if validation.metric == "mrr" else []
+    return settings
+
+
+def _meanings(done: dict[str, Outputs]) -> dict[str, Any]:
+    """Hashes of what gives ids and codes their meaning."""
+    codes = {"semantic_ids": done["tokenize"]["semantic_ids"]} if "tokenize" in done else {}
+    return {"data": done["prepare"]["data"], **codes}
+
+
+def _measuring(recipe: Recipe) -> tuple[Any, ...]:
+    """Settings that decide what a policy's metrics are."""
+    return (recipe.evaluation, *((recipe.generation,) if recipe.writes_codes else ()))
+
+
+def align_inputs(recipe: Recipe, done: dict[str, Outputs]) -> dict[str, Any]:
+    """Of `align`."""
+    return {
+        "start": done["train"]["checkpoint"]["hash"],
+        "data": done["prepare"]["data"],
+        "settings": _alignment_settings(recipe),
+        "train": train_inputs(recipe, done),
+        **_reward_models(recipe),
+    }
+
+
+def _alignment_settings(recipe: Recipe) -> list[Any]:
+    config = recipe.alignment
+    assert config is not None, "the align stage exists only with an alignment block"
+    guarded = config.guardrails.limits or config.guardrails.divergence is not None
+    if guarded:  # they look at every metric, as often as steps are logged
+        return [_without(config, "checkpoint"), *dump(*_measuring(recipe))]
+    return [_without(config, *_BY_THE_WAY), *_selecting(recipe, config.validation)]
+
+
+def _reward_models(recipe: Recipe) -> dict[str, Any]:
+    """Reward models that online alignment asks, by run; one that is not there is null."""
+    if not isinstance(recipe.alignment, OnlineBase | IterativePreferenceConfig):
+        return {}
+    runs = {each.run for each in recipe.alignment.rewards if isinstance(each, ModelReward)}
+    found: dict[str, Any] = {}
+    for run in sorted(runs):
+        record = RunLayout(storage.absolute(run)).stage_record("train")
+        there = storage.exists(record)
+        found[run] = storage.read_json(record)["outputs"]["checkpoint"]["hash"] if there else None
+    return {"reward_models": found} if found else {}
+
+
+def policies_of(done: dict[str, Outputs]) -> dict[str, Any]:
+    """Checkpoint reference of each trained policy, in the order of training."""
+    policies = {"pretrained": done["train"]["checkpoint"]}
+    if "align" in done:
+        policies["aligned"] = done["align"]["checkpoint"]
+    return policies
+
+
+def evaluate_inputs(recipe: Recipe, done: dict[str, Outputs]) -> dict[str, Any]:
+    """Of `evaluate`."""
+    return {
+        **_meanings(done),
+        "policies": {name: entry["hash"] for name, entry in policies_of(done).items()},
+        "settings": [
+            *dump(*_measuring(recipe), recipe.data.split),
+            recipe.data.loader.max_length,
+        ],
+    }
+
+
+def recommend_inputs(recipe: Recipe, done: dict[str, Outputs]) -> dict[str, Any]:
+    """Of `recommend`."""
+    return {
+        **_meanings(done),
+        "policy": list(policies_of(done).values())[-1]["hash"],
+        "settings": [
+            *dump(recipe.recommend, *((recipe.generation,) if recipe.writes_codes else ())),
+            recipe.data.loader.max_length,
+        ],
+    }
+
+
+def report_inputs(recipe: Recipe, done: dict[str, Outputs]) -> dict[str, Any]:
+    """Of `report`."""
+    return {
+        "results": storage.sha256_file(done["evaluate"]["results"]),
+        "recommendations": storage.sha256_file(done["recommend"]["recommendations"])
+        if "recommend" in done
+        else None,
+        "metrics": [done[s]["metrics"] for s in ("train", "align") if s in done],
+        **({"semantic_ids": done["tokenize"]["semantic_ids"]} if "tokenize" in done else {}),
+    }
