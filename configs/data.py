@@ -154,9 +154,12 @@ class CleaningConfig(Config):
 
     earliest: str = "1990-01-01"
     """ISO date; an earlier timestamp is impossible and goes to quarantine."""
-    latest: str = "2100-01-01"
+    latest: str | None = None
+    """ISO date; this or a later timestamp is impossible. Default: a day after `prepare` begins, as
+    no log tells of the future (the day leaves room for clocks and time zones)."""
     duplicates: Literal["quarantine", "keep"] = "quarantine"
-    """Two events are duplicates when user, item and timestamp are equal."""
+    """Two events are duplicates when user, item and timestamp are equal, and the action where
+    `columns.action` maps one."""
     max_bad_share: float = Field(0.01, ge=0, le=1)
     """A larger share of quarantined events fails the stage."""
     min_rating: float | None = None
@@ -167,7 +170,8 @@ class CleaningConfig(Config):
 
     @model_validator(mode="after")
     def _dates_follow(self) -> "CleaningConfig":
-        if epoch_seconds(self.latest) <= epoch_seconds(self.earliest):
+        earliest = epoch_seconds(self.earliest)
+        if self.latest is not None and epoch_seconds(self.latest) <= earliest:
             raise ValueError(f"latest={self.latest!r} must lie after earliest={self.earliest!r}")
         return self
 
@@ -181,7 +185,10 @@ class LeaveLastOut(Config):
 
 
 class GlobalTime(Config):
-    """Events from `validation_from` on validate, from `test_from` on test (ISO date or epoch s)."""
+    """Events before `validation_from` train. Measured is one item a user: in validation the first
+    from `validation_from` on and before `test_from`, in the test the first from `test_from` on,
+    each with all events before it as history (users without any are left out); a reward model is
+    measured on all events of these periods. Bounds are ISO dates or epoch seconds."""
 
     kind: Literal["global_time"] = "global_time"
     validation_from: str | float

@@ -69,7 +69,8 @@ def shard_step(
         item_offsets: int64 [partitions], items in earlier partitions.
 
     Returns:
-        The shard's manifest entry, its length histogram, and how many split targets it holds.
+        The shard's manifest entry, its length histogram, how many split targets it holds and
+        how many of them have events of their user before them.
     """
     url = job.part("by_user", shard)
     events = read_table(url) if storage.exists(url) else _no_events(job)
@@ -101,6 +102,8 @@ def shard_step(
         "train_events": int(train_end.sum()),
         "validation_targets": int((train_end < validation_end).sum()),
         "test_targets": int((validation_end < length).sum()),
+        "validation_histories": int(((train_end > 0) & (train_end < validation_end)).sum()),
+        "test_histories": int(((validation_end > 0) & (validation_end < length)).sum()),
     }
 
 

@@ -8,6 +8,7 @@ int64 (bit b: the recipe's label b), `action` and `side_<name>` string.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from time import time as now
 
 import numpy as np
 import pandas as pd
@@ -18,6 +19,8 @@ from configs.data import CleaningConfig, ColumnMap, DwellUnit, TimestampUnit, ep
 from data_loaders.shards import dense_codes
 
 SECOND = 1_000_000
+DAY = 86_400
+"""Seconds."""
 _PER_UNIT = {"s": SECOND, "ms": 1000, "us": 1}
 _NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
 _TRUE_TEXT, _FALSE_TEXT = pa.array(["true", "1", "1.0"]), pa.array(["false", "0", "0.0"])
@@ -62,9 +65,10 @@ class EventRules:
         cleaning: CleaningConfig,
         dwell_unit: DwellUnit = "s",
     ) -> "EventRules":
-        """Rules of a recipe."""
-        earliest, latest = date_us(cleaning.earliest), date_us(cleaning.latest)
-        return cls(columns, unit, earliest, latest, dwell_unit)
+        """Rules of a recipe. Where it names no latest time they depend on the clock: make them
+        once a preparation and take them to all tasks."""
+        latest = now() + DAY if cleaning.latest is None else cleaning.latest
+        return cls(columns, unit, date_us(cleaning.earliest), date_us(latest), dwell_unit)
 
     @property
     def dwell_per_second(self) -> int:
@@ -116,8 +120,8 @@ def type_events(raw: pa.Table, rules: EventRules) -> tuple[pa.Table, np.ndarray]
     typed: dict[str, pa.ChunkedArray | np.ndarray] = {"user": user, "item": item, "time": time}
     nowhere = np.zeros(raw.num_rows, bool)
     bad = dict.fromkeys(REASONS[1:], nowhere) | {
-        "null_user": _absent(user),
-        "null_item": _absent(item),
+        "null_user": _empty(user),
+        "null_item": _empty(item),
         "null_timestamp": no_time,
         "unparsable_timestamp": bad_time,
         "impossible_timestamp": (time < rules.earliest) | (time >= rules.latest),
@@ -282,10 +286,15 @@ def render_time(time: np.ndarray, unit: TimestampUnit) -> pa.Array:
 
 
 def first_of_duplicates(events: pa.Table) -> np.ndarray:
-    """bool [n]: of events with equal user, item and time, the one that stands first in the log."""
+    """bool [n]: of events with equal user, item and time (and action, where there is such a
+    column), the one that stands first in the log."""
     users, _ = dense_codes(events["user"])
     items, catalogue = dense_codes(events["item"])
     pair, time = users * max(len(catalogue), 1) + items, events["time"].to_numpy()
+    if "action" in events.column_names:  # no action is "", which no action is called
+        actions, kinds = dense_codes(pc.fill_null(events["action"], ""))
+        # Pairs by rank first, so that many users, items and kinds do not overflow together.
+        pair = np.unique(pair, return_inverse=True)[1] * max(len(kinds), 1) + actions
     order = np.lexsort([time, pair])
     tied = order[:-1][_as_before(pair[order], time[order])]
     first = np.ones(len(order), bool)
@@ -310,8 +319,14 @@ def count_reasons(reasons: pa.Table) -> Mapping[str, int]:
     return {entry["values"]: entry["counts"] for entry in counts.to_pylist()}
 
 
+def _empty(text: pa.ChunkedArray) -> np.ndarray:
+    """bool [n]: nothing is there. A name may be anything else: `NA` is Namibia, `None` a brand."""
+    bare = pc.utf8_trim_whitespace(text)
+    return _true(pc.or_kleene(pc.is_null(text), pc.equal(bare, "")))
+
+
 def _absent(text: pa.ChunkedArray) -> np.ndarray:
-    """bool [n]: nothing is there, or what programs write where nothing is."""
+    """bool [n]: no number or time is there, or what programs write where none is."""
     bare = pc.utf8_lower(pc.utf8_trim_whitespace(text))
     return _true(pc.or_kleene(pc.is_null(text), pc.is_in(bare, _NULL_TEXT)))
 

@@ -93,6 +93,9 @@ class DatasetManifest(Sealed):
     """Names of the bits of each event's `labels`, lowest first; empty where none is mapped."""
     split: Split
     counts: EventCounts
+    latest: str = Field(default="", exclude_if=lambda moment: not moment)
+    """ISO time from which on a timestamp was impossible; no part of the content, as it may be the
+    clock's."""
     length_histogram: dict[int, PositiveInt]
     """Power of two b → users with b ≤ events < 2b."""
     shards: tuple[ShardEntry, ...]
@@ -105,9 +108,12 @@ class DatasetManifest(Sealed):
         return (*self.shards, *self.items, *self.vocabularies, *self.quarantine)
 
     def content(self) -> dict[str, Any]:
-        """As `Sealed.content`; paths are without the version's directory."""
+        """As `Sealed.content`; paths are without the version's directory, and quarantine files are
+        left out, as they tell which file of the log a row stood in (their counts are in)."""
         document = super().content()
         version = document.pop("version")
+        if document.pop("latest", ""):  # data sets of before there was `latest` stay what they are
+            document["quarantine"] = []
         for kind in ("shards", "items", "vocabularies", "quarantine"):
             for entry in document[kind]:
                 entry["path"] = entry["path"].replace(f"/{version}/", "/", 1)

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from configs import storage
 from configs.data import DataConfig, GlobalTime
 from data_loaders import assembly, cleaning
 from data_loaders.cleaning import Job
-from data_loaders.events import DUPLICATE
+from data_loaders.events import DUPLICATE, SECOND
 from data_loaders.exchange import Progress, Report, exchange, map_parts, quiet
 from data_loaders.inputs import VERSION, Input, make_job, plan_inputs, resolve
 from data_loaders.manifest import (
@@ -32,6 +33,23 @@ from data_loaders.manifest import (
 from data_loaders.sources import Chunk, TableFiles
 
 _KINDS = ("sequences", "items", "vocabularies", "quarantine")
+_INSIDE = "a date inside the time that the log spans"
+_SPLIT_PARTS = {
+    "train_events": ("validation_from", "no train events", _INSIDE),
+    "validation_targets": ("validation_from", "no validation targets", _INSIDE),
+    "test_targets": ("test_from", "no test targets", _INSIDE),
+    "validation_histories": (
+        "validation_from",
+        "no validation target whose user has an event before it",
+        "a later date",
+    ),
+    "test_histories": (
+        "test_from",
+        "no test target whose user has an event before it",
+        "a later date",
+    ),
+}
+"""Number of a shard's report → what a global_time split sets it by, its lack, and the mend."""
 _PART = re.compile(r"[^/]+\.parquet(\.[0-9a-f]{32}\.tmp)?")
 
 
@@ -278,19 +296,20 @@ class _Preparation:
         return shards, written
 
     def _check_split(self, shards: list[Report]) -> None:
+        """Refuse a split that leaves nothing to train on or to measure."""
+        found = {part: sum(report[part] for report in shards) for part in _SPLIT_PARTS}
         if not isinstance(self.job.split, GlobalTime):
-            return
-        for part, bound in (
-            ("train_events", "validation_from"),
-            ("validation_targets", "validation_from"),
-            ("test_targets", "test_from"),
-        ):
-            if not sum(report[part] for report in shards):
-                value = getattr(self.job.split, bound)
+            if not found["test_targets"]:
                 raise ValueError(
-                    f"data.split.{bound}={value!r} leaves no {part.replace('_', ' ')}; choose a "
-                    "date inside the time that the log spans"
+                    "data.split.kind='leave_last_out' takes one event of a user to train, one to "
+                    "validate and one to test, but no user has 3 events; relax data.cleaning or "
+                    "give a log with longer histories"
                 )
+            return
+        for part, (bound, what, mend) in _SPLIT_PARTS.items():
+            if not found[part]:
+                value = getattr(self.job.split, bound)
+                raise ValueError(f"data.split.{bound}={value!r} leaves {what}; choose {mend}")
 
     def _manifest(
         self, items: list[Report], shards: list[Report], item_files: list[Report]
@@ -325,12 +344,17 @@ class _Preparation:
                 below_min_rating=self.below_min_rating,
                 core_removed=removed,
             ),
+            latest=_iso(self.job.rules.latest),
             length_histogram=dict(histogram),
             shards=entries,
             items=[report["entry"] for report in item_files],
             vocabularies=[self.vocabularies[name] for name in sorted(self.vocabularies)],
             quarantine=sorted(self.quarantine, key=lambda entry: str(entry["path"])),
         )
+
+
+def _iso(microseconds: int) -> str:
+    return datetime.fromtimestamp(microseconds / SECOND, UTC).isoformat(timespec="seconds")
 
 
 def _read_step(job: Job, files: TableFiles, chunks: list[Chunk], index: int) -> Report:

@@ -23,6 +23,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from configs import storage
 from configs.data import Source
 from data_loaders import delimited, jsonl
+from data_loaders.matching import matching_files
 
 HEAD_BYTES = 1 << 20
 BLOCK_BYTES = 8 << 20
@@ -175,29 +176,6 @@ def missing_column(files: TableFiles, url: str, place: str, column: str, has: Se
         elif any(name.replace(".", "", 1).isdigit() for name in has):
             hint += "; if the file has no header line, name its columns in data.source.header"
     return f"{place}={column!r} is not a column of {url}, which has {list(has)}{hint}"
-
-
-def matching_files(url: str, place: str) -> list[tuple[Any, str, str]]:
-    """(file system, path, name) of each file, in name order."""
-    fs, path = storage.filesystem(url)
-    if any(sign in path for sign in "*?["):
-        paths, root = fs.glob(path), path[: min(path.find(s) for s in "*?[" if s in path)]
-    elif fs.isdir(path):
-        paths, root = fs.find(path), path.rstrip("/") + "/"
-    else:
-        paths, root = [path] if fs.exists(path) else [], path
-    root = root.rpartition("/")[0] + "/"
-    named = sorted((p.removeprefix(root), p) for p in paths if not fs.isdir(p))
-    visible = [(n, p) for n, p in named if not any(s[:1] in "_." for s in n.split("/"))]
-    if not visible:
-        mend = "check the path"
-        if isinstance(fs, MemoryFileSystem):
-            mend = (
-                "memory:// has only what this very process wrote, and no command line wrote any: "
-                "give a directory or an object store (s3://…, gs://…)"
-            )
-        raise ValueError(f"{place}={url!r} names no file; {mend}")
-    return [(fs, path, name) for name, path in visible]
 
 
 def _plan_file(files: TableFiles, file: int, fs: Any, path: str, name: str) -> list[Chunk]:

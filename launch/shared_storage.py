@@ -13,7 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from configs import storage
 from configs.data import Source
-from data_loaders.sources import matching_files
+from data_loaders.matching import matching_files
 
 PROBED_FILES = 64
 """Files of an input that every node is asked for, however many there are."""

@@ -1,6 +1,7 @@
 """A data set stays whole until the one that replaces it is: nothing that fails may cost it."""
 
 import re
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -90,6 +91,8 @@ def test_the_same_data_have_the_same_fingerprint_whatever_was_there_before(tmp_p
     first = _prepare(tmp_path)
     _check_whole(tmp_path, first)
     assert not killed.exists() and not staged.parent.exists()
+    about_now = datetime.fromisoformat(first.latest) - datetime.now(UTC)
+    assert timedelta(hours=23) < about_now < timedelta(hours=24)
     again = _prepare(tmp_path)
     assert again.fingerprint == first.fingerprint and again.version != first.version
     assert again.shards[0].path.replace(again.version, first.version) == first.shards[0].path

@@ -84,14 +84,35 @@ def test_a_dwell_time_is_a_number_that_may_be_absent_but_not_negative() -> None:
     assert found == ["", "", "unparsable_dwell", "impossible_dwell", "unparsable_dwell", ""]
 
 
-@pytest.mark.parametrize("text", [" ", "\t ", "NaN", "null", " NULL ", "None", "N/A"])
-def test_text_that_stands_for_nothing_is_no_user_and_no_item(text: str) -> None:
-    raw = pa.table(
-        {"user": [text, "u", "nancy"], "item": ["i", text, "i"], "timestamp": ["9e8"] * 3}
+def _named(text: str) -> pa.Table:
+    return pa.table(
+        {
+            "user": [text, "u", "u"],
+            "item": ["i", text, "i"],
+            "timestamp": ["9e8"] * 3,
+            "kind": [text] * 3,
+            "tab": [text] * 3,
+        }
     )
-    rules = EventRules.of(ColumnMap(), "s", CleaningConfig())
-    found = [REASONS[c] for c in type_events(raw, rules)[1]]
+
+
+NAMED = EventRules.of(ColumnMap(action="kind", side_features=("tab",)), "s", CleaningConfig())
+
+
+@pytest.mark.parametrize("text", ["", " ", "\t "])
+def test_empty_text_is_no_user_and_no_item(text: str) -> None:
+    found = [REASONS[c] for c in type_events(_named(text), NAMED)[1]]
     assert found == ["null_user", "null_item", ""]
+
+
+@pytest.mark.parametrize("text", ["NaN", "nan", "null", "NULL", "None", "NA", "N/A", "\\N"])
+def test_what_means_nothing_as_a_number_may_be_a_name(text: str) -> None:
+    events, code = type_events(_named(text), NAMED)
+    assert not code.any()
+    assert events["user"][0].as_py() == events["item"][1].as_py() == text
+    assert set(events["action"].to_pylist()) == set(events["side_tab"].to_pylist()) == {text}
+    time = _named("u").set_column(2, "timestamp", pa.array([text] * 3))
+    assert {REASONS[c] for c in type_events(time, NAMED)[1]} == {"null_timestamp"}
 
 
 @pytest.mark.parametrize("value", ["1e39", "-1e39", 1e300, "1e999"])
@@ -215,21 +236,38 @@ def test_quarantine_holds_raw_text_and_reason() -> None:
 @settings(deadline=None, max_examples=40)
 @given(
     st.lists(
-        st.tuples(*(st.integers(0, 2) for _ in range(3)), st.integers(0, 99)),
+        st.tuples(*(st.integers(0, 2) for _ in range(4)), st.integers(0, 99)),
         max_size=40,
-        unique_by=lambda row: row[3:],
-    )
+        unique_by=lambda row: row[4],
+    ),
+    st.booleans(),
 )
-def test_first_of_duplicates_equals_a_loop(rows: list[tuple[int, ...]]) -> None:
-    frame = pd.DataFrame(rows, columns=["user", "item", "time", "place"])
+def test_first_of_duplicates_equals_a_loop(rows: list[tuple[int, ...]], actions: bool) -> None:
+    frame = pd.DataFrame(rows, columns=["user", "item", "time", "action", "place"])
     columns = {name: pa.array(frame[name].to_list(), pa.int64()) for name in frame}
     columns["user"] = columns["user"].cast(pa.string())
     columns["item"] = columns["item"].cast(pa.string())
+    if actions:  # one of the three is unknown
+        names = [None, "view", "buy"]
+        columns["action"] = pa.array([names[kind] for kind in frame["action"]], pa.string())
+    else:
+        del columns["action"]
+    known = 4 if actions else 3
     expected = []
-    for user, item, time, *place in rows:
-        rivals = [other[3:] for other in rows if other[:3] == (user, item, time)]
-        expected.append(tuple(place) == min(rivals))
+    for row in rows:
+        rivals = [other[4] for other in rows if other[:known] == row[:known]]
+        expected.append(row[4] == min(rivals))
     assert first_of_duplicates(pa.table(columns)).tolist() == expected
+
+
+def test_a_time_beyond_tomorrow_is_impossible_unless_the_recipe_says_otherwise() -> None:
+    now = int(datetime.now(UTC).timestamp())
+    times = [now, now + 82_000, now + 90_000, date_us("2099-12-31") // 10**6]
+    raw = pa.table({"user": ["u"] * 4, "item": ["i"] * 4, "timestamp": times})
+    for latest, good in ((None, 2), ("2100-01-01", 4), ("2001-01-01", 0)):
+        rules = EventRules.of(ColumnMap(), "s", CleaningConfig(latest=latest))
+        found = [REASONS[c] for c in type_events(raw, rules)[1]]
+        assert found == [""] * good + ["impossible_timestamp"] * (4 - good)
 
 
 def test_dates_of_the_recipe() -> None:

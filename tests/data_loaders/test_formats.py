@@ -22,9 +22,9 @@ pytestmark = pytest.mark.usefixtures("local_ray")
 
 @pytest.mark.parametrize("format_", ["csv", "jsonl", "parquet"])
 def test_empty_features_are_unknown_in_every_format(tmp_path: Path, format_: str) -> None:
-    times = [1_577_836_800 + n for n in range(3)]
-    log = pd.DataFrame({"user": ["a", "a", "b"], "item": ["x", "y", "x"], "timestamp": times})
-    log = log.assign(action=["click", "", "like"], tab=["", "t", ""], rating=1.0)
+    times = [1_577_836_800 + n for n in range(4)]
+    log = pd.DataFrame({"user": list("aaba"), "item": list("xyxx"), "timestamp": times})
+    log = log.assign(action=["click", "", "like", "like"], tab=["", "t", "", "t"], rating=1.0)
     users = pd.DataFrame({"user": ["a", "b"], "age": ["", "30"]})
     for name, frame in (("log", log), ("users", users)):
         path = tmp_path / f"{name}.{format_}"
@@ -45,5 +45,5 @@ def test_empty_features_are_unknown_in_every_format(tmp_path: Path, format_: str
     [shard] = manifest.shards
     table = pq.read_table(tmp_path / "data" / shard.path)
     rows = {row["user"]: row for row in table.to_pylist()}
-    assert rows["a"]["side_tab"] == [0, 1] and rows["b"]["side_tab"] == [0]
-    assert rows["a"]["action_ids"] == [1, 0] and rows["a"]["user_age"] == 0
+    assert rows["a"]["side_tab"] == [0, 1, 1] and rows["b"]["side_tab"] == [0]
+    assert rows["a"]["action_ids"] == [1, 0, 2] and rows["a"]["user_age"] == 0

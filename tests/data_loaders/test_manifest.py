@@ -69,6 +69,30 @@ def test_round_trip_and_fingerprint_ignores_only_the_name(tmp_path: Path) -> Non
     assert _manifest(path="sequences/part-00001.parquet").fingerprint != manifest.fingerprint
 
 
+def test_fingerprint_ignores_quarantine_files_and_the_clock() -> None:
+    manifest = _manifest()
+    entry = FileEntry(path="quarantine/part-0.parquet", rows=1, bytes=1, sha256="0")
+    fields = manifest.model_dump(exclude={"fingerprint"})
+    other = build_manifest(**{**fields, "quarantine": (entry,)}, latest="2026-01-01T00:00:00+00:00")
+    assert other.fingerprint == manifest.fingerprint
+    # Of before there was `latest`: as it was then, whatever the version is called.
+    earlier = [
+        build_manifest(
+            **{
+                **fields,
+                "version": v,
+                "quarantine": (
+                    entry.model_copy(update={"path": f"quarantine/{v}/part-0.parquet"}),
+                ),
+            }
+        )
+        for v in ("v1", "v2")
+    ]
+    assert earlier[0].fingerprint == earlier[1].fingerprint != manifest.fingerprint
+    counts = manifest.counts.model_copy(update={"quarantined": {"duplicate": 2}})
+    assert build_manifest(**{**fields, "counts": counts}).fingerprint != manifest.fingerprint
+
+
 def test_missing_manifest_says_what_to_run(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not exist.*tandem prepare"):
         read_manifest(str(tmp_path / "none"))

@@ -162,6 +162,19 @@ def test_directory_and_glob_name_files_in_name_order(tmp_path: Path) -> None:
         plan(_files(tmp_path / "*.tsv", "csv"))
 
 
+@pytest.mark.parametrize("name", ["_log.csv", ".log.csv"])
+def test_a_file_named_outright_is_not_hidden_but_what_a_glob_finds_is(
+    tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / name).write_text("user,item\nu,1\n")
+    [chunk] = plan(_files(tmp_path / "logs" / name, "csv"))
+    assert chunk.name == name
+    for url in (tmp_path / "logs", tmp_path / "logs" / f"{name[0]}*.csv"):
+        with pytest.raises(ValueError, match=rf"only hidden files such as '{name}'.*rename"):
+            plan(_files(url, "csv"))
+
+
 def test_empty_files_are_no_rows(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("")
     (tmp_path / "b.csv").write_text("user,item\n")

@@ -1,0 +1,44 @@
+"""Which files a URL of a recipe names: one, those that match a glob, or those of a directory."""
+
+from typing import Any
+
+from fsspec.implementations.memory import MemoryFileSystem
+
+from configs import storage
+
+
+def matching_files(url: str, place: str) -> list[tuple[Any, str, str]]:
+    """(file system, path, name) of each file, in name order.
+
+    Of what a glob or a directory names, hidden files (they or a directory on the way to them begin
+    with _ or .) are left out, as programs call markers and half-written files so; a file that the
+    URL names outright is never hidden.
+
+    Raises:
+        ValueError: there is no file, or only hidden ones.
+    """
+    fs, path = storage.filesystem(url)
+    many = True
+    if any(sign in path for sign in "*?["):
+        paths, root = fs.glob(path), path[: min(path.find(s) for s in "*?[" if s in path)]
+    elif fs.isdir(path):
+        paths, root = fs.find(path), path.rstrip("/") + "/"
+    else:
+        paths, root, many = [path] if fs.exists(path) else [], path, False
+    root = root.rpartition("/")[0] + "/"
+    named = sorted((p.removeprefix(root), p) for p in paths if not fs.isdir(p))
+    visible = [(n, p) for n, p in named if not (many and any(s[:1] in "_." for s in n.split("/")))]
+    if named and not visible:
+        raise ValueError(
+            f"{place}={url!r} names only hidden files such as {named[0][0]!r}, which begin with _ "
+            "or . and are left out; rename them or name a single file outright"
+        )
+    if not visible:
+        mend = "check the path"
+        if isinstance(fs, MemoryFileSystem):
+            mend = (
+                "memory:// has only what this very process wrote, and no command line wrote any: "
+                "give a directory or an object store (s3://…, gs://…)"
+            )
+        raise ValueError(f"{place}={url!r} names no file; {mend}")
+    return [(fs, path, name) for name, path in visible]
