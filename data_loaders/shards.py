@@ -55,12 +55,13 @@ def read_table(
     Raises:
         ValueError: the file is missing or damaged.
     """
-    with open_part(url, sha256) as parquet:
+    mend = "run the same command again" if sha256 is None else MEND
+    with open_part(url, sha256, mend) as parquet:
         return parquet.read(columns=columns, use_threads=False)
 
 
 @contextmanager
-def open_part(url: str, sha256: str | None = None) -> Iterator[pq.ParquetFile]:
+def open_part(url: str, sha256: str | None = None, mend: str = MEND) -> Iterator[pq.ParquetFile]:
     """A part to read some of, as `read_table` reads all; what damage raises becomes a sentence."""
     if sha256 is not None:
         verify_once(url, sha256)
@@ -70,7 +71,7 @@ def open_part(url: str, sha256: str | None = None) -> Iterator[pq.ParquetFile]:
             yield pq.ParquetFile(stream, page_checksum_verification=True)
     except (pa.ArrowException, OSError, KeyError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{url} is missing or damaged ({reason}); {MEND}") from error
+        raise ValueError(f"{url} is missing or damaged ({reason}); {mend}") from error
 
 
 @lru_cache(maxsize=_VERIFIED_FILES)
