@@ -5,9 +5,11 @@ from contextlib import ExitStack
 from typing import Any
 
 from configs import storage
+from configs.alignment import IterativePreferenceConfig, OnlineBase
 from configs.layout import RunLayout
 from configs.load import LoadedRecipe
 from configs.recipe import Recipe, StageName
+from configs.rewards import FunctionReward
 from launch.output_lock import OutputLock
 from launch.stages import GRAPH, Outputs, Stage, StageContext
 
@@ -37,6 +39,7 @@ def run(
     """
     recipe = loaded.recipe
     storage.refuse_memory("output", recipe.output)
+    _check_functions(recipe)
     names = recipe.stages()
     for wanted in (until, from_, only):
         if wanted is not None and wanted not in names:
@@ -48,6 +51,18 @@ def run(
             f"--from {from_} comes after --until {until}, so that nothing would run; swap them"
         )
     _Run(recipe, from_, only, force).execute(names, until or only)
+
+
+def _check_functions(recipe: Recipe) -> None:
+    """Import what a recipe names by dotted path before anything runs. Raises ValueError."""
+    config = recipe.alignment
+    if isinstance(config, OnlineBase | IterativePreferenceConfig):
+        paths = [each.path for each in config.rewards if isinstance(each, FunctionReward)]
+        if paths:
+            from trainer.rewards.user_function import load_function
+
+            for path in paths:
+                load_function(path)
 
 
 class _Run:

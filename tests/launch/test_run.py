@@ -183,3 +183,10 @@ def test_force_reaches_no_further_back_than_from(stubbed: Job) -> None:
     ran = stages_run(stubbed.run(from_="evaluate", force=True))
     assert ran == ["evaluate", "recommend", "report"]
     assert stages_run(stubbed.run(force=True))[:2] == ["prepare", "train"]
+
+
+def test_a_reward_that_cannot_be_imported_is_told_before_anything_runs(job: Job) -> None:
+    online = "alignment={kind: grpo, rule: null, rewards: [{kind: function, path: 'no.such:one'}]}"
+    with pytest.raises(ValueError, match=r"no\.such"):
+        job.run(online)
+    assert not job.record.exists()
