@@ -129,12 +129,18 @@ def plan(
 @click.option("--part", type=click.Choice(["test", "validation"]), default="test")
 def compare(before: str, after: str, part: Literal["test", "validation"]) -> None:
     """Compare the results of two runs (their outputs); refuses those of other protocols."""
+    from configs import storage
     from configs.layout import RunLayout
     from trainer.monitor.results import compare as changes
     from trainer.monitor.results import read_results
     from trainer.monitor.terminal import render_changes
 
-    results = [read_results(RunLayout(url).results) for url in (before, after)]
+    results = []
+    for url in (before, after):
+        place = RunLayout(storage.absolute(url)).results
+        if not storage.exists(place):
+            raise ValueError(f"{place} does not exist: run `tandem evaluate RECIPE` there first")
+        results.append(read_results(place))
     click.echo(render_changes(changes(results[0], results[1], part)))
 
 

@@ -1,11 +1,14 @@
 """The Ray cluster of a run: connect to it, run a stage's worker group on it."""
 
 import os
+import socket
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from fsspec.implementations.memory import MemoryFileSystem
 from pyarrow.fs import FSSpecHandler, PyFileSystem
@@ -23,7 +26,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
-from launch.address import protect_token, refuse_open
+from launch.address import protect_token, refuse_open, token_file
 from launch.console import Console
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
@@ -31,6 +34,7 @@ SHIPPED_EXCLUDES = [
     ".git", ".venv", "runs", "tests", ".cache", "**/__pycache__", ".mypy_cache", ".ruff_cache",
 ]  # fmt: skip
 USER_ERRORS = (ValueError, FileNotFoundError, PermissionError)
+PROBE_S = 5.0
 
 
 def worker_environment(cluster: ClusterConfig) -> dict[str, str]:
@@ -59,6 +63,8 @@ def connect(cluster: ClusterConfig) -> Iterator[None]:
     try:
         if not embedded and not in_ray_job:  # a job is there already; `submit` checked the door
             _refuse_open_cluster(cluster.address)
+            if urlsplit(f"//{cluster.address}").port is not None and not _answers(cluster.address):
+                raise ConnectionError("connection refused")
         ray.init(
             address=cluster.address,
             runtime_env=runtime_env,
@@ -67,10 +73,7 @@ def connect(cluster: ClusterConfig) -> Iterator[None]:
             **options,
         )
     except ConnectionError as error:
-        raise ValueError(
-            f"cluster.address={cluster.address!r}: no Ray cluster answers there ({error}); "
-            "start one with `ray start --head`, or use cluster.address=local"
-        ) from error
+        raise ValueError(_why_not(cluster.address, error)) from error
     except Exception as error:
         if "timed out" not in str(error):
             raise
@@ -84,6 +87,32 @@ def connect(cluster: ClusterConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _why_not(address: str, error: ConnectionError) -> str:
+    """A sentence on why the cluster at `address` was not joined."""
+    if _answers(address):
+        return (
+            f"cluster.address={address!r}: what answers there does not let this job in; if it asks "
+            f"for a token, export RAY_AUTH_MODE=token here, and put its token into {token_file()} "
+            "(mode 0600)"
+        )
+    return (
+        f"cluster.address={address!r}: no Ray cluster answers there ({error}); "
+        "start one with `ray start --head`, or use cluster.address=local"
+    )
+
+
+def _answers(address: str) -> bool:
+    """Whether something listens at `host:port`."""
+    place = urlsplit(f"//{address}")
+    if place.hostname is None or place.port is None:
+        return False
+    try:
+        with socket.create_connection((place.hostname, place.port), timeout=PROBE_S):
+            return True
+    except OSError:
+        return False
 
 
 def _refuse_open_cluster(address: str) -> None:
@@ -241,4 +270,6 @@ def _user_error(error: TrainingFailedError) -> str | None:
 
 def _summary(error: TrainingFailedError) -> str:
     lines = [line for cause in _causes(error)[-1:] for line in str(cause).splitlines() if line]
-    return lines[-1][:200] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    return textwrap.shorten(lines[-1].split(". ")[0], 200, placeholder=" …")

@@ -23,12 +23,13 @@ import click
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read by Ray when it is imported
 
 from aiohttp import ClientError
+from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from configs import storage
 from configs.load import LoadedRecipe
 from configs.recipe import Recipe
-from launch.address import protect_token, refuse_open
+from launch.address import protect_token, refuse_open, token_file
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("configs", "models", "data_loaders", "sharding", "trainer", "launch")
@@ -241,6 +242,12 @@ def _connect(address: str) -> JobSubmissionClient:
     try:
         with _without(ADDRESS_VARIABLES):
             return JobSubmissionClient(url)
+    except AuthenticationError as error:
+        raise ValueError(
+            f"the job server at {address} does not take the token it was given, or was given none: "
+            f"export RAY_AUTH_MODE=token here, and put the cluster's token into {token_file()} "
+            "(mode 0600)"
+        ) from error
     except (ConnectionError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(

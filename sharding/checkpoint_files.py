@@ -24,12 +24,18 @@ class _HashingStream(io.RawIOBase):
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream = stream
+        self.error: OSError | None = None
+        """First failed write; torch's writer of archives tells of it in its own words."""
         self._digest = hashlib.sha256()
         self._size = 0
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
-        self._stream.write(view)
+        try:
+            self._stream.write(view)
+        except OSError as error:
+            self.error = self.error or error
+            raise
         self._digest.update(view)
         self._size += len(view)
         return len(view)
@@ -38,7 +44,11 @@ class _HashingStream(io.RawIOBase):
         return self._size
 
     def flush(self) -> None:
-        self._stream.flush()
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self.error = self.error or error
+            raise
 
     def fileno(self) -> int:
         return self._stream.fileno()
@@ -62,6 +72,7 @@ class CheckpointFiles(FileSystem):
         self, path: str | os.PathLike[str], mode: str
     ) -> Generator[io.IOBase, None, None]:
         fs, place = storage.filesystem(str(path))
+        stream: _HashingStream | None = None
         try:
             with fs.open(place, mode) as raw:
                 if mode == "rb":
@@ -69,9 +80,11 @@ class CheckpointFiles(FileSystem):
                     return
                 stream = _HashingStream(raw)
                 yield stream
-        except OSError as error:
-            self.error = self.error or error
+        except Exception as error:
+            told = error if isinstance(error, OSError) else stream and stream.error
+            self.error = self.error or told or None
             raise
+        assert stream is not None, "what is read returned above"
         self.written[_name(path)] = stream.entry(_name(path))
 
     def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
 from configs.load import load_recipe
@@ -59,6 +60,15 @@ def test_open_and_dead_addresses_are_one_sentence(monkeypatch: pytest.MonkeyPatc
         submit.start(loaded, "ray://127.0.0.1:10001")
     with pytest.raises(ValueError, match=r"no Ray job server answers at http://127\.0\.0\.1:1 "):
         submit.start(loaded, "http://127.0.0.1:1")
+
+
+def test_a_token_that_is_not_taken_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(url: str) -> None:
+        raise AuthenticationError("Authentication failed: Invalid authentication token")
+
+    monkeypatch.setattr(submit, "JobSubmissionClient", refuse)
+    with pytest.raises(ValueError, match="does not take the token .* export RAY_AUTH_MODE=token"):
+        submit._connect("http://127.0.0.1:8265")
 
 
 @pytest.fixture(scope="module")

@@ -281,10 +281,13 @@ def test_a_write_error_is_one_sentence_on_all_ranks(
         assert "earlier ones are intact" in sentence and "\n" not in sentence
 
 
-def test_a_full_disk_leaves_earlier_checkpoints_intact(small_disk: Path, copy: Path) -> None:
+@pytest.mark.parametrize("left", [8192, 20_000])
+def test_a_full_disk_leaves_earlier_checkpoints_intact(
+    small_disk: Path, copy: Path, left: int
+) -> None:
     root = Path(shutil.copytree(copy, small_disk / "checkpoints"))
     free = shutil.disk_usage(small_disk).free
-    (small_disk / "filler").write_bytes(b"x" * (free - 8192))
+    (small_disk / "filler").write_bytes(b"x" * (free - left))
     sentences = run_ranks(2, fail_to_save, str(root), None, 0, {})
     assert sentences[0] == sentences[1] and "No space left on device" in sentences[0]
     (small_disk / "filler").unlink()

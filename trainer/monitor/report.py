@@ -21,6 +21,7 @@ from trainer.monitor.figures import (
     stage_figures,
     summary_png,
 )
+from trainer.monitor.notes import alarm_sentences, sampling_note
 from trainer.monitor.plots import curve
 from trainer.monitor.progress import count
 from trainer.monitor.results import (
@@ -28,10 +29,8 @@ from trainer.monitor.results import (
     Recommendations,
     Results,
     TableRow,
-    alarm_sentences,
     read_recommendations,
     read_results,
-    sampling_note,
     table_rows,
 )
 from trainer.monitor.terminal import change_cells, printable
@@ -250,9 +249,9 @@ def _stage_sentence(results: Results, stage: str, rows: Sequence[MetricRow]) -> 
         pairs = results.preferences
         parts.append(
             f"{pairs.pairs:,} preference pairs of {pairs.users:,} users, "
-            f"{pairs.validation_pairs:,} of them held out, from {pairs.candidates:,} candidates "
-            f"among {pairs.liked:,} liked, {pairs.disliked:,} disliked and {pairs.neither:,} other "
-            "events"
+            f"{pairs.validation_pairs:,} of the pairs held out, "
+            f"from {pairs.candidates:,} candidates among {pairs.liked:,} "
+            f"liked, {pairs.disliked:,} disliked and {pairs.neither:,} other events"
         )
     speed, mfu = curve(rows, "speed/tokens_per_s"), curve(rows, "speed/mfu")
     if speed is not None:

@@ -3,6 +3,7 @@
 import unicodedata
 from collections.abc import Sequence
 
+from trainer.monitor.notes import alarm_sentences, sampling_note
 from trainer.monitor.results import (
     Change,
     Part,
@@ -10,8 +11,6 @@ from trainer.monitor.results import (
     Results,
     TableRow,
     UserRecommendations,
-    alarm_sentences,
-    sampling_note,
     table_rows,
 )
 

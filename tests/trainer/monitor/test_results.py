@@ -4,7 +4,9 @@ import pytest
 
 from configs.storage import read_json, write_bytes, write_json
 from tests.trainer.monitor.invented import metrics, recipe, recommendations, results
+from trainer.monitor.notes import alarm_sentences, sampling_note
 from trainer.monitor.results import (
+    AlarmRecord,
     ModelResult,
     Results,
     compare,
@@ -12,10 +14,10 @@ from trainer.monitor.results import (
     protocol,
     read_recommendations,
     read_results,
-    sampling_note,
     table_rows,
     write_results,
 )
+from trainer.monitor.terminal import render_table
 
 URL = "memory://results-test/results.json"
 
@@ -130,6 +132,22 @@ def test_the_note_gives_the_binomial_standard_error() -> None:
     assert "HR@10 (2,500 users) and 0.0200 or more for pairs ranked right (400 pairs);" in note
     assert sampling_note(results(models=both, preferences=None), "validation") is None
     assert sampling_note(results(models={"pretrained": ModelResult()}), "test") is None
+
+
+def test_the_note_says_where_pairs_were_selected_on() -> None:
+    chosen = results()
+    alignment = {"kind": "dpo", "validation": {"metric": "preference_accuracy"}}
+    chosen = chosen.model_copy(update={"recipe": chosen.recipe | {"alignment": alignment}})
+    assert "no test of it" in (sampling_note(chosen, "test") or "")
+    assert "no test of it" not in (sampling_note(results(), "test") or "")
+
+
+def test_alarms_are_sentences() -> None:
+    alarm = AlarmRecord(step=1200, action="roll_back", reason="hr@50 fell")
+    told = alarm_sentences(results().model_copy(update={"alarms": (alarm,)}))
+    returned = "alignment returned to the last policy that kept the limits"
+    assert told == (f"Guardrail at step 1,200: hr@50 fell; {returned}.",)
+    assert told[0] in render_table(results().model_copy(update={"alarms": (alarm,)}))
 
 
 def test_recommendations_are_checked_and_named() -> None:

@@ -1,0 +1,62 @@
+"""Sentences beside the results: how far chance goes, and what guardrails said."""
+
+import math
+
+from configs.guardrails import Action
+from trainer.monitor.results import Part, Results
+
+ALARM_FOLLOWS: dict[Action, str] = {
+    "warn": "alignment went on",
+    "roll_back": "alignment returned to the last policy that kept the limits",
+    "stop": "alignment stopped",
+}
+
+
+def alarm_sentences(results: Results) -> tuple[str, ...]:
+    """What guardrails said of alignment, a sentence each."""
+    return tuple(
+        f"Guardrail at step {alarm.step:,}: {alarm.reason}; {ALARM_FOLLOWS[alarm.action]}."
+        for alarm in results.alarms
+    )
+
+
+def sampling_note(results: Results, part: Part) -> str | None:
+    """How far a model's shares may be off by the choice of users and pairs alone, in a sentence."""
+    errors = [_hit_rate_error(results, part), _preference_error(results)]
+    known = [error for error in errors if error is not None]
+    if not known:
+        return None
+    told = f"One standard error is about {' and '.join(known)}"
+    told += "; smaller differences between models may be chance."
+    if _chosen_by_pairs(results):
+        told += " The pairs ranked right chose the aligned epoch as well: no test of it."
+    return told
+
+
+def _chosen_by_pairs(results: Results) -> bool:
+    validation = (results.recipe.get("alignment") or {}).get("validation") or {}
+    return bool(validation.get("metric") == "preference_accuracy")
+
+
+def _hit_rate_error(results: Results, part: Part) -> str | None:
+    for model in reversed(results.ordered_models()):
+        metrics = results.metrics(model, part)
+        share, users = metrics.get("hr@10"), metrics.get("users")
+        if share is not None and users:
+            return f"{_binomial_error(share, users):.4f} for HR@10 ({users:,.0f} users)"
+    return None
+
+
+def _preference_error(results: Results) -> str | None:
+    pairs = 0 if results.preferences is None else results.preferences.validation_pairs
+    for model in reversed(results.ordered_models()):
+        share = results.models[model].preference_accuracy
+        if share is not None and pairs:
+            # Pairs of one user are alike, so that the true error is rather larger than smaller.
+            error = _binomial_error(share, pairs)
+            return f"{error:.4f} or more for pairs ranked right ({pairs:,} pairs)"
+    return None
+
+
+def _binomial_error(share: float, trials: float) -> float:
+    return math.sqrt(share * (1 - share) / trials)
