@@ -41,12 +41,12 @@ class CatalogueSizes:
     """Codes of each level of the items' semantic ids; empty where there are none."""
     num_actions: int = 0
     """Kinds of action, without the unknown 0."""
-    labels: tuple[str, ...] = ()
-    """Names of the bits of the events' labels, lowest first."""
     action_names: tuple[str, ...] = ()
     """What they are called, by id; id 1 comes first."""
     has_dwell_times: bool = False
     """Whether events say how long the user stayed."""
+    labels: tuple[str, ...] = ()
+    """Names of the bits of the events' labels, lowest first."""
 
 
 class TableModel(nn.Module, ABC):
