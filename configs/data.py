@@ -69,7 +69,7 @@ class ColumnMap(Config):
 class ItemText(Config):
     """A file that names items, for printing recommendations."""
 
-    url: str
+    url: str = Field(pattern=r"\S")
     format: Literal["csv", "jsonl", "parquet"] = "parquet"
     separator: str = ","
     quoted_newlines: bool = False
@@ -81,7 +81,7 @@ class ItemText(Config):
 class UserTable(Config):
     """A file of user attributes; each named column becomes a dense categorical feature."""
 
-    url: str
+    url: str = Field(pattern=r"\S")
     format: Literal["csv", "jsonl", "parquet"] = "parquet"
     separator: str = ","
     quoted_newlines: bool = False
@@ -102,7 +102,7 @@ class PublicSource(Config):
 class LogSource(Config):
     """One's own log on any fsspec URL; a glob or a directory names many files."""
 
-    url: str
+    url: str = Field(pattern=r"\S")
     columns: ColumnMap = ColumnMap()
     timestamp_unit: TimestampUnit = "s"
     dwell_unit: DwellUnit = "s"

@@ -1,6 +1,6 @@
 """What is measured and how."""
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, field_validator
 
 from configs.base import Config
 
@@ -9,6 +9,14 @@ class EvaluationConfig(Config):
     """Full-catalogue ranking metrics."""
 
     ks: tuple[PositiveInt, ...] = Field((1, 5, 10, 50, 200), min_length=1, max_length=64)
+
+    @field_validator("ks")
+    @classmethod
+    def _each_once(cls, ks: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(ks)) < len(ks):
+            raise ValueError("must name each cut-off once")
+        return tuple(sorted(ks))
+
     filter_seen: bool = True
     """Items of the user's history are not recommended."""
     head_share: float = Field(0.2, gt=0, lt=1)

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, model_validator
+from pydantic import Field, model_validator
 
 from configs.alignment import (
     Alignment,
@@ -41,9 +41,9 @@ class Recipe(Config):
     """A run from raw logs to an aligned, evaluated model."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    output: str = Field(min_length=1)
+    output: str = Field(pattern=r"\S")
     """Directory (any URL all nodes see) that receives data, checkpoints and results."""
-    seed: NonNegativeInt = 0
+    seed: int = Field(0, ge=0, lt=1 << 63)
     data: DataConfig
     tokenizer: TokenizerConfig | None = None
     """Gives items semantic ids; models that write them need it."""

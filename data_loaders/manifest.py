@@ -135,6 +135,24 @@ def read_manifest(url: str) -> DatasetManifest:
     return read_sealed(url, DatasetManifest, absent=absent, mend=MEND)
 
 
+def refuse_other_manifest(url: str) -> None:
+    """Refuse a directory whose `manifest.json` is somebody else's: it would be replaced.
+
+    Raises:
+        ValueError: names the file and the mend. A damaged one of ours passes.
+    """
+    path = storage.join(url, MANIFEST)
+    try:
+        content = storage.read_json(path)
+    except (FileNotFoundError, ValueError):
+        return
+    if not isinstance(content, dict) or not {"format", "fingerprint"} <= content.keys():
+        raise ValueError(
+            f"{path} describes no data set of Tandem's, and would be replaced by one: move it "
+            "away, or choose another `output`"
+        )
+
+
 def seal(kind: type[SealedT], **content: Any) -> SealedT:
     """A manifest of any kind from its fields except `fingerprint`."""
     draft = kind(**content, fingerprint="")

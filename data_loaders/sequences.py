@@ -28,6 +28,7 @@ from data_loaders.manifest import (
     EventCounts,
     build_manifest,
     read_manifest,
+    refuse_other_manifest,
     write_manifest,
 )
 from data_loaders.sources import Chunk, TableFiles
@@ -75,6 +76,7 @@ def prepare(config: DataConfig, name: str, output_url: str, raw_url: str) -> Dat
     job = make_job(config, root, resolve(config.source, raw_url, _say))
     inputs = plan_inputs(job)
     storage.make_directory(root)
+    refuse_other_manifest(root)
     _sweep(job)  # what a preparation that was killed left
     try:
         with quiet():
@@ -190,7 +192,10 @@ class _Preparation:
             "impossible_timestamp",
             "unparsable_timestamp",
         ):
-            hint = f"; is data.source.timestamp_unit={self.job.rules.unit!r} right?"
+            hint = (
+                f"; is data.source.timestamp_unit={self.job.rules.unit!r} right, and are "
+                "data.cleaning.earliest and latest?"
+            )
         raise ValueError(
             f"{bad:,} of {self.read:,} events ({bad / self.read:.2%}) are bad ({reasons}), more "
             f"than data.cleaning.max_bad_share={limit:g} allows; look at "

@@ -16,7 +16,8 @@ from typing import Any
 
 from configs import storage
 
-FILE = "run.lock"
+FILE = ".tandem-run.lock"
+"""Hidden, so that it is no log of a user's, and of a name that nothing else has."""
 HEARTBEAT_S = 15.0
 STALE_S = 120.0
 """Silence after which a run on another machine is taken for dead; covers clocks that differ."""
@@ -95,7 +96,8 @@ class OutputLock:
             return None
         except ValueError:  # as a machine that lost power may leave it
             return None
-        return value
+        fields = self._me.keys() | {"alive"}
+        return value if isinstance(value, dict) and fields <= value.keys() else None
 
     def _write(self) -> None:
         storage.write_json(self._url, self._me | {"alive": time.time()})

@@ -154,6 +154,8 @@ class _Run:
         if not storage.exists(url):
             return None
         record: dict[str, Any] = storage.read_json(url)
+        if not isinstance(record, dict):
+            raise ValueError(f"{url} is no record of a stage; delete it, and the stage runs again")
         if record.get("format") != RECORD_FORMAT or record.get("fingerprint") != fingerprint:
             return None
         whole = all(storage.exists(file) for file in stage.files(record["outputs"]))

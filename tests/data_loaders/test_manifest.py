@@ -15,6 +15,7 @@ from data_loaders.manifest import (
     ShardEntry,
     build_manifest,
     read_manifest,
+    refuse_other_manifest,
     verify_shard,
     write_manifest,
 )
@@ -141,3 +142,14 @@ def test_damaged_and_missing_shards_are_named(tmp_path: Path) -> None:
     shard.write_bytes(b"date")
     with pytest.raises(ValueError, match="part-00000.parquet is damaged.*--force"):
         verify_shard(str(tmp_path), manifest.shards[0])
+
+
+def test_somebody_elses_manifest_is_not_replaced(tmp_path: Path) -> None:
+    refuse_other_manifest(str(tmp_path))  # there is none
+    mine = tmp_path / "manifest.json"
+    for content in ('{"mine": 1}', "[1]"):
+        mine.write_text(content)
+        with pytest.raises(ValueError, match="describes no data set of Tandem's"):
+            refuse_other_manifest(str(tmp_path))
+    mine.write_text('{"format": 1, "finger')  # ours, cut off
+    refuse_other_manifest(str(tmp_path))

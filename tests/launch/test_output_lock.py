@@ -163,3 +163,11 @@ def test_memory_is_refused_as_output_and_explained_as_input(tmp_path: Path) -> N
     sentence = said("prepare", recipe, "data.source.url=memory://x/log.csv")
     assert "data.source.url='memory://x/log.csv' names no file" in sentence
     assert "no command line wrote any: give a directory" in sentence
+
+
+@pytest.mark.parametrize("content", ["{}", "[1]", "no json"])
+def test_what_is_no_lock_holds_nobody_up(tmp_path: Path, content: str) -> None:
+    (tmp_path / FILE).write_text(content)
+    with OutputLock(str(tmp_path)):
+        assert storage.read_json(str(tmp_path / FILE))["pid"] == os.getpid()
+    assert not (tmp_path / FILE).exists()
