@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 
 from configs.alignment import GeneratedAlignment, IterativePreferenceConfig, SelfPlayConfig
-from models.base import CodeDecoder
 from sharding.parallelize import ParallelModel
 from trainer.align_online import reward_sum
 from trainer.objectives.dpo import PreferenceInputs, PreferenceLoss
 from trainer.objectives.scoring import Candidates
 from trainer.policy import Worker
-from trainer.prompts import Prompts, cut_prompts
+from trainer.prompts import prompts_of_step
 from trainer.reference_policy import ReferencePolicy
 from trainer.rewards.group import Group
 from trainer.rewards.total import RewardSum
@@ -45,7 +44,6 @@ class GeneratedPairs:
         """`start` holds the round's start and follows the policy; `loss` is the trained one's."""
         self._worker = worker
         self._config = config
-        self._model = loss.model
         self._start = start
         self._supervised = SupervisedTargets(worker, loss.model, config.supervised_weight)
         self._policy: ParallelModel | None = None
@@ -73,7 +71,7 @@ class GeneratedPairs:
             self._engine.refresh()
 
     def _inputs(self, step: Any) -> list[PreferenceInputs]:
-        prompts = [self._cut(sequences, step.epoch) for sequences in step.micro_batches]
+        prompts = prompts_of_step(self._worker, self._config.prompts, step)
         rollouts = [self._engine(each, step.step) for each in prompts]
         chosen = [self._pairs(rollout) for rollout in rollouts]
         supervised = self._supervised([candidates for candidates, _ in chosen], step.step)
@@ -86,13 +84,6 @@ class GeneratedPairs:
             )
             for at, (candidates, measures) in enumerate(chosen)
         ]
-
-    def _cut(self, sequences: Any, epoch: int) -> Prompts:
-        longest = self._worker.recipe.data.loader.max_length
-        if isinstance(self._model, CodeDecoder):
-            longest = min(longest, self._model.longest_history)
-        position, seed = self._config.prompts.position, self._worker.recipe.seed
-        return cut_prompts(sequences, position, longest, seed=seed, epoch=epoch)
 
     def _pairs(self, rollout: Rollout) -> tuple[Candidates, dict[str, Tensor]]:
         """Winners and losers [N, 1 + K], and what is measured of the groups, [N] each."""

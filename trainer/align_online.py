@@ -22,7 +22,7 @@ from trainer.objectives import policy_gradient as pg
 from trainer.objectives.online import OnlineInputs, OnlineLoss
 from trainer.objectives.scoring import Candidates
 from trainer.policy import Worker
-from trainer.prompts import Prompts, cut_prompts
+from trainer.prompts import Prompts, prompts_of_step
 from trainer.reference_policy import ReferencePolicy
 from trainer.reward_model import open_reward_model
 from trainer.rewards import rules
@@ -87,7 +87,6 @@ class OnlineUpdates:
         self.rewards = reward_sum(worker, config.rewards)
         self._worker = worker
         self._config = config
-        self._model = loss.model
         self._reference = reference
         self._supervised = SupervisedTargets(worker, loss.model, config.supervised_weight)
         self._policy: ParallelModel | None = None
@@ -125,12 +124,7 @@ class OnlineUpdates:
 
     def cut(self, step: Any) -> list[Prompts]:
         """Prompts of a step's micro batches, on the CPU."""
-        recipe, position = self._worker.recipe, self._config.prompts.position
-        longest = recipe.data.loader.max_length
-        return [
-            cut_prompts(sequences, position, longest, seed=recipe.seed, epoch=step.epoch)
-            for sequences in step.micro_batches
-        ]
+        return prompts_of_step(self._worker, self._config.prompts, step)
 
     def rolled_out(self, prompts: Sequence[Prompts], step: int) -> list[Rollout]:
         """Groups from the policy as it is. Collective."""

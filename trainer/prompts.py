@@ -4,15 +4,17 @@ Shape legend: B sequences, T tokens, N prompts.
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from configs.policy_gradient import PromptConfig
 from data_loaders.prompts import PromptSequences
 from models.batch import JaggedBatch
 from models.ops.dropout import token_keys
 from models.ops.windows import window_ends, windows_ending_at
+from trainer.policy import Worker
 
 _DRAW_SALT = 0x70726F6D7074  # apart from the windows that pretraining draws with the same seed
 
@@ -52,6 +54,16 @@ def cut_prompts(
     targets[last] = prompts.target_ids[last]
     outcomes = None if sequences.outcomes is None else sequences.outcomes[ends]
     return Prompts(replace(prompts, target_ids=targets), targets[last], outcomes)
+
+
+def prompts_of_step(worker: Worker, config: PromptConfig, step: Any) -> list[Prompts]:
+    """Prompts of a step's micro batches, on the CPU; whole, since rewards may read all of them."""
+    recipe = worker.recipe
+    longest = recipe.data.loader.max_length
+    return [
+        cut_prompts(sequences, config.position, longest, seed=recipe.seed, epoch=step.epoch)
+        for sequences in step.micro_batches
+    ]
 
 
 def request_keys(prompts: JaggedBatch, seed: int, step: int) -> Tensor:
