@@ -185,7 +185,7 @@ def _seen(users: EvaluationBatch, config: EvaluationConfig) -> tuple[Tensor, Ten
 def preference_accuracy(worker: Worker, policy: ParallelModel, pairs_url: str) -> float:
     """Share of held-out losers that their winner is likelier than. Collective."""
     counts = torch.zeros(2, dtype=torch.float64, device=worker.ctx.device)
-    likelihood = Likelihood.of(worker, policy)
+    likelihood = Likelihood.of(worker, policy, normalised=False)
     for pairs in preference_batches(
         pairs_url,
         "validation",

@@ -82,13 +82,19 @@ class Likelihood:
     _trie: CatalogueTrie | None
 
     @classmethod
-    def of(cls, worker: Worker, policy: ParallelModel) -> "Likelihood":
-        """Fetches the catalogue's keys where the model scores items."""
+    def of(cls, worker: Worker, policy: ParallelModel, *, normalised: bool = True) -> "Likelihood":
+        """Fetches the catalogue's keys where the model scores items.
+
+        Without `normalised` it does not, and leaves out log Z, which candidates of a context share.
+        """
         objective = worker.recipe.objective
         assert not isinstance(objective, MultiTaskConfig), "see a recipe's checks"
         if isinstance(objective, NextCodeConfig):
             return cls(policy, None, 1.0, catalogue_trie(worker))
-        catalogue = Catalogue(policy, worker.num_items, worker.recipe.evaluation.catalogue_chunk)
+        catalogue = None
+        if normalised:
+            chunk = worker.recipe.evaluation.catalogue_chunk
+            catalogue = Catalogue(policy, worker.num_items, chunk)
         return cls(policy, catalogue, objective.temperature, None)
 
     def __call__(self, candidates: Candidates) -> Tensor:
@@ -98,7 +104,7 @@ class Likelihood:
     def parts(self, candidates: Candidates) -> Tensor:
         """log π of each code given those before it, [N, G, L] float32; of items L = 1."""
         candidates = candidates.to(self.policy.ctx.device)
-        if self._catalogue is None:
+        if self._trie is not None:
             return self._of_codes(candidates)
         batch, items = candidates.batch, candidates.items
         queries = self.policy.query(batch)[batch.offsets[1:] - 1]
@@ -119,16 +125,17 @@ class Likelihood:
 
 def item_log_probs(
     policy: ParallelModel,
-    catalogue: Catalogue,
+    catalogue: Catalogue | None,
     queries: Tensor,
     items: Tensor,
     temperature: float,
 ) -> Tensor:
     """log π of items [N, G] under the softmax over the catalogue: [N, G, 1] float32. Collective.
 
-    `queries` [N, D] and `catalogue` are of `policy` as it is now.
+    `queries` [N, D] and `catalogue` are of `policy` as it is now; without it log Z is left out.
     """
-    log_z = catalogue.log_sum_exp(queries, temperature)
     keys = policy.item_keys(items.flatten()).view(*items.shape, -1)
     scores = (queries[:, None] * keys).sum(-1) / temperature
-    return (scores - log_z[:, None])[..., None]
+    if catalogue is not None:
+        scores = scores - catalogue.log_sum_exp(queries, temperature)[:, None]
+    return scores[..., None]
