@@ -186,3 +186,10 @@ OnlineAlignment = GRPOConfig | ECPOConfig | GBPOConfig
 Alignment = Annotated[
     OfflineAlignment | OnlineAlignment | GeneratedAlignment, Field(discriminator="kind")
 ]
+
+
+def rewards_of(alignment: Alignment | None) -> tuple[Reward, ...]:
+    """What an alignment rates generated items by; none where it generates none or rates none."""
+    if isinstance(alignment, OnlineBase | IterativePreferenceConfig):
+        return alignment.rewards
+    return ()

@@ -5,7 +5,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from configs import storage
-from configs.alignment import IterativePreferenceConfig, OnlineBase
+from configs.alignment import rewards_of
 from configs.layout import RunLayout
 from configs.load import LoadedRecipe
 from configs.recipe import Recipe, StageName
@@ -55,14 +55,13 @@ def run(
 
 def _check_functions(recipe: Recipe) -> None:
     """Import what a recipe names by dotted path before anything runs. Raises ValueError."""
-    config = recipe.alignment
-    if isinstance(config, OnlineBase | IterativePreferenceConfig):
-        paths = [each.path for each in config.rewards if isinstance(each, FunctionReward)]
-        if paths:
-            from trainer.rewards.user_function import load_function
+    rewards = rewards_of(recipe.alignment)
+    paths = [each.path for each in rewards if isinstance(each, FunctionReward)]
+    if paths:
+        from trainer.rewards.user_function import load_function
 
-            for path in paths:
-                load_function(path)
+        for path in paths:
+            load_function(path)
 
 
 class _Run:

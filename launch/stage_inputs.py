@@ -6,7 +6,7 @@ A setting that changes no number of a stage is left out of its inputs, so that i
 from typing import Any
 
 from configs import storage
-from configs.alignment import IterativePreferenceConfig, OnlineBase
+from configs.alignment import rewards_of
 from configs.base import Config
 from configs.layout import RunLayout
 from configs.recipe import Recipe
@@ -119,9 +119,8 @@ def _alignment_settings(recipe: Recipe) -> list[Any]:
 
 def _reward_models(recipe: Recipe) -> dict[str, Any]:
     """Reward models that online alignment asks, by run; one that is not there is null."""
-    if not isinstance(recipe.alignment, OnlineBase | IterativePreferenceConfig):
-        return {}
-    runs = {each.run for each in recipe.alignment.rewards if isinstance(each, ModelReward)}
+    rewards = rewards_of(recipe.alignment)
+    runs = {each.run for each in rewards if isinstance(each, ModelReward)}
     found: dict[str, Any] = {}
     for run in sorted(runs):
         record = RunLayout(storage.absolute(run)).stage_record("train")

@@ -1,6 +1,5 @@
 """Online alignment on real ranks, of both families of models: first step, worlds, resume."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +7,8 @@ import pytest
 
 from tests.harness import run_ranks
 from tests.trainer.runs import USERS, logged, quiet, settings_of
+from tests.trainer.test_align import align, interrupting
 from tests.trainer.test_code_stages import BLOCKS, write_run
-from trainer.align import align_worker
 from trainer.pretrain import train_worker
 
 PER_STEP = 32
@@ -54,23 +53,6 @@ OTHERS: dict[str, dict[str, Any]] = {
     },
 }
 """Of each family, an algorithm with what the first one leaves out."""
-
-
-class InterruptedRunError(Exception):
-    """The run's end, before its time."""
-
-
-def interrupting(line: str) -> None:
-    """A `say` that ends the run at the first validation of a step, before that step is saved."""
-    if line.startswith("validation after epoch 1"):
-        raise InterruptedRunError
-
-
-def align(settings: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any] | None:
-    try:
-        return align_worker(settings, say)
-    except InterruptedRunError:
-        return None
 
 
 def settings_for(root: Path, name: str, family: str, **more: Any) -> dict[str, Any]:
