@@ -13,11 +13,11 @@ from torch import Tensor
 from configs.data import LoaderConfig
 from data_loaders.collate import Following, jagged_batch
 from data_loaders.dataset import SequenceDataset, Slices
-from data_loaders.loader import LoaderState, StepLoader, rank_share
+from data_loaders.loader import LoaderState, PrefixLoader, rank_share
 from models.batch import JaggedBatch
 
 
-class HistoryLoader(StepLoader[JaggedBatch]):
+class HistoryLoader(PrefixLoader):
     """Steps over the training prefixes of all users, their last event included.
 
     `TrainingLoader` keeps the last event for prediction; here every event's outcome is in the
@@ -44,20 +44,15 @@ class HistoryLoader(StepLoader[JaggedBatch]):
         state: LoaderState | None = None,
     ) -> None:
         super().__init__(
-            dataset.reader,
-            dataset.reader.row_group_sizes,
+            dataset,
             config,
             seed=seed,
             rank=rank,
             world_size=world_size,
+            include_validation=include_validation,
             state=state,
         )
-        self._dataset, self._include_validation = dataset, include_validation
         self._candidates, self._requests = candidates, requests_per_user
-
-    def _ends(self, sample_ids: np.ndarray) -> np.ndarray:
-        lengths = self._dataset.lengths(sample_ids)
-        return lengths.validation_end if self._include_validation else lengths.train_end
 
     def _tokens(self, sample_ids: np.ndarray) -> np.ndarray:
         events = np.minimum(self._ends(sample_ids), self._config.max_length)

@@ -199,12 +199,10 @@ class StepLoader(ABC, Generic[BatchT]):
         )
 
 
-class TrainingLoader(StepLoader[JaggedBatch]):
-    """Steps over the training prefixes of all users.
+class PrefixLoader(StepLoader[JaggedBatch]):
+    """Steps over the training prefixes of all users; subclasses say what of them is a batch.
 
-    A user's prefix e_1 … e_n (up to train_end; up to validation_end with `include_validation`)
-    gives the inputs e_1 … e_{n-1} with targets e_2 … e_n, of which the last `max_length` are kept.
-    A user with less than two training events is an empty sequence.
+    Prefixes end at train_end, or at validation_end with `include_validation`.
 
     Raises:
         ValueError: the configuration, the state and the data set do not fit together.
@@ -235,6 +233,14 @@ class TrainingLoader(StepLoader[JaggedBatch]):
     def _ends(self, sample_ids: np.ndarray) -> np.ndarray:
         lengths = self._dataset.lengths(sample_ids)
         return lengths.validation_end if self._include_validation else lengths.train_end
+
+
+class TrainingLoader(PrefixLoader):
+    """Steps of next-item prediction.
+
+    A user's prefix e_1 … e_n gives the inputs e_1 … e_{n-1} with targets e_2 … e_n, of which the
+    last `max_length` are kept. A user with less than two training events is an empty sequence.
+    """
 
     def _tokens(self, sample_ids: np.ndarray) -> np.ndarray:
         return np.clip(self._ends(sample_ids) - 1, 0, self._config.max_length)

@@ -106,7 +106,7 @@ def verify(url: str, say: Callable[[str], None]) -> None:
 
 def render_inspection(url: str) -> str:
     """A checkpoint's origin and tensors."""
-    [place] = _only(url)
+    place = _only(url)
     tensors = CheckpointTensors(place)
     manifest = tensors.manifest
     recipe = storage.read_json(storage.join(place, "recipe.json"))
@@ -128,7 +128,7 @@ def render_inspection(url: str) -> str:
 
 def export(url: str, target: str, max_file_bytes: int) -> list[str]:
     """Write a checkpoint's weights as safetensors, with a progress bar."""
-    [place] = _only(url)
+    place = _only(url)
     with click.progressbar(length=1000, label="export", show_eta=True) as bar:
 
         def progress(done: int, total: int) -> None:
@@ -139,7 +139,7 @@ def export(url: str, target: str, max_file_bytes: int) -> list[str]:
         )
 
 
-def _only(url: str) -> list[str]:
+def _only(url: str) -> str:
     """The one checkpoint at `url`, or the newest finished one of a store."""
     found = [*checkpoints_below(url)]
     stores = {place.rsplit("/", 1)[0] for place in found}
@@ -151,4 +151,4 @@ def _only(url: str) -> list[str]:
     finished = [p for p in found if storage.exists(storage.join(p, MANIFEST))]
     if not finished:
         raise ValueError(f"{url} has no finished checkpoint")
-    return [max(finished, key=lambda place: place.rsplit("-", 1)[-1])]
+    return max(finished, key=lambda place: place.rsplit("-", 1)[-1])

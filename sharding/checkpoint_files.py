@@ -81,8 +81,10 @@ class CheckpointFiles(FileSystem):
                 stream = _HashingStream(raw)
                 yield stream
         except Exception as error:
-            told = error if isinstance(error, OSError) else stream and stream.error
-            self.error = self.error or told or None
+            told = error if isinstance(error, OSError) else None
+            if told is None and stream is not None:
+                told = stream.error
+            self.error = self.error or told
             raise
         assert stream is not None, "what is read returned above"
         self.written[_name(path)] = stream.entry(_name(path))
