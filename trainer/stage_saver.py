@@ -18,21 +18,25 @@ class StageSaver:
         policy: ParallelModel,
         recipe_json: Mapping[str, Any],
         fingerprints: Mapping[str, str],
+        newest: CheckpointStore,
         before_save: Callable[[], None],
         *,
         behind_training: bool,
     ) -> None:
-        """`before_save` saves what belongs to the next checkpoint. Collective."""
+        """`before_save` saves what belongs to the next checkpoint of `newest`, which alone is
+        resumed: what it keeps must not be crowded out by saves of other stores. Collective."""
         self._policy = policy
         self._recipe_json = recipe_json
         self._fingerprints = fingerprints
+        self._newest = newest
         self._before_save = before_save
         self._background = BackgroundSaves(policy.ctx) if behind_training else None
         self._started = time.monotonic()
 
     def save(self, store: CheckpointStore, state: dict[str, Any]) -> None:
         """Save the policy and the given state. Collective."""
-        self._before_save()
+        if store is self._newest:
+            self._before_save()
         if self._background is None:
             step = self._policy.step
             store.save(self._policy, step, state, self._recipe_json, self._fingerprints)

@@ -38,7 +38,7 @@ class Updates(Protocol):
         """Inputs of each update. Collective."""
 
     def before_save(self) -> None:
-        """Save what belongs to the policy's next checkpoint. Collective."""
+        """Save what belongs to the policy's next checkpoint that is resumed. Collective."""
 
 
 class OneUpdate:
@@ -105,7 +105,7 @@ class TrainingStage:
             self.before(policy, info is None)
         state = self._resume(policy, newest, info)
         self.updates.attach(policy)
-        saver = self._saver(policy)
+        saver = self._saver(policy, newest)
         trainer = Trainer(
             model=policy,
             loader=self.loader_at(state),
@@ -140,11 +140,12 @@ class TrainingStage:
         self.worker.tell(f"resuming from step {info.step:,} ({info.url})")
         return state
 
-    def _saver(self, policy: ParallelModel) -> StageSaver:
+    def _saver(self, policy: ParallelModel, newest: CheckpointStore) -> StageSaver:
         return StageSaver(
             policy,
             self.worker.recipe.model_dump(mode="json"),
             provenance(self.worker, stage=self.fingerprint, **self.hashes),
+            newest,
             self.updates.before_save,
             behind_training=self.config.checkpoint.behind_training,
         )
