@@ -22,6 +22,7 @@ from torch.nn.functional import pad
 from models.generation.noise import gumbels
 from sharding.parallelize import ParallelModel
 from sharding.process_group import DistributedContext
+from sharding.shared_catalogue import CatalogueShare
 from sharding.sort_keys import best_of_chunk, sort_keys, unpack_keys
 
 TURN = 256
@@ -93,11 +94,10 @@ class Catalogue:
             )
         self._ctx, self._num_items = ctx, num_items
         self._chunk = _rounded_up(chunk)
-        share = -(-num_items // ctx.world_size)
-        self._first = 1 + ctx.rank * share
-        self._size = max(0, min(num_items + 1 - self._first, share))
-        held = torch.arange(self._first, self._first + self._size, device=ctx.device)
-        for begin in range(0, share, chunk):  # as many lookups on every rank: they are collective
+        share = CatalogueShare.of(ctx, num_items)
+        self._first, self._size = share.first, share.size
+        held, most = share.ids(ctx.device), CatalogueShare.largest(ctx, num_items)
+        for begin in range(0, most, chunk):  # as many lookups on every rank: they are collective
             found = keys(held[begin : begin + chunk]).detach()
             if begin == 0:
                 rows = _rounded_up(self._size)

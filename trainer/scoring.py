@@ -32,7 +32,8 @@ def build_scorer(worker: Worker, *, normalised: bool) -> Scorer:
     if isinstance(objective, NextCodeConfig):
         return CodeScorer(build_code_decoder(worker), objective, catalogue_trie(worker))
     normalised = normalised or isinstance(objective, FullSoftmaxConfig)
-    return ItemScorer(build_sequence_model(worker), objective, worker.num_items, normalised)
+    model = build_sequence_model(worker)
+    return ItemScorer(model, objective, worker.num_items, worker.ctx, normalised=normalised)
 
 
 def catalogue_trie(worker: Worker) -> CatalogueTrie:
@@ -134,7 +135,7 @@ def item_log_probs(
 
     `queries` [N, D] and `catalogue` are of `policy` as it is now; without it log Z is left out.
     """
-    keys = policy.item_keys(items.flatten()).view(*items.shape, -1)
+    keys = policy.item_keys(items.flatten()).unflatten(0, items.shape)  # there may be none
     scores = (queries[:, None] * keys).sum(-1) / temperature
     if catalogue is not None:
         scores = scores - catalogue.log_sum_exp(queries, temperature)[:, None]

@@ -15,12 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from configs.objectives import FullSoftmaxConfig, ItemObjective, NextCodeConfig
+from configs.objectives import ItemObjective, NextCodeConfig
 from models.base import CodeDecoder, SequenceModel, TableModel
 from models.batch import JaggedBatch
 from models.generation.candidates import candidate_log_probs
 from models.generation.catalogue_trie import CatalogueTrie
 from models.ops.jagged import segment_ids
+from sharding.process_group import DistributedContext
+from sharding.shared_catalogue import CatalogueShare, log_partition
 from trainer.objectives.full_softmax import full_softmax
 from trainer.objectives.next_code import NextCodeInputs, code_losses
 from trainer.objectives.next_item import (
@@ -37,8 +39,8 @@ Ids = dict[str, dict[str, Tensor]]
 Supervised = NextItemInputs | NextCodeInputs
 """The same contexts with targets, for the supervised loss."""
 
-CHUNK = 1024
-"""Contexts whose catalogue logits are held at once where no kernel fuses them."""
+LOGITS = 1 << 26
+"""Held at once where no kernel fuses them, or those of one context."""
 
 
 @dataclass(frozen=True)
@@ -99,9 +101,17 @@ class ItemScorer:
     """Candidates of a model that scores items."""
 
     def __init__(
-        self, model: SequenceModel, objective: ItemObjective, num_items: int, normalised: bool
+        self,
+        model: SequenceModel,
+        objective: ItemObjective,
+        num_items: int,
+        ctx: DistributedContext,
+        *,
+        normalised: bool,
     ) -> None:
         """Without `normalised`, log Z is left out: it cancels between candidates of a context.
+
+        With it, calls and their backward are collective: the ranks of `ctx` share the catalogue.
 
         Raises:
             ValueError: the full softmax would score more items than allowed.
@@ -111,13 +121,14 @@ class ItemScorer:
         self.normalised = normalised
         self._objective = objective
         self._num_items = num_items
+        self._ctx = ctx
+        self._share = CatalogueShare.of(ctx, num_items)
 
     def required_ids(self, candidates: Candidates, supervised: Supervised | None) -> Ids:
         ids = model_ids(self.model, candidates.batch)
         ids["item"]["candidates"] = candidates.items
         if self.normalised:
-            device = candidates.items.device
-            ids["item"]["catalogue"] = torch.arange(1, self._num_items + 1, device=device)
+            ids["item"]["share"] = self._share.ids(candidates.items.device)
         if supervised is not None:
             assert isinstance(supervised, NextItemInputs)
             ids["item"] |= scored_ids(self._objective, supervised, self._num_items)
@@ -137,8 +148,8 @@ class ItemScorer:
         scored = F.embedding(index["item"]["candidates"], keys)
         log_probs = (last[:, None] * scored).sum(-1) / temperature
         if self.normalised:
-            catalogue = F.embedding(index["item"]["catalogue"], keys)
-            log_probs = log_probs - self._log_partition(last, catalogue)[:, None]
+            share = F.embedding(index["item"]["share"], keys)
+            log_probs = log_probs - self._log_partition(last, share)[:, None]
         loss = None
         if supervised is not None:
             assert isinstance(supervised, NextItemInputs)
@@ -147,12 +158,20 @@ class ItemScorer:
         return Scored(log_probs[..., None].float(), loss)
 
     def _log_partition(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """log Σ_e exp(query · key_e / τ) of each query, [N]; differentiable, by the fused loss."""
-        objective = self._objective
-        chunk = objective.chunk_tokens if isinstance(objective, FullSoftmaxConfig) else CHUNK
-        first = torch.zeros(queries.shape[0], dtype=torch.int64, device=queries.device)
-        losses = full_softmax(queries, keys, first, objective.temperature, chunk)
-        return losses + (queries * keys[0]).sum(-1) / objective.temperature
+        """log Z of each query, [N], from the keys of this rank's share; in float32, as in rollouts,
+        whatever the precision of the model is."""
+        temperature = self._objective.temperature
+
+        def of_share(queries: Tensor) -> Tensor:
+            if self._share.size == 0:  # nothing to add, yet a part of the backward
+                return (0.0 * queries).sum(1) - torch.inf
+            first = torch.zeros(queries.shape[0], dtype=torch.int64, device=queries.device)
+            chunk = max(1, LOGITS // self._share.size)
+            losses = full_softmax(queries, keys, first, temperature, chunk)
+            return losses + (queries * keys[0]).sum(-1) / temperature
+
+        with torch.autocast(queries.device.type, enabled=False):
+            return log_partition(self._ctx, queries, of_share)
 
 
 class CodeScorer:

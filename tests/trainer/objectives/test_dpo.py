@@ -12,6 +12,7 @@ from configs.models import HSTUConfig, InitConfig
 from configs.objectives import FullSoftmaxConfig, Objective, SampledSoftmaxConfig
 from models.base import CatalogueSizes
 from models.build import build_model
+from sharding.process_group import DistributedContext
 from tests.models.sequences import make_batch, take, tokens_of
 from tests.trainer.objectives.loss_tools import run_loss
 from trainer.objectives.dpo import (
@@ -25,6 +26,7 @@ from trainer.objectives.dpo import (
 from trainer.objectives.negatives import draw_negatives
 from trainer.objectives.scoring import Candidates, ItemScorer
 
+ALONE = DistributedContext(0, 1, torch.device("cpu"))
 NUM_ITEMS, WIDTH = 25, 8
 SAMPLED = SampledSoftmaxConfig(num_negatives=6, shared="sequence", temperature=0.5)
 FULL = FullSoftmaxConfig(temperature=0.5)
@@ -84,7 +86,8 @@ def build(config: OfflineAlignment, objective: Objective) -> PreferenceLoss:
     sizes = CatalogueSizes(NUM_ITEMS, 9, {}, {})
     model = build_model(HSTUConfig(width=WIDTH, qk_width=4, v_width=4), sizes, InitConfig(), 20)
     normalised = isinstance(objective, FullSoftmaxConfig)
-    return PreferenceLoss(ItemScorer(model, objective, NUM_ITEMS, normalised), config).train()
+    scorer = ItemScorer(model, objective, NUM_ITEMS, ALONE, normalised=normalised)
+    return PreferenceLoss(scorer, config).train()
 
 
 def table() -> dict[str, Tensor]:
@@ -179,7 +182,7 @@ def test_the_normaliser_changes_no_gradient(config: OfflineAlignment, objective:
     for normalised in (False, True):
         tables, pairs = table(), make_pairs([4, 1, 9], 3)
         model = build(config, objective).model
-        scorer = ItemScorer(model, objective, NUM_ITEMS, normalised)  # type: ignore[arg-type]
+        scorer = ItemScorer(model, objective, NUM_ITEMS, ALONE, normalised=normalised)  # type: ignore[arg-type]
         loss = run_loss(PreferenceLoss(scorer, config), inputs_of(objective, pairs), tables)
         wanted = [*model.parameters(), tables["item"]]
         gradients.append(torch.autograd.grad(loss.loss_sum, wanted))

@@ -45,7 +45,7 @@ class Task:
         model = build_model(SASRecConfig(width=WIDTH, num_layers=1), sizes, InitConfig(), 4)
         assert isinstance(model, SequenceModel)
         self.table = torch.nn.Parameter(0.3 * torch.randn(ITEMS + 1, WIDTH))
-        self.scorer = ItemScorer(model, OBJECTIVE, ITEMS, normalised=True)
+        self.scorer = ItemScorer(model, OBJECTIVE, ITEMS, ALONE, normalised=True)
         self.config, self.loss = config, OnlineLoss(self.scorer, config)
         self.adam = torch.optim.Adam([self.table, *self.loss.parameters()], lr=0.02)
         self.start: Tensor | None = None
