@@ -1,17 +1,29 @@
-"""Files of a run on any fsspec URL: paths, hashes, and JSON that is either whole or absent."""
+"""Files of a run on any fsspec URL: paths, hashes, and JSON that is either whole or absent.
+
+Nothing is renamed on an object store, and nothing is believed of a listing that a look at the file
+itself can tell. What fails in passing is tried again (`storage_faults`).
+"""
 
 import errno
 import hashlib
+import io
 import json
 import os
 import uuid
-from typing import Any
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import IO, Any
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
+from configs.storage_faults import explained, patiently
+
 CHUNK = 4 << 20
+SEAL = "sha256"
+"""Key of a sealed JSON object: the fingerprint of all its others."""
 DRIVERS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs"}
 """What fsspec needs besides itself for a kind of URL."""
 
@@ -57,17 +69,48 @@ def absolute(url: str) -> str:
 
 
 def join(url: str, *parts: str) -> str:
-    """Append path parts; a part that climbs out of `url` is refused."""
+    """Append path parts; a part that climbs out of `url`, or chains to another, is refused."""
     for part in parts:
-        if part.startswith("/") or ".." in part.split("/") or "://" in part:
+        if part.startswith("/") or ".." in part.split("/") or "://" in part or "::" in part:
             raise ValueError(f"path {part!r} leaves {url!r}: only names below it are allowed")
     return "/".join([url.rstrip("/"), *parts])
 
 
+def inside(root: str, path: str) -> str:
+    """`path` below `root`, as `join`, which no link on the way leads out of either.
+
+    Raises:
+        ValueError: it leads out; the sentence names both ends.
+    """
+    url = join(root, path)
+    if is_local(root):
+        top, real = (os.path.realpath(filesystem(place)[1]) for place in (root, url))
+        if os.path.commonpath([top, real]) != top:
+            raise ValueError(
+                f"{url} is a link to {real}, which lies outside {root}: nothing is read from "
+                "there; put the file itself in its place"
+            )
+    return url
+
+
 def exists(url: str) -> bool:
-    """Whether a file or directory is there."""
+    """Whether a file or directory is there, by a look at it and not at an earlier listing."""
     fs, path = filesystem(url)
-    return bool(fs.exists(path))
+    fs.invalidate_cache(path)
+    with explained(url, "read"):
+        return bool(patiently(lambda: fs.exists(path)))
+
+
+def size(url: str) -> int:
+    """Bytes of a file.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    fs, path = filesystem(url)
+    fs.invalidate_cache(path)
+    with explained(url, "read"):
+        return int(patiently(lambda: fs.size(path)))
 
 
 def make_directory(url: str) -> None:
@@ -78,7 +121,7 @@ def make_directory(url: str) -> None:
     """
     fs, path = filesystem(url)
     try:
-        fs.makedirs(path, exist_ok=True)
+        patiently(lambda: fs.makedirs(path, exist_ok=True))
     except OSError as error:
         reason = error.strerror or str(error)
         raise ValueError(
@@ -89,17 +132,28 @@ def make_directory(url: str) -> None:
 def remove(url: str) -> None:
     """Delete a file or a directory tree; absent is fine."""
     fs, path = filesystem(url)
-    if fs.exists(path):
-        fs.rm(path, recursive=True)
+    fs.invalidate_cache(path)
+    if not fs.exists(path):
+        return
+    try:
+        with explained(url, "removed"):
+            patiently(lambda: fs.rm(path, recursive=True))
+    except FileNotFoundError:  # a store may list what is gone already
+        pass
 
 
 def list_names(url: str) -> list[str]:
     """Sorted names directly below a directory; empty if it does not exist."""
     fs, path = filesystem(url)
-    if not fs.exists(path):
-        return []
     fs.invalidate_cache(path)
-    return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False))
+    try:
+        with explained(url, "read"):
+            entries = patiently(lambda: fs.ls(path, detail=False))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    own = path.strip("/")  # some stores list a directory's own marker
+    names = (entry.strip("/") for entry in entries)
+    return sorted(name.rsplit("/", 1)[-1] for name in names if name != own)
 
 
 def sha256_bytes(data: bytes) -> str:
@@ -108,12 +162,17 @@ def sha256_bytes(data: bytes) -> str:
 
 
 def sha256_file(url: str) -> str:
-    """Hex digest of a file, read in chunks."""
-    fs, path = filesystem(url)
+    """Hex digest of a file; the next chunk is read while one is hashed."""
     digest = hashlib.sha256()
-    with fs.open(path, "rb") as stream:
-        while chunk := stream.read(CHUNK):
-            digest.update(chunk)
+    with open_to_read(url) as stream:
+        chunk = stream.read(CHUNK)
+        if len(chunk) < CHUNK:
+            return sha256_bytes(chunk)
+        with ThreadPoolExecutor(1) as ahead:
+            while chunk:
+                following = ahead.submit(stream.read, CHUNK)
+                digest.update(chunk)
+                chunk = following.result()
     return digest.hexdigest()
 
 
@@ -122,8 +181,94 @@ def fingerprint(value: Any) -> str:
     return sha256_bytes(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())
 
 
-class StorageFullError(OSError, ValueError):
-    """There is no room to write, or no right to: a sentence that names the place and the mend."""
+@contextmanager
+def open_to_read(url: str) -> Iterator[IO[bytes]]:
+    """A binary file to read and seek in; on other machines' storage one that reads on where a
+    connection broke.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        StorageError: there is no right to read it.
+    """
+    fs, path = filesystem(url)
+    if isinstance(fs, LocalFileSystem):
+        with explained(url, "read"):
+            stream: IO[bytes] = open(path, "rb")  # noqa: SIM115 - closed below
+    else:
+        with explained(url, "read"):
+            stream = io.BufferedReader(_PatientFile(fs, path))
+    with stream:
+        yield stream
+
+
+class _PatientFile(io.RawIOBase):
+    """A file of an fsspec store that is opened again where reading broke off."""
+
+    def __init__(self, fs: fsspec.AbstractFileSystem, path: str) -> None:
+        self._fs, self._path = fs, path
+        self._place = 0
+        self._stream: Any = patiently(self._opened)
+        self._size = int(self._stream.seek(0, io.SEEK_END))
+        self._stream.seek(0)
+
+    def _opened(self) -> Any:
+        return self._fs.open(self._path, "rb")
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._size}[whence]
+        self._place = max(0, base + offset)
+        return self._place
+
+    def tell(self) -> int:
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        data = patiently(lambda: self._read(len(buffer)))
+        buffer[: len(data)] = data
+        self._place += len(data)
+        return len(data)
+
+    def _read(self, count: int) -> bytes:
+        if self._stream is None:
+            self._stream = self._opened()
+        try:
+            self._stream.seek(self._place)
+            return bytes(self._stream.read(count))
+        except Exception:
+            self._stream = None
+            raise
+
+    def close(self) -> None:
+        if self._stream is not None and not self.closed:
+            self._stream.close()
+        super().close()
+
+
+@contextmanager
+def open_to_write(url: str) -> Iterator[IO[bytes]]:
+    """A new binary file, unbuffered here, which a local disk holds for good when it is closed.
+
+    What is written in part is no file of anything until a manifest names it.
+
+    Raises:
+        StorageError: the place is full or may not be written.
+    """
+    fs, path = filesystem(url)
+    with explained(url, "written"):
+        if not isinstance(fs, LocalFileSystem):
+            with patiently(lambda: fs.open(path, "wb")) as stream:
+                yield stream
+            return
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb", buffering=0) as raw:
+            yield raw
+            os.fsync(raw.fileno())
 
 
 def write_bytes(url: str, data: bytes) -> None:
@@ -132,26 +277,19 @@ def write_bytes(url: str, data: bytes) -> None:
     Local: temporary file, fsync, rename. Object stores publish an object only when it is complete.
 
     Raises:
-        StorageFullError: the place is full or may not be written.
+        StorageError: the place is full or may not be written.
     """
-    try:
-        _write_whole(url, data)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-            raise
-        raise StorageFullError(
-            f"{url} cannot be written ({error.strerror}); free space or grant rights there, or put "
-            "`output` elsewhere, and run the same command again"
-        ) from error
+    with explained(url, "written"):
+        patiently(lambda: _write_whole(url, data))
 
 
 def _write_whole(url: str, data: bytes) -> None:
     fs, path = filesystem(url)
     if not isinstance(fs, LocalFileSystem):
-        with fs.open(path, "wb") as stream:
-            stream.write(data)
+        fs.pipe_file(path, data)
         return
-    os.makedirs(os.path.dirname(path), exist_ok=True)
+    directory = os.path.dirname(path)
+    os.makedirs(directory, exist_ok=True)
     temporary = f"{path}.{uuid.uuid4().hex}.tmp"
     try:
         with open(temporary, "wb") as stream:
@@ -159,26 +297,69 @@ def _write_whole(url: str, data: bytes) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)
+        _sync_directory(directory)
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
 
 
+def _sync_directory(path: str) -> None:
+    """Make names in a directory outlive a loss of power."""
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some mounted stores sync no directory
+            raise
+    finally:
+        os.close(handle)
+
+
 def read_bytes(url: str) -> bytes:
     """The whole content of a (small) file."""
-    fs, path = filesystem(url)
-    with fs.open(path, "rb") as stream:
-        return bytes(stream.read())
+    with open_to_read(url) as stream:
+        return stream.read()
 
 
 def write_json(url: str, value: Any) -> None:
     """Write a JSON file that appears whole or not at all."""
-    write_bytes(url, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+    write_bytes(url, json_bytes(value))
+
+
+def json_bytes(value: Any) -> bytes:
+    """What `write_json` writes."""
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
 
 
 def read_json(url: str) -> Any:
     """Parse a JSON file; a damaged one raises a ValueError that names it."""
+    return parse_json(read_bytes(url), url)
+
+
+def parse_json(data: bytes, url: str) -> Any:
+    """As `read_json`, of the content of `url` that is at hand."""
     try:
-        return json.loads(read_bytes(url))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:  # also of numbers too long, and nested too deep
         raise ValueError(f"{url} is not valid JSON ({error}); delete it or restore it") from error
+
+
+def write_sealed(url: str, value: dict[str, Any]) -> None:
+    """As `write_json`, of an object that tells by itself whether it was changed since."""
+    plain = json.loads(json.dumps(value))
+    write_json(url, plain | {SEAL: fingerprint(plain)})
+
+
+def read_sealed(url: str) -> dict[str, Any]:
+    """What `write_sealed` was given; files of before there were seals are taken as they are.
+
+    Raises:
+        ValueError: it is damaged, in a sentence that names it.
+    """
+    value = read_json(url)
+    if not isinstance(value, dict):
+        raise ValueError(f"{url} is damaged (it holds no object); delete it or restore it")
+    seal = value.pop(SEAL, None)
+    if seal is not None and seal != fingerprint(value):
+        raise ValueError(f"{url} is damaged (it was changed since); delete it or restore it")
+    return value

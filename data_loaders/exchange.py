@@ -20,7 +20,7 @@ import ray
 from ray.data import DataContext, Dataset
 from ray.data.context import ShuffleStrategy
 
-from configs.storage import StorageFullError
+from configs.storage_faults import StorageError
 
 Report = dict[str, Any]
 """JSON-able facts about one part: counts and paths."""
@@ -176,7 +176,7 @@ def users_error(error: Exception) -> Exception:
     cause: BaseException | None = error
     while cause is not None:
         inner = getattr(cause, "cause", None) or cause.__cause__
-        if type(cause) in (ValueError, StorageFullError):
+        if type(cause) in (ValueError, StorageError):
             return ValueError(str(cause).partition("\n")[0])  # Ray appends advice about retries
         cause = inner
     return error

@@ -9,12 +9,7 @@ import click
 from configs import storage
 from sharding.checkpoint import CHECKPOINT_NAME
 from sharding.checkpoint_export import export_safetensors
-from sharding.checkpoint_manifest import (
-    MANIFEST,
-    CheckpointManifest,
-    read_manifest,
-    verify_file,
-)
+from sharding.checkpoint_manifest import MANIFEST, CheckpointManifest, read_manifest
 from sharding.checkpoint_tensors import CheckpointTensors
 from trainer.monitor.progress import size
 
@@ -87,8 +82,7 @@ def verify(url: str, say: Callable[[str], None]) -> None:
         started = time.monotonic()
         try:
             tensors = CheckpointTensors(place)
-            for entry in tensors.manifest.files:
-                verify_file(place, entry)
+            tensors.verify()
         except ValueError as error:
             damaged += 1
             say(f"{place}: DAMAGED: {error}")
@@ -109,7 +103,7 @@ def render_inspection(url: str) -> str:
     place = _only(url)
     tensors = CheckpointTensors(place)
     manifest = tensors.manifest
-    recipe = storage.read_json(storage.join(place, "recipe.json"))
+    recipe = tensors.recipe()
     lines = [place, _summary(manifest), ""]
     if recipe:
         lines += [

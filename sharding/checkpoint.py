@@ -19,14 +19,22 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
 from configs import storage
+from configs.storage_faults import first_line
 from sharding import checkpoint_state
-from sharding.checkpoint_files import CheckpointReader, CheckpointWriter, TensorLoadPlanner
+from sharding.agreement import Agreement, CheckpointError
+from sharding.checkpoint_files import (
+    METADATA,
+    CheckpointReader,
+    CheckpointWriter,
+    TensorLoadPlanner,
+)
 from sharding.checkpoint_manifest import (
     MANIFEST,
     CheckpointFile,
     CheckpointManifest,
     build_manifest,
     read_manifest,
+    read_verified,
     verify_file,
     write_manifest,
 )
@@ -39,10 +47,6 @@ _LIBRARIES = ("torch", "torchrec", "deepspeed")
 CHECKPOINT_NAME = re.compile(r"step-\d{8,}-([0-9a-f]{16})")
 """Of a checkpoint's directory: the step, and when it was saved."""
 T = TypeVar("T")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be written, read or used; one sentence, the same on every rank."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,7 @@ class CheckpointStore:
         What a killed save left was never a checkpoint: it is not named here."""
         self._keep = keep
         self._ctx = ctx
+        self._agree = Agreement(ctx)
         self._damaged: set[str] = set()
 
     def save(
@@ -116,20 +121,20 @@ class CheckpointStore:
         fingerprints: Mapping[str, str],
     ) -> CheckpointInfo:
         """As `save`, of tensors and JSON documents at hand."""
-        name = self._on_first_rank(lambda: self._fresh_name(step))
+        name = self._agree.on_first_rank(lambda: self._fresh_name(step))
         url = storage.join(self.root, name)
         try:
             files = self._write_tensors(url, tensors)
-            manifest = self._on_first_rank(
+            manifest = self._agree.on_first_rank(
                 lambda: self._commit(name, step, files, documents, fingerprints)
             )
         except CheckpointError as error:
-            self._on_first_rank(self._remove_debris)
+            self._agree.on_first_rank(self._remove_debris)
             raise CheckpointError(
                 f"checkpoint of step {step} could not be written to {self.root} ({error}); "
                 "earlier ones are intact: check space and permissions there, then run it again"
             ) from error
-        self._on_first_rank(self._prune)
+        self._agree.on_first_rank(self._prune)
         return _info(url, manifest)
 
     def apart(self, ctx: DistributedContext) -> "CheckpointStore":
@@ -147,7 +152,7 @@ class CheckpointStore:
         skipped: list[str] = []
         chosen = None
         of_step = "" if step is None else f"step-{step:08d}-"
-        for name in self._on_first_rank(self._committed):
+        for name in self._agree.on_first_rank(self._committed):
             if not name.startswith(of_step):
                 continue
             url = storage.join(self.root, name)
@@ -210,7 +215,11 @@ class CheckpointStore:
         return self._document(info, "recipe.json")
 
     def _document(self, info: CheckpointInfo, name: str) -> dict[str, Any]:
-        return self._on_first_rank(lambda: dict(storage.read_json(storage.join(info.url, name))))
+        def read() -> dict[str, Any]:
+            data = read_verified(info.url, _manifest(info), name)
+            return dict(storage.parse_json(data, storage.join(info.url, name)))
+
+        return self._check(info, lambda: self._agree.on_first_rank(read))
 
     def _write_tensors(self, url: str, tensors: dict[str, Tensor]) -> list[CheckpointFile]:
         """Save through DCP; the files of every rank."""
@@ -225,9 +234,9 @@ class CheckpointStore:
                 process_group=self._ctx.group,
             )
         except CheckpointException as error:  # DCP raises it on all ranks together
-            failure = str(writer.files.error) if writer.files.error else _reason(error, self._ctx)
-        self._raise_together(failure)
-        written = self._ctx.all_gather_object(list(writer.files.written.values()))
+            failure = _reason(error, self._ctx)
+        self._agree.raise_together(failure)
+        written = self._ctx.all_gather_object(list(writer.written.values()))
         return [entry for files in written for entry in files]
 
     def _read_tensors(
@@ -240,7 +249,7 @@ class CheckpointStore:
             dcp.load(target, storage_reader=reader, planner=TensorLoadPlanner())
         except CheckpointException as error:
             failure = _reason(error, self._ctx)
-        self._check(info, lambda: self._raise_together(failure))
+        self._check(info, lambda: self._agree.raise_together(failure))
 
     def _commit(
         self,
@@ -252,8 +261,8 @@ class CheckpointStore:
     ) -> CheckpointManifest:
         url, entries = storage.join(self.root, name), list(files)
         for path, content in documents.items():
-            storage.write_json(storage.join(url, path), dict(content))
-            data = storage.read_bytes(storage.join(url, path))
+            data = storage.json_bytes(dict(content))
+            storage.write_bytes(storage.join(url, path), data)
             digest = storage.sha256_bytes(data)
             entries.append(CheckpointFile(path=path, bytes=len(data), sha256=digest))
         manifest = build_manifest(
@@ -270,7 +279,7 @@ class CheckpointStore:
 
     def _verify(self, url: str, name: str) -> CheckpointManifest:
         """The manifest of a checkpoint whose files every rank finds whole; each hashes its deal."""
-        manifest = self._on_first_rank(lambda: read_manifest(url, name))
+        manifest = self._agree.on_first_rank(lambda: read_manifest(url, name))
         by_size = sorted(manifest.files, key=lambda entry: (-entry.bytes, entry.path))
 
         def check() -> None:
@@ -278,14 +287,14 @@ class CheckpointStore:
                 verify_file(url, entry)
             _parse_metadata(url, manifest)
 
-        self._on_every_rank(check)
+        self._agree.on_every_rank(check)
         return manifest
 
     def _metadata(self, info: CheckpointInfo) -> Metadata:
         def read() -> Metadata:
-            return _parse_metadata(info.url, read_manifest(info.url, info.name))
+            return _parse_metadata(info.url, _manifest(info))
 
-        return self._check(info, lambda: self._on_every_rank(read))
+        return self._check(info, lambda: self._agree.on_every_rank(read))
 
     def _check(self, info: CheckpointInfo, function: Callable[[], T]) -> T:
         try:
@@ -335,33 +344,18 @@ class CheckpointStore:
         except Exception as error:  # noqa: BLE001 - each storage back end raises its own kinds
             _log.warning("%s/%s cannot be removed: %s", self.root, name, error)
 
-    def _on_first_rank(self, function: Callable[[], T]) -> T:
-        """What `function` gives on rank 0, on every rank."""
-        value, failure = None, None
-        if self._ctx.rank == 0:
-            value, failure = _attempt(function)
-        value, failure = self._ctx.broadcast_object((value, failure))
-        if failure is not None:
-            raise CheckpointError(failure)
-        return value  # type: ignore[return-value]
-
-    def _on_every_rank(self, function: Callable[[], T]) -> T:
-        """What `function` gives on this rank, if it succeeds on all."""
-        value, failure = _attempt(function)
-        self._raise_together(failure)
-        return value  # type: ignore[return-value]
-
-    def _raise_together(self, failure: str | None) -> None:
-        """Raise the first rank's failure on every rank."""
-        failures = self._ctx.all_gather_object(failure)
-        for rank, sentence in enumerate(failures):
-            if sentence is not None:
-                raise CheckpointError(f"rank {rank}: {sentence}" if len(failures) > 1 else sentence)
-
 
 def _parse_metadata(url: str, manifest: CheckpointManifest) -> Metadata:
-    data = storage.read_bytes(storage.join(url, ".metadata"))
-    return read_metadata(data, {entry.path for entry in manifest.files})
+    data = read_verified(url, manifest, METADATA)
+    return read_metadata(data, {entry.path: entry.bytes for entry in manifest.files})
+
+
+def _manifest(info: CheckpointInfo) -> CheckpointManifest:
+    """As it was when the checkpoint was verified. Raises ValueError where it is another now."""
+    manifest = read_manifest(info.url, info.name)
+    if manifest.fingerprint != info.hash:
+        raise ValueError("it was replaced since it was verified")
+    return manifest
 
 
 def _info(url: str, manifest: CheckpointManifest) -> CheckpointInfo:
@@ -377,21 +371,8 @@ def _info(url: str, manifest: CheckpointManifest) -> CheckpointInfo:
     )
 
 
-def _attempt(function: Callable[[], T]) -> tuple[T | None, str | None]:
-    """The value, or a sentence on why there is none."""
-    try:
-        return function(), None
-    except Exception as error:  # noqa: BLE001 - each storage back end raises its own kinds
-        _log.debug("attempt failed", exc_info=True)
-        return None, _sentence(error)
-
-
-def _sentence(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def _reason(error: CheckpointException, ctx: DistributedContext) -> str | None:
     """What this rank, or for all of them rank 0, knows about a failure in DCP."""
     if ctx.rank in error.failures:
-        return _sentence(error.failures[ctx.rank][0])
+        return first_line(error.failures[ctx.rank][0])
     return None

@@ -84,8 +84,7 @@ def export_safetensors(
     storage.make_directory(target)
     for name, members in zip(names, files, strict=True):
         done = _write_file(storage.join(target, name), tensors, members, done, total, progress)
-    recipe = storage.read_json(storage.join(tensors.url, "recipe.json"))
-    storage.write_json(storage.join(target, "recipe.json"), recipe)
+    storage.write_json(storage.join(target, "recipe.json"), tensors.recipe())
     index = {
         "metadata": {
             "total_size": total,
@@ -134,8 +133,7 @@ def _write_file(
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # data begin aligned
-    fs, path = storage.filesystem(url)
-    with fs.open(path, "wb") as stream:
+    with storage.open_to_write(url) as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for export in members:
             for block in tensors.blocks(export.saved, BLOCK_BYTES):

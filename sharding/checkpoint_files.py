@@ -1,136 +1,200 @@
 """How DCP reads and writes a checkpoint's files: on any file system, hashed on the way out.
 
-Hashing what is written, not what is read back, also catches what the disk changed in between.
+A rank's file is the bytes of its tensors, one after the other, and `.metadata` says where each
+lies. So what is asked for is read alone and in place, and nothing in it can be executed. Hashing
+what is written, not what is read back, also catches what the disk changed in between.
+
+Files of before are archives of `torch.save`; they are longer than their tensor, and still read.
 """
 
 import hashlib
 import io
-import os
-from collections.abc import Generator
-from contextlib import contextmanager
+import math
+import pickle
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import Future as LocalFuture
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import IO, Any
 
-from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.filesystem import FileSystem
-from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import ReadItem
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import DefaultLoadPlanner, StorageReader, StorageWriter
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    SavePlan,
+    SavePlanner,
+)
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from configs import storage
+from configs.storage_faults import patiently
 from sharding.checkpoint_manifest import CheckpointFile
 
+METADATA = ".metadata"
+ALIGNMENT = 64
+"""Bytes; each tensor begins at a multiple."""
+BLOCK_BYTES = 8 << 20
+"""Written, hashed and read at a time."""
 
-class _HashingStream(io.RawIOBase):
-    """Passes writes on and hashes them; DCP writes strictly forward."""
 
-    def __init__(self, stream: IO[bytes]) -> None:
-        self._stream = stream
-        self.error: OSError | None = None
-        """First failed write; torch's writer of archives tells of it in its own words."""
+class _HashingStream:
+    """Passes bytes on; a thread hashes a block while the next is written."""
+
+    def __init__(self, stream: IO[bytes], hashing: ThreadPoolExecutor) -> None:
+        self._stream, self._hashing = stream, hashing
         self._digest = hashlib.sha256()
-        self._size = 0
+        self._pending: LocalFuture[None] | None = None
+        self.size = 0
 
-    def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        try:
-            self._stream.write(view)
-        except OSError as error:
-            self.error = self.error or error
-            raise
-        self._digest.update(view)
-        self._size += len(view)
-        return len(view)
+    def write(self, data: Any) -> None:
+        """All of `data`, bytes, which stay as they are until this returns."""
+        view = memoryview(data)
+        for begin in range(0, len(view), BLOCK_BYTES):
+            block = view[begin : begin + BLOCK_BYTES]
+            self._wait()
+            self._pending = self._hashing.submit(self._digest.update, block)
+            self._pass_on(block)
+        self.size += len(view)
+        self._wait()
 
-    def tell(self) -> int:
-        return self._size
+    def _pass_on(self, block: memoryview) -> None:
+        while len(block):  # a raw file may take less than it was given
+            block = block[self._stream.write(block) :]
 
-    def flush(self) -> None:
-        try:
-            self._stream.flush()
-        except OSError as error:
-            self.error = self.error or error
-            raise
-
-    def fileno(self) -> int:
-        return self._stream.fileno()
+    def _wait(self) -> None:
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
 
     def entry(self, name: str) -> CheckpointFile:
         """What the manifest says of this file."""
-        return CheckpointFile(path=name, bytes=self._size, sha256=self._digest.hexdigest())
+        return CheckpointFile(path=name, bytes=self.size, sha256=self._digest.hexdigest())
 
 
-class CheckpointFiles(FileSystem):
-    """DCP's view of one checkpoint's directory; paths are URLs directly below it."""
-
-    def __init__(self) -> None:
-        self.written: dict[str, CheckpointFile] = {}
-        """Files this process wrote, by name."""
-        self.error: OSError | None = None
-        """First failed write of this process; DCP may wrap it beyond recognition."""
-
-    @contextmanager
-    def create_stream(
-        self, path: str | os.PathLike[str], mode: str
-    ) -> Generator[io.IOBase, None, None]:
-        fs, place = storage.filesystem(str(path))
-        stream: _HashingStream | None = None
-        try:
-            with fs.open(place, mode) as raw:
-                if mode == "rb":
-                    yield raw
-                    return
-                stream = _HashingStream(raw)
-                yield stream
-        except Exception as error:
-            told = error if isinstance(error, OSError) else None
-            if told is None and stream is not None:
-                told = stream.error
-            self.error = self.error or told
-            raise
-        assert stream is not None, "what is read returned above"
-        self.written[_name(path)] = stream.entry(_name(path))
-
-    def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
-        fs, place = storage.filesystem(str(path))
-        fs.mv(place, storage.filesystem(str(new_path))[1])
-        entry = self.written.pop(_name(path))
-        self.written[_name(new_path)] = entry.model_copy(update={"path": _name(new_path)})
-
-    def concat_path(self, path: str | os.PathLike[str], suffix: str) -> str:
-        return storage.join(str(path), suffix)
-
-    def init_path(self, path: str | os.PathLike[str]) -> str:
-        return str(path)
-
-    def mkdir(self, path: str | os.PathLike[str]) -> None:
-        storage.make_directory(str(path))
-
-    def exists(self, path: str | os.PathLike[str]) -> bool:
-        return storage.exists(str(path))
-
-    def rm_file(self, path: str | os.PathLike[str]) -> None:
-        storage.remove(str(path))
-
-
-class CheckpointWriter(FileSystemWriter):
-    """DCP writer into directory `url`; `files.written` then has the hashes."""
+class CheckpointWriter(StorageWriter):
+    """DCP writer into the fresh directory `url`; `written` then has the hashes of its files."""
 
     def __init__(self, url: str) -> None:
-        # Object stores have nothing to fsync, and DCP would sync the whole machine instead.
-        super().__init__(url, sync_files=storage.is_local(url), overwrite=False)
-        self.files = CheckpointFiles()
-        self.fs, self.path = self.files, url
+        super().__init__()
+        self._url = url
+        self.written: dict[str, CheckpointFile] = {}
+        """Files this process wrote, by name."""
+
+    def reset(self, checkpoint_id: Any = None) -> None:
+        """DCP's hook; a writer is used once."""
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """DCP's hook; there is nothing to set up."""
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """Make the directory."""
+        storage.make_directory(self._url)
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Tell each rank the name of its file."""
+        return [replace(plan, storage_data=f"__{rank}_0.distcp") for rank, plan in enumerate(plans)]
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write this rank's tensors into one file."""
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(patiently(lambda: self._write_file(plan, planner)) if plan.items else [])
+        return done
+
+    def _write_file(self, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
+        name, results = str(plan.storage_data), []
+        with (
+            ThreadPoolExecutor(1) as hashing,
+            storage.open_to_write(storage.join(self._url, name)) as raw,
+        ):
+            stream = _HashingStream(raw, hashing)
+            for item in plan.items:
+                stream.write(bytes(-stream.size % ALIGNMENT))
+                begin, value = stream.size, planner.resolve_data(item)
+                assert isinstance(value, Tensor), "a checkpoint's state is tensors"
+                stream.write(_bytes_of(value.detach().cpu().contiguous()))
+                length = stream.size - begin
+                place = _StorageInfo(name, begin, length)
+                results.append(WriteResult(item.index, length, place))
+        self.written[name] = stream.entry(name)
+        return results
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Write what tells where every tensor lies; on the coordinator, once all have written."""
+        places = {result.index: result.storage_data for rank in results for result in rank}
+        metadata.storage_data = places
+        data = pickle.dumps(metadata)
+        storage.write_bytes(storage.join(self._url, METADATA), data)
+        self.written[METADATA] = CheckpointFile(
+            path=METADATA, bytes=len(data), sha256=storage.sha256_bytes(data)
+        )
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        """DCP's hook to choose a writer by itself: never this one."""
+        return False
 
 
-class CheckpointReader(FileSystemReader):
+class CheckpointReader(StorageReader):
     """DCP reader of directory `url` that takes metadata already read safely."""
 
     def __init__(self, url: str, metadata: Metadata) -> None:
-        super().__init__(url)
-        self.fs, self.path = CheckpointFiles(), url
-        self._metadata = metadata
+        super().__init__()
+        self._url, self._metadata = url, metadata
+        self._chunks = _chunks(metadata)
+
+    def reset(self, checkpoint_id: Any = None) -> None:
+        """DCP's hook; a reader is used once."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """What was given."""
         return self._metadata
+
+    def set_up_storage_reader(
+        self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
+    ) -> None:
+        """DCP's hook; there is nothing to set up."""
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        """As it is."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        """As they are."""
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Read what the plan asks for into the planner's tensors, each file from front to back."""
+        by_file: dict[str, list[tuple[_StorageInfo, ReadItem]]] = defaultdict(list)
+        for item in plan.items:
+            place = self._metadata.storage_data[item.storage_index]
+            by_file[place.relative_path].append((place, item))
+        for name, wanted in sorted(by_file.items()):
+            with storage.open_to_read(storage.join(self._url, name)) as stream:
+                for place, item in sorted(wanted, key=lambda entry: entry[0].offset):
+                    target = planner.resolve_tensor(item).detach()
+                    size, dtype = self._chunks[item.storage_index]
+                    _read_item(stream, place, item, size, dtype, target)
+                    planner.commit_tensor(item, target)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        """DCP's hook to choose a reader by itself: never this one."""
+        return False
 
 
 class TensorLoadPlanner(DefaultLoadPlanner):
@@ -143,5 +207,84 @@ class TensorLoadPlanner(DefaultLoadPlanner):
         raise AssertionError("safe_metadata lets no pickled entries through")
 
 
-def _name(path: str | os.PathLike[str]) -> str:
-    return str(path).rsplit("/", 1)[-1]
+def _chunks(metadata: Metadata) -> dict[MetadataIndex, tuple[torch.Size, torch.dtype]]:
+    """Size and dtype of every stored piece."""
+    found = {}
+    for name, tensor in metadata.state_dict_metadata.items():
+        assert isinstance(tensor, TensorStorageMetadata), "safe_metadata lets only tensors through"
+        for chunk in tensor.chunks:
+            found[MetadataIndex(name, chunk.offsets)] = (chunk.sizes, tensor.properties.dtype)
+    return found
+
+
+def _read_item(
+    stream: IO[bytes],
+    place: _StorageInfo,
+    item: ReadItem,
+    size: torch.Size,
+    dtype: torch.dtype,
+    target: Tensor,
+) -> None:
+    """Fill `target` with the part of a stored piece that `item` names."""
+    if place.length != size.numel() * dtype.itemsize:
+        _read_archive(stream, place, item, target)
+        return
+    for rows, first, count in _row_blocks(item, size, dtype):
+        stream.seek(place.offset + first * math.prod(size[1:]) * dtype.itemsize)
+        into = target[rows] if size else target
+        wanted = _columns(item, size)
+        whole = all(length == full for (_, length), full in zip(wanted, size[1:], strict=True))
+        if whole and into.dtype == dtype and into.is_contiguous() and into.device.type == "cpu":
+            _fill(stream, into)
+            continue
+        block = torch.empty([count, *size[1:]] if size else [], dtype=dtype)
+        _fill(stream, block)
+        for dimension, (begin, length) in enumerate(wanted, 1):
+            block = block.narrow(dimension, begin, length)
+        into.copy_(block)
+
+
+def _row_blocks(
+    item: ReadItem, size: torch.Size, dtype: torch.dtype
+) -> Iterator[tuple[slice, int, int]]:
+    """Rows of the target, and first row and number of rows in the piece, a block at a time."""
+    begin, rows = (item.storage_offsets[0], item.lengths[0]) if size else (0, 1)
+    row_bytes = max(1, math.prod(size[1:]) * dtype.itemsize)
+    per_block = max(1, BLOCK_BYTES // row_bytes)
+    for first in range(0, rows, per_block):
+        count = min(per_block, rows - first)
+        yield slice(first, first + count), begin + first, count
+
+
+def _columns(item: ReadItem, size: torch.Size) -> list[tuple[int, int]]:
+    """First entry and number of entries of every dimension but the first."""
+    return list(zip(item.storage_offsets, item.lengths, strict=True))[1 : len(size)]
+
+
+def _read_archive(stream: IO[bytes], place: _StorageInfo, item: ReadItem, target: Tensor) -> None:
+    """As `_read_item`, of what `torch.save` wrote; only tensors are unpickled."""
+    stream.seek(place.offset)
+    archive = io.BytesIO(stream.read(place.length))
+    tensor = torch.load(archive, map_location="cpu", weights_only=True)
+    for dimension, (begin, length) in enumerate(
+        zip(item.storage_offsets, item.lengths, strict=True)
+    ):
+        tensor = tensor.narrow(dimension, begin, length)
+    if tensor.size() != target.size():
+        raise ValueError(f"{place.relative_path} holds another tensor than its metadata say")
+    target.copy_(tensor)
+
+
+def _fill(stream: IO[bytes], tensor: Tensor) -> None:
+    """Read a contiguous CPU tensor's bytes. Raises ValueError where the file ends before."""
+    view = _bytes_of(tensor)
+    while len(view):
+        count = stream.readinto(view)  # type: ignore[attr-defined]  # binary files have it
+        if not count:
+            raise ValueError("a file ends before its tensors")
+        view = view[count:]
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """A contiguous CPU tensor's own bytes."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data

@@ -4,7 +4,6 @@ A directory without a valid manifest is not a checkpoint, and a file whose size 
 from the manifest's is damaged.
 """
 
-import json
 from typing import Annotated, Any, Literal
 
 from pydantic import NonNegativeInt, PositiveInt, StringConstraints, ValidationError
@@ -63,7 +62,7 @@ def read_manifest(url: str, name: str) -> CheckpointManifest:
         ValueError: it is missing, damaged, or belongs to another checkpoint.
     """
     try:
-        content = json.loads(storage.read_bytes(storage.join(url, MANIFEST)))
+        content = storage.read_json(storage.join(url, MANIFEST))
         manifest = CheckpointManifest.model_validate(content)
     except FileNotFoundError as error:
         raise ValueError(f"it has no {MANIFEST}, so its save never finished") from error
@@ -82,21 +81,38 @@ def verify_file(url: str, entry: CheckpointFile) -> None:
     """Check that one file of the checkpoint in directory `url` is there and unchanged.
 
     Raises:
-        ValueError: it is missing, or its size or hash differs from the manifest's.
+        ValueError: it is missing, leads elsewhere, or its size or hash differs from the manifest's.
     """
-    fs, path = storage.filesystem(storage.join(url, entry.path))
-    fs.invalidate_cache(path)
     try:
-        size = fs.size(path)
+        place = storage.inside(url, entry.path)
+        size = storage.size(place)
         if size != entry.bytes:
             raise ValueError(f"{entry.path} has {size} bytes instead of {entry.bytes}")
-        digest = storage.sha256_file(storage.join(url, entry.path))
+        digest = storage.sha256_file(place)
     except FileNotFoundError as error:
         raise ValueError(f"{entry.path} is missing") from error
     except OSError as error:
         raise ValueError(f"{entry.path} cannot be read ({error})") from error
     if digest != entry.sha256:
         raise ValueError(f"{entry.path} is damaged: its sha256 differs from the manifest's")
+
+
+def read_verified(url: str, manifest: CheckpointManifest, path: str) -> bytes:
+    """Content of a small file of the checkpoint in directory `url`; what is given was hashed.
+
+    Raises:
+        ValueError: as `verify_file`, or the checkpoint has no such file.
+    """
+    entry = next((entry for entry in manifest.files if entry.path == path), None)
+    if entry is None:
+        raise ValueError(f"it has no {path}")
+    try:
+        data = storage.read_bytes(storage.inside(url, path))
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is missing") from error
+    if len(data) != entry.bytes or storage.sha256_bytes(data) != entry.sha256:
+        raise ValueError(f"{path} is damaged: its sha256 differs from the manifest's")
+    return data
 
 
 def _fingerprint(manifest: CheckpointManifest) -> str:

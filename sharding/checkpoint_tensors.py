@@ -6,6 +6,7 @@ asked for, whatever the checkpoint's size.
 
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,8 +21,13 @@ from torch.distributed.checkpoint.planner import LoadPlan
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from configs import storage
-from sharding.checkpoint_files import CheckpointReader, TensorLoadPlanner
-from sharding.checkpoint_manifest import CheckpointManifest, read_manifest, verify_file
+from sharding.checkpoint_files import METADATA, CheckpointReader, TensorLoadPlanner
+from sharding.checkpoint_manifest import (
+    CheckpointManifest,
+    read_manifest,
+    read_verified,
+    verify_file,
+)
 from sharding.safe_metadata import read_metadata
 
 
@@ -37,8 +43,10 @@ class CheckpointTensors:
         self.url = url.rstrip("/")
         self.manifest: CheckpointManifest = read_manifest(self.url, self.url.rsplit("/", 1)[-1])
         """Its fingerprint is the checkpoint's hash."""
-        data = storage.read_bytes(storage.join(self.url, ".metadata"))
-        self._metadata = read_metadata(data, {entry.path for entry in self.manifest.files})
+        data = read_verified(self.url, self.manifest, METADATA)
+        self._metadata = read_metadata(
+            data, {entry.path: entry.bytes for entry in self.manifest.files}
+        )
         entries = self._metadata.state_dict_metadata.items()
         self.saved: dict[str, TensorStorageMetadata] = {
             name: entry for name, entry in entries if isinstance(entry, TensorStorageMetadata)
@@ -48,6 +56,12 @@ class CheckpointTensors:
         """Hash every file. Raises ValueError where one is damaged."""
         for entry in self.manifest.files:
             verify_file(self.url, entry)
+
+    def recipe(self) -> dict[str, Any]:
+        """The resolved recipe it was trained with; empty where none was given."""
+        name = "recipe.json"
+        data = read_verified(self.url, self.manifest, name)
+        return dict(storage.parse_json(data, storage.join(self.url, name)))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Size of a tensor."""

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from configs.data import CleaningConfig, CsvSource, DataConfig, ShardConfig
-from configs.storage import StorageFullError
+from configs.storage_faults import StorageError
 from data_loaders import sequences
 from data_loaders.manifest import DatasetManifest, read_manifest, verify_shard
 from data_loaders.sequences import prepare
@@ -72,9 +72,9 @@ def test_a_disk_that_is_full_at_the_last_moment_costs_nothing(
     earlier = _prepare(tmp_path)
 
     def fail(url: str, manifest: DatasetManifest) -> None:
-        raise StorageFullError("no room")
+        raise StorageError("no room")
 
-    with monkeypatch.context() as patch, pytest.raises(StorageFullError):
+    with monkeypatch.context() as patch, pytest.raises(StorageError):
         patch.setattr(sequences, "write_manifest", fail)
         _prepare(tmp_path)
     _check_whole(tmp_path, earlier)

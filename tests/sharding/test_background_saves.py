@@ -67,7 +67,10 @@ def save_and_go_on(root: str) -> None:
 
         [first] = [name for name in store._committed() if name.startswith("step-00000002-")]
         again = CheckpointStore(f"{root}/{at}", 2, policy.ctx)
-        assert again._on_first_rank(lambda again=again, info=info: again._remove(info.name)) is None
+        assert (
+            again._agree.on_first_rank(lambda again=again, info=info: again._remove(info.name))
+            is None
+        )
         info = again.newest()
         assert info is not None and info.name == first and info.fingerprints == {"data": "abc"}
         other = make_policy(current_context("cpu"), replace(settings, seed=2))

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from sharding.safe_metadata import read_metadata
 
-FILES = {"__0_0.distcp"}
+FILES = {"__0_0.distcp": 10_000}
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,7 @@ def metadata(**changes: Any) -> Metadata:
         torch.Size([4, 2]),
         [ChunkStorageMetadata(torch.Size([0, 0]), torch.Size([4, 2]))],
     )
-    stored = {MetadataIndex("w", [0, 0]): _StorageInfo("__0_0.distcp", 0, 10)}
+    stored = {MetadataIndex("w", [0, 0]): _StorageInfo("__0_0.distcp", 0, 32)}
     fields: dict[str, Any] = {"state_dict_metadata": {"w": tensor}, "storage_data": stored}
     return Metadata(**(fields | changes))
 
@@ -138,13 +139,13 @@ def test_pickled_entries_are_refused() -> None:
 
 @pytest.mark.parametrize("path", ["../secret", "/etc/passwd", "__1_0.distcp", "", ".metadata/.."])
 def test_tensors_lie_in_the_checkpoints_own_files(path: str) -> None:
-    crafted = metadata(storage_data={MetadataIndex("w", [0, 0]): _StorageInfo(path, 0, 10)})
+    crafted = metadata(storage_data={MetadataIndex("w", [0, 0]): _StorageInfo(path, 0, 32)})
     with pytest.raises(ValueError, match="not a file of the checkpoint"):
         read_metadata(pickle.dumps(crafted), FILES)
 
 
 def test_stream_transforms_are_refused() -> None:
-    info = _StorageInfo("__0_0.distcp", 0, 10, ["zstd"])
+    info = _StorageInfo("__0_0.distcp", 0, 32, ["zstd"])
     crafted = metadata(storage_data={MetadataIndex("w", [0, 0]): info})
     with pytest.raises(ValueError, match="transform"):
         read_metadata(pickle.dumps(crafted), FILES)
@@ -165,8 +166,52 @@ def test_tensors_must_be_whole(offsets: list[int], sizes: list[int], reason: str
     tensor = TensorStorageMetadata(
         TensorProperties(dtype=torch.float32), torch.Size([4, 2]), [chunk]
     )
-    stored = {MetadataIndex("w", offsets): _StorageInfo("__0_0.distcp", 0, 10)}
+    stored = {MetadataIndex("w", offsets): _StorageInfo("__0_0.distcp", 0, 32)}
     crafted = metadata(state_dict_metadata={"w": tensor}, storage_data=stored)
+    with pytest.raises(ValueError, match=reason):
+        read_metadata(pickle.dumps(crafted), FILES)
+
+
+def test_what_would_take_forever_is_refused_at_once() -> None:
+    """Hashing tuples of tuples takes 2^n steps, and a list may be named a million times."""
+    bomb = b"\x80\x04}\x8c\x01a\x85\x94" + b"".join(
+        b"h" + bytes([n]) + b"h" + bytes([n]) + b"\x86\x94" for n in range(60)
+    )
+    with pytest.raises(ValueError, match="refused"):
+        read_metadata(bomb + b"Ns.", FILES)
+    tensor = metadata().state_dict_metadata["w"]
+    assert isinstance(tensor, TensorStorageMetadata)
+    tensor.chunks = tensor.chunks * 3000
+    many = {f"w{n}": tensor for n in range(3000)}
+    data = pickle.dumps(metadata(state_dict_metadata=many))
+    started = time.monotonic()
+    with pytest.raises(ValueError, match=r"9,000,000 pieces"):
+        read_metadata(data, FILES)
+    assert time.monotonic() - started < 10
+
+
+def test_pieces_that_overlap_are_no_whole_tensor() -> None:
+    """Their sizes add up, and DCP would leave the gap as it was."""
+    half = [
+        ChunkStorageMetadata(torch.Size([0, 0]), torch.Size([2, 2])),
+        ChunkStorageMetadata(torch.Size([1, 0]), torch.Size([2, 2])),
+    ]
+    tensor = TensorStorageMetadata(TensorProperties(dtype=torch.float32), torch.Size([4, 2]), half)
+    stored = {
+        MetadataIndex("w", offsets): _StorageInfo("__0_0.distcp", 0, 32)
+        for offsets in ([0, 0], [1, 0])
+    }
+    crafted = metadata(state_dict_metadata={"w": tensor}, storage_data=stored)
+    with pytest.raises(ValueError, match="do not fill"):
+        read_metadata(pickle.dumps(crafted), FILES)
+
+
+@pytest.mark.parametrize(
+    ("offset", "length", "reason"), [(0, 31, "in part"), (9_990, 32, "behind the end")]
+)
+def test_pieces_are_stored_in_full(offset: int, length: int, reason: str) -> None:
+    info = _StorageInfo("__0_0.distcp", offset, length)
+    crafted = metadata(storage_data={MetadataIndex("w", [0, 0]): info})
     with pytest.raises(ValueError, match=reason):
         read_metadata(pickle.dumps(crafted), FILES)
 
