@@ -83,7 +83,7 @@ class CheckpointStore:
         """Why `newest` passed over checkpoints newer than the one it gave, a sentence each.
 
         What a killed save left was never a checkpoint: it is not named here."""
-        self._keep = keep
+        self.keep = keep
         self._ctx = ctx
         self._agree = Agreement(ctx)
         self._damaged: set[str] = set()
@@ -139,7 +139,7 @@ class CheckpointStore:
 
     def apart(self, ctx: DistributedContext) -> "CheckpointStore":
         """The same store, whose collectives are those of `ctx`."""
-        twin = CheckpointStore(self.root, self._keep, ctx)
+        twin = CheckpointStore(self.root, self.keep, ctx)
         twin._damaged = self._damaged
         return twin
 
@@ -332,7 +332,7 @@ class CheckpointStore:
     def _prune(self) -> None:
         """Keep the newest checkpoints; damaged ones do not count."""
         committed = self._committed()
-        kept = [name for name in committed if name not in self._damaged][: self._keep]
+        kept = [name for name in committed if name not in self._damaged][: self.keep]
         for name in committed[committed.index(kept[-1]) + 1 :]:
             self._remove(name)
 

@@ -91,8 +91,6 @@ def online_stage(
             config.reference,
             OnlineLoss(build_scorer(worker, normalised=True), config),
             settings["start"],
-            worker.layout.checkpoints("align", settings["fingerprint"]),
-            config.checkpoint.keep,
         )
     with prompt_loader(worker, config, TrainerState()) as probe:
         batches = probe.steps_per_epoch
@@ -116,8 +114,6 @@ def generated_stage(
         ReferenceConfig(sync_every_steps=config.round_steps, mixing=1.0),
         PreferenceLoss(build_scorer(worker, normalised=False), config),
         settings["start"],
-        worker.layout.checkpoints("align", settings["fingerprint"]),
-        config.checkpoint.keep,
     )
     with prompt_loader(worker, config, TrainerState()) as probe:
         steps = probe.steps_per_epoch

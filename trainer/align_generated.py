@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from configs.alignment import GeneratedAlignment, IterativePreferenceConfig, SelfPlayConfig
+from sharding.checkpoint import CheckpointStore
 from sharding.parallelize import ParallelModel
 from trainer.align_online import reward_sum
 from trainer.objectives.dpo import PreferenceInputs, PreferenceLoss
@@ -31,7 +32,8 @@ from trainer.supervised import SupervisedTargets
 class GeneratedPairs:
     """Turns a step's sequences into one update on pairs that the round's start generates.
 
-    Its only state besides the policy's is that start, which is saved with every checkpoint.
+    Its only state besides the policy's is that start, which is saved beside every checkpoint that
+    may be gone back to.
     """
 
     def __init__(
@@ -55,13 +57,16 @@ class GeneratedPairs:
     def attach(self, policy: ParallelModel) -> None:
         """Train `policy`, whose weights and step are in place. Collective."""
         self._policy = policy
-        self._start.restore(policy.step)
-        self._engine.refresh()
 
-    def before_save(self) -> None:
-        """Save the round's start with the policy's next checkpoint. Collective."""
+    def save(self, beside: CheckpointStore) -> None:
+        """Save the round's start with the policy's next checkpoint in `beside`. Collective."""
         assert self._policy is not None, "attach comes first"
-        self._start.save(self._policy.step)
+        self._start.save(beside, self._policy.step)
+
+    def restore(self, beside: CheckpointStore, step: int) -> None:
+        """Come back as saved with `beside`'s checkpoint of `step`, or begin (0). Collective."""
+        self._start.restore(beside, step)
+        self._engine.refresh()
 
     def __call__(self, step: Any) -> Iterator[Sequence[PreferenceInputs]]:
         """Inputs of the step's update. Collective."""

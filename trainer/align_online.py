@@ -17,6 +17,7 @@ from data_loaders.items import train_counts
 from data_loaders.loader import LoaderState
 from data_loaders.preference_rules import check_rule
 from data_loaders.prompts import PromptLoader
+from sharding.checkpoint import CheckpointStore
 from sharding.parallelize import ParallelModel
 from trainer.objectives import policy_gradient as pg
 from trainer.objectives.online import OnlineInputs, OnlineLoss
@@ -73,7 +74,8 @@ def _logged_rule(config: OnlineAlignment | GeneratedAlignment) -> PreferenceRule
 class OnlineUpdates:
     """Turns a step's sequences into updates: one rollout, then `inner_epochs` updates with it.
 
-    Its only state besides the policy's is the reference, which is saved with every checkpoint.
+    Its only state besides the policy's is the reference, which is saved beside every checkpoint
+    that may be gone back to.
     """
 
     def __init__(
@@ -96,14 +98,17 @@ class OnlineUpdates:
         """Generate with `policy`, whose weights and step are in place. Collective."""
         self._policy = policy
         self._engine = RolloutEngine(self._worker, policy, self._config.generation)
-        if self._reference is not None:
-            self._reference.restore(policy.step)
 
-    def before_save(self) -> None:
-        """Save what belongs to the policy's next checkpoint. Collective."""
+    def save(self, beside: CheckpointStore) -> None:
+        """Save what belongs to the policy's next checkpoint in `beside`. Collective."""
         assert self._policy is not None, "attach comes first"
         if self._reference is not None:
-            self._reference.save(self._policy.step)
+            self._reference.save(beside, self._policy.step)
+
+    def restore(self, beside: CheckpointStore, step: int) -> None:
+        """Come back as saved with `beside`'s checkpoint of `step`, or begin (0). Collective."""
+        if self._reference is not None:
+            self._reference.restore(beside, step)
 
     def __call__(self, step: Any) -> Iterator[Sequence[OnlineInputs]]:
         """Inputs of each update, the same for all inner epochs. Collective."""

@@ -27,8 +27,6 @@ class ReferencePolicy:
         config: ReferenceConfig,
         loss: OnlineLoss | PreferenceLoss,
         start: dict[str, Any],
-        checkpoints_url: str,
-        keep: int,
     ) -> None:
         """Build it; `restore` fills it. Collective.
 
@@ -37,8 +35,6 @@ class ReferencePolicy:
             config: whether and how it moves.
             loss: with a new model; it is never called.
             start: reference of the checkpoint that alignment starts from.
-            checkpoints_url: of the stage's newest checkpoints; a moving reference is saved below.
-            keep: checkpoints of the stage that are kept.
         """
         recipe = worker.recipe
         assert recipe.alignment is not None, "the align stage exists only with an alignment block"
@@ -64,13 +60,12 @@ class ReferencePolicy:
             sparse_lr=sharding.optimizer.lr,
         )
         self._worker, self._config, self._start = worker, config, start
-        url = storage.join(checkpoints_url, "reference")
-        self._store = CheckpointStore(url, keep + 1, worker.ctx)
-        self._saved_at: int | None = None
+        self._stores: dict[str, CheckpointStore] = {}
+        self._saved_at: dict[str, int] = {}
         self._likelihood: Likelihood | None = None
 
-    def restore(self, step: int) -> None:
-        """As it was at optimizer step `step` of the policy. Collective.
+    def restore(self, beside: CheckpointStore, step: int) -> None:
+        """As it was with the policy that `beside` has of optimizer step `step`. Collective.
 
         Raises:
             ValueError: it was to be saved then, and is not there.
@@ -80,14 +75,15 @@ class ReferencePolicy:
             store, start = open_checkpoint(self._worker, self._start)
             store.load_weights(self.policy, start)
             return
-        info = self._store.newest(step=step)
+        store = self._store(beside)
+        info = store.newest(step=step)
         if info is None:
             raise ValueError(
-                f"{self._store.root} has no reference policy of step {step}, which the stage's "
+                f"{store.root} has no reference policy of step {step}, which the stage's "
                 "checkpoint of that step was trained with; run `tandem align RECIPE --force`"
             )
-        self._store.load_weights(self.policy, info)
-        self._saved_at = step
+        store.load_weights(self.policy, info)
+        self._saved_at[store.root] = step
 
     def likelihood(self) -> Likelihood:
         """log π_ref. Collective."""
@@ -107,12 +103,20 @@ class ReferencePolicy:
         self._likelihood = None
         return True
 
-    def save(self, step: int) -> None:
-        """Save, once, what belongs to the policy's checkpoint of `step`. Collective."""
-        if self._config.sync_every_steps is None or self._saved_at == step:
+    def save(self, beside: CheckpointStore, step: int) -> None:
+        """Save, once, what belongs to the policy's checkpoint of `step` in `beside`. Collective."""
+        store = self._store(beside)
+        if self._config.sync_every_steps is None or self._saved_at.get(store.root) == step:
             return
-        self._store.save(self.policy, step, {}, {}, {"start": self._start["hash"]})
-        self._saved_at = step
+        store.save(self.policy, step, {}, {}, {"start": self._start["hash"]})
+        self._saved_at[store.root] = step
+
+    def _store(self, beside: CheckpointStore) -> CheckpointStore:
+        """Where the reference lies of each policy in `beside`, and of the one that comes next."""
+        if beside.root not in self._stores:
+            url = storage.join(beside.root, "reference")
+            self._stores[beside.root] = CheckpointStore(url, beside.keep + 1, self._worker.ctx)
+        return self._stores[beside.root]
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """How a training stage writes its checkpoints, and what training waited for them."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from sharding.background_saves import BackgroundSaves
@@ -18,25 +18,25 @@ class StageSaver:
         policy: ParallelModel,
         recipe_json: Mapping[str, Any],
         fingerprints: Mapping[str, str],
-        newest: CheckpointStore,
-        before_save: Callable[[], None],
+        returned_to: Collection[CheckpointStore],
+        save_beside: Callable[[CheckpointStore], None],
         *,
         behind_training: bool,
     ) -> None:
-        """`before_save` saves what belongs to the next checkpoint of `newest`, which alone is
-        resumed: what it keeps must not be crowded out by saves of other stores. Collective."""
+        """`save_beside` saves what belongs to the next checkpoint of a store that training goes
+        back to: when it is resumed, or rolls back. Collective."""
         self._policy = policy
         self._recipe_json = recipe_json
         self._fingerprints = fingerprints
-        self._newest = newest
-        self._before_save = before_save
+        self._returned_to = returned_to
+        self._save_beside = save_beside
         self._background = BackgroundSaves(policy.ctx) if behind_training else None
         self._started = time.monotonic()
 
     def save(self, store: CheckpointStore, state: dict[str, Any]) -> None:
         """Save the policy and the given state. Collective."""
-        if store is self._newest:
-            self._before_save()
+        if store in self._returned_to:
+            self._save_beside(store)
         if self._background is None:
             step = self._policy.step
             store.save(self._policy, step, state, self._recipe_json, self._fingerprints)

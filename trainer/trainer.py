@@ -104,6 +104,8 @@ class Trainer:
     """The last policy that kept the guardrails, where they may want it back."""
     checkpoint: CheckpointConfig
     saver: Saver
+    restore: Callable[[CheckpointStore, int], None]
+    """Brings back what was saved beside a store's checkpoint of a step. Collective."""
     validation: ValidationConfig | None
     validate: Callable[[], dict[str, float]]
     measure_start: bool
@@ -243,11 +245,13 @@ class Trainer:
             self._roll_back()
 
     def _roll_back(self) -> None:
-        """Return to the last good policy; data and schedule go on, at lower learning rates."""
+        """Return to the last good policy, and to the reference that it had; data and schedule go
+        on, at lower learning rates."""
         self.saver.wait()
         good, step = self.good.newest(), self.model.step
         assert good is not None and self.watch is not None, "one was kept at the start"
         self.good.load(self.model, good)
         self.model.step = step
+        self.restore(self.good, good.step)
         self.watch.rolled_back()
         self.model.lr_ratio = self.state.watch.lr_ratio

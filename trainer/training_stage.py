@@ -37,8 +37,11 @@ class Updates(Protocol):
     def __call__(self, step: Any) -> Iterable[Sequence[Any]]:
         """Inputs of each update. Collective."""
 
-    def before_save(self) -> None:
-        """Save what belongs to the policy's next checkpoint that is resumed. Collective."""
+    def save(self, beside: CheckpointStore) -> None:
+        """Save what belongs to the policy's next checkpoint in `beside`. Collective."""
+
+    def restore(self, beside: CheckpointStore, step: int) -> None:
+        """Come back as saved with `beside`'s checkpoint of `step`, or begin (0). Collective."""
 
 
 class OneUpdate:
@@ -54,8 +57,11 @@ class OneUpdate:
         """The step's inputs, one per micro batch."""
         return (self._make_inputs(step),)
 
-    def before_save(self) -> None:
+    def save(self, beside: CheckpointStore) -> None:
         """There is nothing to save."""
+
+    def restore(self, beside: CheckpointStore, step: int) -> None:
+        """There is nothing to restore."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +111,8 @@ class TrainingStage:
             self.before(policy, info is None)
         state = self._resume(policy, newest, info)
         self.updates.attach(policy)
-        saver = self._saver(policy, newest)
+        self.updates.restore(newest, policy.step)
+        saver = self._saver(policy, (newest, good))
         trainer = Trainer(
             model=policy,
             loader=self.loader_at(state),
@@ -117,6 +124,7 @@ class TrainingStage:
             good=good,
             checkpoint=config.checkpoint,
             saver=saver,
+            restore=self.updates.restore,
             validation=config.validation,
             validate=self.validator(policy),
             measure_start=self.measure_start,
@@ -140,13 +148,13 @@ class TrainingStage:
         self.worker.tell(f"resuming from step {info.step:,} ({info.url})")
         return state
 
-    def _saver(self, policy: ParallelModel, newest: CheckpointStore) -> StageSaver:
+    def _saver(self, policy: ParallelModel, returned_to: tuple[CheckpointStore, ...]) -> StageSaver:
         return StageSaver(
             policy,
             self.worker.recipe.model_dump(mode="json"),
             provenance(self.worker, stage=self.fingerprint, **self.hashes),
-            newest,
-            self.updates.before_save,
+            returned_to,
+            self.updates.save,
             behind_training=self.config.checkpoint.behind_training,
         )
 

@@ -122,6 +122,43 @@ def test_first_step_worlds_and_resume(root: Path, started: tuple[str, dict[str, 
         assert again[step] == row, f"step {step}"
 
 
+FOLLOWING: dict[str, tuple[dict[str, Any], str]] = {
+    "hstu": (
+        {"kind": "grpo", "reference": {"sync_every_steps": STEPS_PER_EPOCH, "mixing": 1}},
+        "train/kl",
+    ),
+    "lazy_decoder": (
+        {"kind": "sprec", "round_steps": STEPS_PER_EPOCH, "beta": 1.0},
+        "train/margin",
+    ),
+}
+"""Of each family, a reference that becomes the policy after each epoch, and how far it is."""
+
+
+def test_a_roll_back_returns_to_the_reference_of_then(
+    root: Path, started: tuple[str, dict[str, Any]]
+) -> None:
+    """The first epoch's policy, which was its own reference, is so again after the second's is
+    given up: and not at the distance of what the reference has become in between."""
+    moving, distance = FOLLOWING[started[0]]
+    moving = moving | {"rewards": None} if moving["kind"] == "sprec" else moving
+    more = moving | {"checkpoint": {"every_epochs": None}, "validation": {"metric": "mrr"}}
+    free = run(root, "free", started, 1, epochs=2, **more)
+    first, second = (free[epoch * STEPS_PER_EPOCH] for epoch in (1, 2))
+    assert abs(second[distance]) > 1e-4
+    name = next(
+        name.removeprefix("validation/")
+        for name in first
+        if name.startswith("validation/") and first[name] != second[name]
+    )
+    values = [row[f"validation/{name}"] for row in (first, second)]
+    bound = {"max" if values[1] > values[0] else "min": sum(values) / 2}
+    limit = {"metric": name, "action": "roll_back"} | bound
+    guarded = run(root, "guarded", started, 1, epochs=3, guardrails={"limits": [limit]}, **more)
+    assert guarded[2 * STEPS_PER_EPOCH] == second
+    assert guarded[2 * STEPS_PER_EPOCH + 1][distance] == pytest.approx(0.0, abs=1e-6)
+
+
 def test_other_algorithms(root: Path, started: tuple[str, dict[str, Any]]) -> None:
     rows = run(root, "other", started, 1, epochs=1, zero_stage=2, **OTHERS[started[0]])
     last = rows[max(rows)]

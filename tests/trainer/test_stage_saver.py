@@ -1,6 +1,7 @@
-"""What a stage saves beside its checkpoints belongs to those that are resumed."""
+"""What a stage saves beside its checkpoints belongs to those that it goes back to."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,20 +12,23 @@ from tests.sharding.policies import Settings, make_policy, train
 from trainer.stage_saver import StageSaver
 
 
-def save_all(root: str, behind_training: bool) -> tuple[list[int], list[int | None], bool]:
-    """Steps that `before_save` was called at, the stores' newest steps, and whether cost is told.
+def save_all(root: str, behind_training: bool) -> tuple[list[Any], list[int | None], bool]:
+    """Stores and steps that something was saved beside, the stores' newest steps, and whether cost
+    is told.
 
-    A selection saves in every step, as a rising metric does, and what is resumed in the first.
+    A selection saves in every step, as a rising metric does; what is resumed in the first, and the
+    last good policy in the first two.
     """
     policy = make_policy(current_context("cpu"), Settings())
-    newest, best = (CheckpointStore(f"{root}/{name}", 2, policy.ctx) for name in ("newest", "best"))
-    called: list[int] = []
+    names = ("newest", "best", "good")
+    newest, best, good = (CheckpointStore(f"{root}/{name}", 2, policy.ctx) for name in names)
+    called: list[Any] = []
     saver = StageSaver(
         policy,
         {},
         {},
-        newest,
-        lambda: called.append(policy.step),
+        (newest, good),
+        lambda store: called.append((store.root.rsplit("/", 1)[1], policy.step)),
         behind_training=behind_training,
     )
     for step in range(1, 5):
@@ -32,15 +36,18 @@ def save_all(root: str, behind_training: bool) -> tuple[list[int], list[int | No
         if step == 1:
             saver.save(newest, {})
         saver.save(best, {})
+        if step < 3:
+            saver.save(good, {})
     saver.wait()
-    found = [store.newest() for store in (newest, best)]
+    found = [store.newest() for store in (newest, best, good)]
     steps = [None if info is None else info.step for info in found]
     return called, steps, saver.sentence() is not None
 
 
 @pytest.mark.parametrize("behind_training", [True, False])
-def test_only_what_is_resumed_has_something_beside_it(
+def test_only_what_is_gone_back_to_has_something_beside_it(
     tmp_path: Path, behind_training: bool
 ) -> None:
     [found] = run_ranks(1, save_all, str(tmp_path), behind_training)
-    assert found == ([1], [1, 4], behind_training)
+    beside = [("newest", 1), ("good", 1), ("good", 2)]
+    assert found == (beside, [1, 4, 2], behind_training)

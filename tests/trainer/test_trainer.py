@@ -112,6 +112,7 @@ def run(root: str, values: list[float], changes: dict[str, Any]) -> dict[str, An
         return {"ndcg@10": values[len(calls) - 1]}
 
     weights: list[str] = []
+    restored: list[tuple[str, int]] = []
     settings: dict[str, Any] = {
         "loader": Batches(fail_at=changes.pop("fail_at", None)),
         "total_steps": 8,
@@ -131,6 +132,7 @@ def run(root: str, values: list[float], changes: dict[str, Any]) -> dict[str, An
         state=state,
         watch=None if guardrails is None else Watch(guardrails, state.watch),
         saver=AtOnce(policy),
+        restore=lambda store, step: restored.append((store.root.rsplit("/", 1)[1], step)),
         validate=validate,
         log_every=1,
         monitor=said,  # type: ignore[arg-type]  # it hears what a stage's monitor would print
@@ -146,6 +148,7 @@ def run(root: str, values: list[float], changes: dict[str, Any]) -> dict[str, An
     return {
         "validated_at": calls,
         "weights": [*weights, hash_of(policy)],
+        "restored": restored,
         "lr_ratio": policy.lr_ratio,
         "steps": policy.step,
         "error": error,
@@ -240,6 +243,7 @@ def test_a_stop_keeps_the_best_that_kept_the_limits(tmp_path: Path) -> None:
 def test_a_roll_back_returns_to_the_last_good_policy_and_learns_less(tmp_path: Path) -> None:
     done = guarded(tmp_path, [0.5, 0.5, 0.1, 0.5, 0.5], "roll_back", rollback_lr_ratio=0.25)
     assert done["validated_at"] == [0, 2, 4, 6, 8] and done["lr_ratio"] == 0.25
+    assert done["restored"] == [("good", 2)]  # what was saved beside it comes back, too
     watch = done["state"]["watch"]
     assert (watch["rollbacks"], watch["lr_ratio"]) == (1, 0.25)
     assert len(set(done["weights"][:5])) == 5
@@ -248,7 +252,7 @@ def test_a_roll_back_returns_to_the_last_good_policy_and_learns_less(tmp_path: P
     assert done["weights"][-1] == done["weights"][-3] != done["weights"][-2]
     to_start = guarded(tmp_path / "start", [0.5, 0.1, 0.1, 0.1, 0.1], "roll_back")
     assert to_start["state"]["watch"]["rollbacks"] == 2 and to_start["steps"] == 6
-    assert to_start["good"] == 0
+    assert to_start["good"] == 0 and to_start["restored"] == [("good", 0), ("good", 0)]
     assert "after 2 roll-backs" in to_start["state"]["watch"]["alarms"][-1]["reason"]
 
 
