@@ -124,7 +124,38 @@ class GBPOConfig(OnlineBase):
 
     kind: Literal["gbpo"] = "gbpo"
     logged: LoggedConfig | None = None
-    """Learn from logged impressions, too."""
+    """Learn from logged impressions, too, or from them alone."""
+
+    @property
+    def generates(self) -> bool:
+        """Whether there are generated groups."""
+        return self.logged is None or not self.logged.alone
+
+    @model_validator(mode="after")
+    def _groups_have_options(self) -> "GBPOConfig":
+        if self.generates:
+            return self
+        fields = type(self).model_fields
+        idle = [name for name in _OF_GROUPS if getattr(self, name) != fields[name].default]
+        if idle:
+            raise ValueError(
+                f"logged.alone=true generates nothing, which {' and '.join(idle)} would be for: "
+                "leave them out, or set logged.alone to false"
+            )
+        return self
+
+
+_OF_GROUPS = (
+    "generation",
+    "rewards",
+    "advantages",
+    "reduction",
+    "kl",
+    "entropy_weight",
+    "reference",
+    "inner_epochs",
+)
+"""Options of generated groups and of their reference."""
 
 
 class GeneratedPairsBase(AlignmentBase):
@@ -190,6 +221,8 @@ Alignment = Annotated[
 
 def rewards_of(alignment: Alignment | None) -> tuple[Reward, ...]:
     """What an alignment rates generated items by; none where it generates none or rates none."""
+    if isinstance(alignment, GBPOConfig) and not alignment.generates:
+        return ()
     if isinstance(alignment, OnlineBase | IterativePreferenceConfig):
         return alignment.rewards
     return ()

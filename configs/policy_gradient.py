@@ -55,6 +55,8 @@ class LoggedConfig(Config):
 
     weight: PositiveFloat = 1.0
     """Against the generated group, whose mean counts 1."""
+    alone: bool = False
+    """Learn from nothing else: nothing is generated, rewarded, or compared with a reference."""
     rule: PreferenceRule
 
 

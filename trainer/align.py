@@ -8,6 +8,7 @@ import torch
 from configs import storage
 from configs.alignment import (
     AlignmentBase,
+    GBPOConfig,
     GeneratedAlignment,
     GeneratedPairsBase,
     OfflineAlignment,
@@ -25,9 +26,10 @@ from data_loaders.preferences import (
 from models.base import TableModel
 from sharding.parallelize import ParallelModel
 from trainer.align_generated import GeneratedPairs
-from trainer.align_online import OnlineUpdates, prompt_loader
+from trainer.align_online import LoggedInputsMaker, OnlineUpdates, prompt_loader
 from trainer.evaluate import load_policy, preference_accuracy, validation_ranker
 from trainer.objectives.dpo import PreferenceInputs, PreferenceLoss
+from trainer.objectives.logged import LoggedLoss
 from trainer.objectives.online import OnlineLoss
 from trainer.policy import Say, Worker, open_checkpoint, start_worker
 from trainer.reference_policy import ReferencePolicy
@@ -49,6 +51,8 @@ def align_worker(settings: dict[str, Any], say: Say) -> dict[str, Any]:
     worker = start_worker(settings, say)
     config = worker.recipe.alignment
     assert config is not None, "the align stage exists only with an alignment block"
+    if isinstance(config, GBPOConfig) and not config.generates:
+        return logged_stage(worker, config, settings).fit()
     if isinstance(config, OnlineBase):
         return online_stage(worker, config, settings).fit()
     if isinstance(config, GeneratedPairsBase):
@@ -99,6 +103,21 @@ def online_stage(
         steps_per_epoch=batches * config.inner_epochs,
         loader_at=lambda state: prompt_loader(worker, config, state),
         updates=OnlineUpdates(worker, config, loss, reference),
+        before=lambda policy, afresh: load_pretrained(worker, policy, settings, afresh),
+        **shared_settings(worker, config, settings),
+    )
+
+
+def logged_stage(worker: Worker, config: GBPOConfig, settings: dict[str, Any]) -> TrainingStage:
+    """Policy gradients on what the log says that users took, and nothing else."""
+    loss = LoggedLoss(build_scorer(worker, normalised=True), config)
+    with prompt_loader(worker, config, TrainerState()) as probe:
+        steps = probe.steps_per_epoch
+    return TrainingStage(
+        loss=loss,
+        steps_per_epoch=steps,
+        loader_at=lambda state: prompt_loader(worker, config, state),
+        updates=OneUpdate(LoggedInputsMaker(worker, config, loss.model)),
         before=lambda policy, afresh: load_pretrained(worker, policy, settings, afresh),
         **shared_settings(worker, config, settings),
     )

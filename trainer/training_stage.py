@@ -13,6 +13,7 @@ from sharding.parallelize import ParallelModel
 from trainer.guardrails import Watch
 from trainer.monitor.stage_monitor import StageMonitor
 from trainer.objectives.dpo import PreferenceLoss
+from trainer.objectives.logged import LoggedLoss
 from trainer.objectives.multi_task import MultiTaskLoss
 from trainer.objectives.next_code import NextCodeLoss
 from trainer.objectives.next_item import NextItemLoss
@@ -75,7 +76,7 @@ class TrainingStage:
     config: TrainingConfig | AlignmentBase
     limits: Limits
     sparse_lr: float
-    loss: NextItemLoss | NextCodeLoss | PreferenceLoss | MultiTaskLoss | OnlineLoss
+    loss: NextItemLoss | NextCodeLoss | PreferenceLoss | MultiTaskLoss | OnlineLoss | LoggedLoss
     steps_per_epoch: int
     loader_at: Callable[[TrainerState], StepLoader]
     """The stage's loader at the position of a state."""

@@ -5,8 +5,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from configs.alignment import GBPOConfig, GRPOConfig
+from configs.alignment import GBPOConfig, GRPOConfig, rewards_of
 from configs.recipe import Recipe
+
+ALONE = {"alone": True, "rule": {"kind": "rating"}}
 
 
 def recipe(alignment: dict[str, Any], **blocks: Any) -> Recipe:
@@ -42,12 +44,24 @@ def test_defaults_need_no_preferences() -> None:
         ({"kind": "grpo", "delta": 0.1}, "delta"),
         ({"kind": "gbpo", "clip_high": 0.2}, "clip_high"),
         ({"kind": "gbpo", "logged": {"rule": {"kind": "watch_time"}}}, "columns.dwell"),
+        ({"kind": "gbpo", "logged": {"alone": True}}, "rule"),
+        (
+            {"kind": "gbpo", "logged": ALONE, "inner_epochs": 2, "kl": {"weight": 0.1}},
+            "logged.alone=true generates nothing, which kl and inner_epochs would be for",
+        ),
         ({"kind": "dpo", "rule": None}, "rule"),
     ],
 )
 def test_what_cannot_be(alignment: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValidationError, match=sentence):
         recipe(alignment)
+
+
+def test_what_generates_nothing_rates_nothing() -> None:
+    alone = recipe({"kind": "gbpo", "logged": ALONE})
+    assert rewards_of(alone.alignment) == ()
+    assert rewards_of(recipe({"kind": "gbpo"}).alignment) != ()
+    assert Recipe.model_validate(alone.model_dump(mode="json")) == alone  # as workers read it
 
 
 def test_gbpos_own_rule() -> None:

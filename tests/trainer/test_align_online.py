@@ -159,6 +159,22 @@ def test_a_roll_back_returns_to_the_reference_of_then(
     assert guarded[2 * STEPS_PER_EPOCH + 1][distance] == pytest.approx(0.0, abs=1e-6)
 
 
+def test_impressions_alone(root: Path, started: tuple[str, dict[str, Any]]) -> None:
+    """GBPO without a single rollout, on two ranks as on one."""
+    rule = {"kind": "rating", "liked_from": 4, "disliked_to": 2}
+    settings = {"kind": "gbpo", "logged": {"alone": True, "rule": rule}, "rewards": None}
+    settings |= {"generation": {"kind": "ancestral"}, "epochs": 1}
+    whole = run(root, "log", started, 1, **settings)
+    assert len([step for step in whole if step]) == STEPS_PER_EPOCH
+    first, last = whole[1], whole[max(whole)]
+    assert first["train/liked"] > 0 and first["train/disliked"] > 0
+    assert -1 < first["train/logged_loss"] != last["train/logged_loss"]
+    assert not {"train/reward", "train/kl", "train/ratio"} & first.keys()
+    shared = run(root, "log2", started, 2, zero_stage=2, **settings)
+    for tag, value in first.items():
+        assert shared[1][tag] == pytest.approx(value, rel=2e-3, abs=2e-5), tag
+
+
 def test_other_algorithms(root: Path, started: tuple[str, dict[str, Any]]) -> None:
     rows = run(root, "other", started, 1, epochs=1, zero_stage=2, **OTHERS[started[0]])
     last = rows[max(rows)]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from configs.alignment import ECPOConfig, GBPOConfig, GRPOConfig, OnlineAlignment
 from sharding.loss_module import LossOutput
 from trainer.objectives import policy_gradient as pg
+from trainer.objectives.logged import impression_losses
 from trainer.objectives.scoring import Candidates, Ids, Scorer, Supervised
 
 
@@ -112,7 +113,8 @@ class OnlineLoss(nn.Module):
         weights = pg.term_weights(mask, config.reduction)
         if inputs.logged_advantages is not None:
             assert isinstance(config, GBPOConfig) and config.logged is not None
-            losses = self._logged(scored.log_probs[:, size:], inputs.logged_advantages)
+            logged = scored.log_probs[:, size:]
+            losses = impression_losses(logged, inputs.logged_advantages, config.ratio)
             total = total + config.logged.weight * (weights * losses).sum()
             metrics["logged_loss"] = (weights * losses).sum().detach()
         if scored.supervised is not None:
@@ -141,14 +143,6 @@ class OnlineLoss(nn.Module):
                 return pg.gbpo_terms(new, old, advantages)
             case _:
                 assert_never(config)
-
-    def _logged(self, log_probs: Tensor, advantages: Tensor) -> Tensor:
-        """Loss [N] of the logged item's log π [N, 1, L]; 0 where its advantage is."""
-        told = advantages != 0
-        mask = told[:, None, None].expand_as(log_probs)
-        new = pg.at_level(log_probs, mask, self.config.ratio)
-        losses = -pg.gbpo_terms(new, None, advantages[:, None]).objective
-        return losses.mean((1, 2))
 
     @torch.no_grad()
     def _measured(self, terms: pg.Terms, new: Tensor, inputs: OnlineInputs) -> dict[str, Tensor]:

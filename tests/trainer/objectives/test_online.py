@@ -9,7 +9,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from configs.alignment import Alignment, OnlineAlignment, OnlineBase
+from configs.alignment import Alignment, GBPOConfig, OnlineAlignment, OnlineBase
 from configs.generation import AncestralConfig
 from configs.models import InitConfig, SASRecConfig
 from configs.objectives import FullSoftmaxConfig
@@ -19,6 +19,7 @@ from models.build import build_model
 from sharding.process_group import DistributedContext
 from sharding.retrieval import Catalogue
 from trainer.objectives import policy_gradient as pg
+from trainer.objectives.logged import LoggedInputs, LoggedLoss
 from trainer.objectives.next_item import NextItemInputs
 from trainer.objectives.online import OnlineInputs, OnlineLoss
 from trainer.objectives.scoring import Candidates, ItemScorer
@@ -234,6 +235,40 @@ def test_micro_batches_change_nothing(reduction: str) -> None:
     assert whole.isfinite().all() and (whole != 0).any()
     parts = gradient(task, [part(inputs, slice(0, 7)), part(inputs, slice(7, USERS))])
     torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
+
+
+def test_impressions_alone_teach_what_the_formula_says() -> None:
+    """Loss and gradient, with the bound written out: -A π / sg max(π, 1 - π) where disliked,
+    -A π / sg π where liked, nothing elsewhere; beside it the mean supervised loss."""
+    logged = {"rule": {"kind": "rating"}, "weight": 0.5, "alone": True}
+    config = alignment(kind="gbpo", logged=logged, supervised_weight=0.3)
+    assert isinstance(config, GBPOConfig)
+    task = Task(config)
+    loss = LoggedLoss(task.scorer, config).train()
+    batch, wanted = task.contexts(0)
+    batch = replace(batch, target_ids=batch.item_ids.roll(-1))
+    told = torch.arange(USERS) % 3 - 1.0
+    supervised = NextItemInputs(batch, None, None, 0)
+    inputs = LoggedInputs(Candidates(batch, wanted[:, None]), told, supervised)
+    output = loss(inputs, {"item": task.table}, loss.required_ids(inputs))
+    assert float(loss.weight(inputs)) == USERS
+    found = torch.autograd.grad(output.loss_sum / USERS, task.table)[0]
+
+    p = task.score(inputs.candidates).exp().flatten()
+    sg = p.detach()
+    bound = torch.where(told < 0, torch.maximum(sg, 1 - sg), sg)
+    losses = -told * p / bound
+    queries = task.scorer.model(batch, {"item": task.table[batch.item_ids]}, 0)
+    keys = task.scorer.model.item_keys(task.table[1:])
+    scores = queries @ keys.T / OBJECTIVE.temperature
+    context = torch.nn.functional.cross_entropy(scores, batch.target_ids - 1)
+    expected = 0.5 * losses.mean() + 0.3 * context
+    torch.testing.assert_close(output.loss_sum / USERS, expected)
+    torch.testing.assert_close(
+        found, torch.autograd.grad(expected, task.table)[0], rtol=1e-4, atol=1e-6
+    )
+    assert float(output.metrics["logged_loss"] / USERS) == pytest.approx(losses.mean().item())
+    assert output.metrics["liked"] == output.metrics["disliked"] == USERS / 3
 
 
 def test_the_logged_item_weighs_what_a_group_does() -> None:
