@@ -11,7 +11,8 @@ from configs.base import Config
 from configs.layout import RunLayout
 from configs.recipe import Recipe
 from configs.rewards import ModelReward
-from configs.training import ValidationConfig
+from configs.sharding import Placement, ShardingConfig
+from configs.training import TrainingConfig, ValidationConfig
 
 Outputs = dict[str, Any]
 
@@ -57,13 +58,35 @@ def tokenize_inputs(recipe: Recipe, done: dict[str, Outputs]) -> dict[str, Any]:
 
 def train_inputs(recipe: Recipe, done: dict[str, Outputs]) -> dict[str, Any]:
     """Of `train`."""
+    layout_free = recipe.training.model_copy(update={"zero_stage": TrainingConfig().zero_stage})
     settings = [
-        *dump(recipe.data.split, recipe.model, recipe.tables, recipe.sharding, recipe.objective),
+        *dump(recipe.data.split, recipe.model, recipe.tables),
+        *dump(_as_it_counts(recipe.sharding), recipe.objective),
         _without(recipe.data.loader, "prefetch", "cached_row_groups"),
-        _without(recipe.training, *_BY_THE_WAY),
+        _without(layout_free, *_BY_THE_WAY),
         *_selecting(recipe, recipe.training.validation),
     ]
     return {**_meanings(done), "seed": recipe.seed, "settings": settings}
+
+
+def _as_it_counts(sharding: ShardingConfig) -> ShardingConfig:
+    """A plan with what changes no number of a training at its default, so that a run goes on from
+    its checkpoints under another: memory limits, and how a sharded table is cut. Column-wise blocks
+    count under row-wise Adagrad, which sums each of them by itself."""
+    cuts = {"auto", "row_wise", "table_wise"}
+    if sharding.optimizer.kind != "rowwise_adagrad":
+        cuts.add("column_wise")
+
+    def counted(placement: Placement) -> Placement:
+        return "auto" if placement in cuts else placement
+
+    default = counted(sharding.default)
+    placement = {name: counted(value) for name, value in sharding.placement.items()}
+    return ShardingConfig(
+        default=default,
+        placement={name: value for name, value in placement.items() if value != default},
+        optimizer=sharding.optimizer,
+    )
 
 
 _BY_THE_WAY = ("log_every_steps", "checkpoint")

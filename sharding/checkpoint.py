@@ -9,7 +9,6 @@ import logging
 import re
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, TypeVar
 
@@ -31,41 +30,27 @@ from sharding.checkpoint_files import (
 from sharding.checkpoint_manifest import (
     MANIFEST,
     CheckpointFile,
+    CheckpointInfo,
     CheckpointManifest,
     build_manifest,
+    info_of,
     read_manifest,
     read_verified,
     verify_file,
     write_manifest,
 )
+from sharding.checkpoint_recut import Recut, starting_state
 from sharding.parallelize import ParallelModel
 from sharding.process_group import DistributedContext
 from sharding.safe_metadata import read_metadata
+
+__all__ = ["CHECKPOINT_NAME", "CheckpointError", "CheckpointInfo", "CheckpointStore"]
 
 _log = logging.getLogger(__name__)
 _LIBRARIES = ("torch", "torchrec", "deepspeed")
 CHECKPOINT_NAME = re.compile(r"step-\d{8,}-([0-9a-f]{16})")
 """Of a checkpoint's directory: the step, and when it was saved."""
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class CheckpointInfo:
-    """A checkpoint whose files were verified."""
-
-    name: str
-    url: str
-    step: int
-    hash: str
-    """Changes with any byte of any file; keys what is computed from the weights."""
-    world_size: int
-    """Ranks that wrote it."""
-    created: float
-    """Seconds since the epoch."""
-    versions: dict[str, str]
-    """Library → version it was written with."""
-    fingerprints: dict[str, str]
-    """As given to `save`."""
 
 
 class CheckpointStore:
@@ -83,6 +68,8 @@ class CheckpointStore:
         """Why `newest` passed over checkpoints newer than the one it gave, a sentence each.
 
         What a killed save left was never a checkpoint: it is not named here."""
+        self.notes: tuple[str, ...] = ()
+        """What the last load could not carry over as it was, a sentence a table."""
         self.keep = keep
         self._ctx = ctx
         self._agree = Agreement(ctx)
@@ -135,7 +122,7 @@ class CheckpointStore:
                 "earlier ones are intact: check space and permissions there, then run it again"
             ) from error
         self._agree.on_first_rank(self._prune)
-        return _info(url, manifest)
+        return info_of(url, manifest)
 
     def apart(self, ctx: DistributedContext) -> "CheckpointStore":
         """The same store, whose collectives are those of `ctx`."""
@@ -157,7 +144,7 @@ class CheckpointStore:
                 continue
             url = storage.join(self.root, name)
             try:
-                chosen = _info(url, self._verify(url, name))
+                chosen = info_of(url, self._verify(url, name))
                 break
             except CheckpointError as error:
                 skipped.append(f"checkpoint {url} is skipped: {error}")
@@ -166,21 +153,19 @@ class CheckpointStore:
         return chosen
 
     def load(self, model: ParallelModel, info: CheckpointInfo) -> dict[str, Any]:
-        """Restore everything, under any world size; returns the state that `save` was given.
+        """Restore everything, under any world size, plan and ZeRO stage; what `save` was given.
 
         Generators of random numbers are restored only where the world size is the same; ours are
         keyed by step and sample, so that nothing depends on them.
 
         Raises:
-            CheckpointError: it belongs to another model, or cannot be re-cut to this plan.
+            CheckpointError: it belongs to another model.
         """
-        metadata = self._metadata(info)
         target = checkpoint_state.training_state(model)
-        self._check(info, lambda: checkpoint_state.refuse_other_model(target, metadata, whole=True))
-        target |= checkpoint_state.empty_random_state(metadata, self._ctx)
-        self._read_tensors(info, metadata, target)
+        random = checkpoint_state.empty_random_state(self._metadata(info), self._ctx)
+        self._read_state(info, model, target | random, whole=True)
         checkpoint_state.restore_training_state(model, target)
-        checkpoint_state.restore_random_state(target, self._ctx)
+        checkpoint_state.restore_random_state(random, self._ctx)
         return self._document(info, "state.json")
 
     def load_weights(self, model: ParallelModel, info: CheckpointInfo) -> None:
@@ -197,18 +182,30 @@ class CheckpointStore:
         Raises:
             CheckpointError: it belongs to another model.
         """
-        start = checkpoint_state.starting_state(model, self._metadata(info))
-        self._load_part(model, info, start)
+        saved = checkpoint_state.tensors(self._metadata(info))
+        self._load_part(model, info, starting_state(model, saved))
 
     def _load_part(
         self, model: ParallelModel, info: CheckpointInfo, target: dict[str, Tensor]
     ) -> None:
-        metadata = self._metadata(info)
-        self._check(
-            info, lambda: checkpoint_state.refuse_other_model(target, metadata, whole=False)
-        )
-        self._read_tensors(info, metadata, target)
+        self._read_state(info, model, target, whole=False)
         checkpoint_state.restore_weights(model, target)
+
+    def _read_state(
+        self, info: CheckpointInfo, model: ParallelModel, target: dict[str, Tensor], *, whole: bool
+    ) -> None:
+        """Fill in tensors of the model, in place; those that are cut otherwise one by one."""
+        metadata = self._metadata(info)
+        saved = checkpoint_state.tensors(metadata)
+        recut = Recut(model, saved, target, {})
+        plain = recut.plain(target)
+        self._check(
+            info,
+            lambda: checkpoint_state.refuse_other_model(plain, recut.plain(saved), whole=whole),
+        )
+        self._read_tensors(info, metadata, plain)
+        self._check(info, lambda: self._agree.on_every_rank(lambda: recut.read(info)))
+        self.notes = recut.notes
 
     def recipe(self, info: CheckpointInfo) -> dict[str, Any]:
         """The resolved recipe that a checkpoint was trained with."""
@@ -356,19 +353,6 @@ def _manifest(info: CheckpointInfo) -> CheckpointManifest:
     if manifest.fingerprint != info.hash:
         raise ValueError("it was replaced since it was verified")
     return manifest
-
-
-def _info(url: str, manifest: CheckpointManifest) -> CheckpointInfo:
-    return CheckpointInfo(
-        name=manifest.name,
-        url=url,
-        step=manifest.step,
-        hash=manifest.fingerprint,
-        world_size=manifest.world_size,
-        created=manifest.created,
-        versions=manifest.versions,
-        fingerprints=manifest.fingerprints,
-    )
 
 
 def _reason(error: CheckpointException, ctx: DistributedContext) -> str | None:

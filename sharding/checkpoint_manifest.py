@@ -4,6 +4,7 @@ A directory without a valid manifest is not a checkpoint, and a file whose size 
 from the manifest's is damaged.
 """
 
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import NonNegativeInt, PositiveInt, StringConstraints, ValidationError
@@ -42,6 +43,39 @@ class CheckpointManifest(Config):
     files: tuple[CheckpointFile, ...]
     fingerprint: str
     """Hash of all fields above, and so of all files: the checkpoint's identity."""
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """A checkpoint whose files were verified."""
+
+    name: str
+    url: str
+    step: int
+    hash: str
+    """Changes with any byte of any file; keys what is computed from the weights."""
+    world_size: int
+    """Ranks that wrote it."""
+    created: float
+    """Seconds since the epoch."""
+    versions: dict[str, str]
+    """Library → version it was written with."""
+    fingerprints: dict[str, str]
+    """As given to `save`."""
+
+
+def info_of(url: str, manifest: CheckpointManifest) -> CheckpointInfo:
+    """What to know of the checkpoint in directory `url` once its files were verified."""
+    return CheckpointInfo(
+        name=manifest.name,
+        url=url,
+        step=manifest.step,
+        hash=manifest.fingerprint,
+        world_size=manifest.world_size,
+        created=manifest.created,
+        versions=manifest.versions,
+        fingerprints=manifest.fingerprints,
+    )
 
 
 def build_manifest(**content: Any) -> CheckpointManifest:

@@ -25,20 +25,6 @@ def weights(model: ParallelModel) -> State:
     return _prefixed(_TABLES, tables) | _prefixed(_DENSE, dense) | _copied_buffers(model)
 
 
-def starting_state(model: ParallelModel, metadata: Metadata) -> State:
-    """`weights`, and the fused optimizer's state of the tables where the checkpoint has it alike.
-
-    Adagrad without the sums of earlier gradients would move each row by the whole learning rate at
-    its first update. Collective.
-    """
-    saved = _tensors(metadata)
-    state = weights(model)
-    for key, value in _prefixed(_TABLES, model.tables.state_dict()).items():
-        if key in saved and _size_and_dtype(value)[0] == saved[key].size:
-            state.setdefault(key, value)
-    return state
-
-
 def training_state(model: ParallelModel) -> State:
     """Weights, optimizer state and counters of both halves. Collective."""
     dense = {
@@ -83,7 +69,7 @@ def empty_random_state(metadata: Metadata, ctx: DistributedContext) -> State:
     """Tensors to load `random_state` into; none where another number of ranks wrote it."""
     return {
         key: torch.empty(saved.size, dtype=torch.uint8)
-        for key, saved in _tensors(metadata).items()
+        for key, saved in tensors(metadata).items()
         if key in (f"{_RANDOM}cpu", f"{_RANDOM}{ctx.device.type}")
         and saved.size[0] == ctx.world_size
     }
@@ -98,34 +84,36 @@ def restore_random_state(state: Mapping[str, Tensor], ctx: DistributedContext) -
         torch.cuda.set_rng_state(own["cuda"], ctx.device)
 
 
-def refuse_other_model(target: Mapping[str, Tensor], metadata: Metadata, *, whole: bool) -> None:
+def refuse_other_model(
+    target: Mapping[str, Tensor], saved: Mapping[str, TensorStorageMetadata], *, whole: bool
+) -> None:
     """Compare what a model needs with what a checkpoint has, by name, shape and dtype.
 
     Args:
         target: `training_state` or `weights` of the model.
-        metadata: of the checkpoint.
+        saved: the checkpoint's tensors.
         whole: compare everything; otherwise only weights.
 
     Raises:
         ValueError: they differ; one sentence with the first difference and the mend.
     """
     needed = {
-        key: _shape(*_size_and_dtype(value))
+        key: _shape(*size_and_dtype(value))
         for key, value in target.items()
-        if whole or _is_weight(key)
-    }
-    saved = {
-        key: _shape(value.size, value.properties.dtype)
-        for key, value in _tensors(metadata).items()
         if not key.startswith(_RANDOM) and (whole or _is_weight(key))
     }
-    differing = [key for key in needed | saved if needed.get(key) != saved.get(key)]
+    found = {
+        key: _shape(value.size, value.properties.dtype)
+        for key, value in saved.items()
+        if not key.startswith(_RANDOM) and (whole or _is_weight(key))
+    }
+    differing = [key for key in needed | found if needed.get(key) != found.get(key)]
     if differing:
         key = min(
             differing, key=lambda key: (not key.startswith(_TABLES), not _is_weight(key), key)
         )
         raise ValueError(
-            f"it has {saved.get(key, 'no')} {key}, and this model has {needed.get(key, 'none')}; "
+            f"it has {found.get(key, 'no')} {key}, and this model has {needed.get(key, 'none')}; "
             + _mend(key)
         )
 
@@ -135,13 +123,10 @@ def _mend(key: str) -> str:
         return "it is of another architecture: use the recipe it was trained with"
     if _is_weight(key):
         return (
-            "it is of another catalogue, table width or set of sharded tables: "
-            "use the data and the recipe it was trained with"
+            "it is of another catalogue, table width or set of tables: use the data and the recipe "
+            "it was trained with, or begin with its weights by training.start"
         )
-    return (
-        "fused optimizer state cannot be converted: keep sharding.optimizer.kind, and for "
-        "column-wise tables the placement and the number of workers"
-    )
+    return "it is of another fused optimizer: keep sharding.optimizer.kind"
 
 
 def _is_weight(key: str) -> bool:
@@ -150,7 +135,8 @@ def _is_weight(key: str) -> bool:
     )
 
 
-def _size_and_dtype(value: Tensor) -> tuple[torch.Size, torch.dtype]:
+def size_and_dtype(value: Tensor) -> tuple[torch.Size, torch.dtype]:
+    """Of a tensor, or of all of a sharded one."""
     if isinstance(value, ShardedTensor):  # its attributes warn that the class is deprecated
         return value.metadata().size, value.metadata().tensor_properties.dtype
     return value.size(), value.dtype
@@ -160,7 +146,8 @@ def _shape(size: torch.Size, dtype: torch.dtype) -> str:
     return f"{str(dtype).removeprefix('torch.')}{list(size)}"
 
 
-def _tensors(metadata: Metadata) -> dict[str, TensorStorageMetadata]:
+def tensors(metadata: Metadata) -> dict[str, TensorStorageMetadata]:
+    """A checkpoint's tensors by name."""
     entries = metadata.state_dict_metadata.items()
     return {key: value for key, value in entries if isinstance(value, TensorStorageMetadata)}
 

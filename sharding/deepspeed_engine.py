@@ -164,6 +164,11 @@ class DenseEngine:
         state = self._adam.state.get(self._groups[0].master)
         return int(state["step"]) if state else 0
 
+    @property
+    def beta2(self) -> float:
+        """Decay of AdamW's second moments."""
+        return float(self._adam.param_groups[0]["betas"][1])
+
     def full_weights(self) -> dict[str, Tensor]:
         """Every parameter's fp32 weight, whole, on the CPU of every rank. Collective."""
         return {

@@ -30,6 +30,11 @@ PLANNED: tuple[Placement, ...] = ("row_wise", "table_wise")
 which changes the update with the world size, so that is for the recipe to ask for."""
 
 
+def padded(width: int) -> int:
+    """Columns that the fused kernels store for a row of `width`."""
+    return -(-width // LANES) * LANES
+
+
 @dataclass(frozen=True)
 class Shard:
     """A rectangle of a table that one rank owns."""
@@ -65,7 +70,7 @@ class TablePlan:
     @property
     def stored_width(self) -> int:
         """Columns of a shard in memory: `block_width` padded to what the kernels hold."""
-        return -(-self.block_width // LANES) * LANES
+        return padded(self.block_width)
 
     @property
     def stored_rows(self) -> int:
@@ -164,7 +169,7 @@ class EmbeddingPlan:
         if cut and self.optimizer.kind == "rowwise_adagrad":
             text.append(
                 f"note: row-wise Adagrad sums each block of columns of {', '.join(cut)} by itself, "
-                "so that losses depend on the number of blocks, and checkpoints go on with as many"
+                "so that losses depend on the number of blocks"
             )
         return "\n".join(text)
 
@@ -295,7 +300,7 @@ def _planner_choice(
     }
     model = torch.nn.ModuleDict()
     for width in sorted({spec.width for spec in specs}):
-        stored = -(-width // LANES) * LANES
+        stored = padded(width)
         model[f"width_{width}"] = EmbeddingCollection(
             tables=[
                 EmbeddingConfig(

@@ -147,6 +147,8 @@ class TrainingStage:
         refuse_other_meanings(self.worker, info)
         state = TrainerState.from_dict(store.load(policy, info))
         self.worker.tell(f"resuming from step {info.step:,} ({info.url})")
+        for note in store.notes:
+            self.worker.tell(note)
         return state
 
     def _saver(self, policy: ParallelModel, returned_to: tuple[CheckpointStore, ...]) -> StageSaver:

@@ -129,9 +129,7 @@ def test_a_table_may_be_cut_otherwise(tmp_path: Path) -> None:
 OTHERS = {
     "tables/item.weight": replace(WIDE, items=40),
     "another catalogue": replace(WIDE, width=10),
-    "tables/item.momentum1": replace(WIDE, placement="column_wise"),
     "sharding.optimizer.kind": replace(WIDE, optimizer="adagrad"),
-    "set of sharded tables": replace(WIDE, placement="replicated"),
     "another architecture": replace(WIDE, layers=2),
 }
 

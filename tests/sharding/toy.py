@@ -19,24 +19,32 @@ from sharding.process_group import current_context
 from tests.sharding.reference import ReferenceTable
 
 NUM_ITEMS, NUM_AGES, WIDTH, NEGATIVES = 40, 5, 10, 3
-SPECS = (
-    TableSpec("item", NUM_ITEMS + 1, WIDTH, 0.5),
-    TableSpec("user_age", NUM_AGES + 1, WIDTH, 0.5),
-)
+
+
+def toy_specs(width: int = WIDTH) -> tuple[TableSpec, ...]:
+    """Tables of the toy model."""
+    return (
+        TableSpec("item", NUM_ITEMS + 1, width, 0.5),
+        TableSpec("user_age", NUM_AGES + 1, width, 0.5),
+    )
+
+
+SPECS = toy_specs()
 
 
 class ToyModel(SequenceModel):
     """A gated linear layer over the item's row and the user's."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = WIDTH) -> None:
         super().__init__()
         torch.manual_seed(11)
-        self.inner = nn.Linear(WIDTH, 7)
+        self.width = width
+        self.inner = nn.Linear(width, 7)
         self.norm = nn.LayerNorm(7)
-        self.outer = nn.Linear(7, WIDTH, bias=False)
+        self.outer = nn.Linear(7, width, bias=False)
 
     def table_specs(self) -> tuple[TableSpec, ...]:
-        return SPECS
+        return toy_specs(self.width)
 
     def forward(self, batch: JaggedBatch, embeddings: dict[str, Tensor], step_seed: int) -> Tensor:
         users = torch.repeat_interleave(embeddings["user_age"], batch.lengths, dim=0)
@@ -49,7 +57,7 @@ class ToyModel(SequenceModel):
         return F.normalize(item_embeddings.float(), dim=-1, eps=1e-6)
 
     def flops_per_token(self, mean_length: float) -> float:
-        return 4.0 * WIDTH * 7
+        return 4.0 * self.width * 7
 
 
 @dataclass(frozen=True)
@@ -170,11 +178,12 @@ def toy_policy(
     poisoned: int | None = None,
     poison: str = "loss",
     total_steps: int = 3,
+    width: int = WIDTH,
 ) -> ParallelModel:
     """The toy model in the current process group."""
     return parallelize(
-        ToyLoss(ToyModel(), poisoned, poison),
-        SPECS,
+        ToyLoss(ToyModel(width), poisoned, poison),
+        toy_specs(width),
         recipe,
         current_context("cpu"),
         total_steps=total_steps,
@@ -192,11 +201,12 @@ class ToyReference:
         sparse: SparseOptimizerConfig,
         replicated: tuple[str, ...] = (),
         column_blocks: int = 1,
+        width: int = WIDTH,
     ) -> None:
-        self.loss = ToyLoss(ToyModel())
+        self.loss = ToyLoss(ToyModel(width))
         self.tables = {
             spec.name: ReferenceTable(spec, sparse, seed=3, column_blocks=column_blocks)
-            for spec in SPECS
+            for spec in toy_specs(width)
         }
         self.dense_tables = {
             name: nn.Parameter(self.tables[name].weight.clone()) for name in replicated
