@@ -67,7 +67,7 @@ class ColumnMap(Config):
 
 
 class ItemText(Config):
-    """A file that names items, for printing recommendations."""
+    """A file that says of items what they are called, for printing recommendations, and more."""
 
     url: str = Field(pattern=r"\S")
     format: Literal["csv", "jsonl", "parquet"] = "parquet"
@@ -76,6 +76,8 @@ class ItemText(Config):
     """As of `data.source` (CSV)."""
     item: str = "item"
     title: str = "title"
+    features: tuple[str, ...] = ()
+    """Categorical columns of items (a category, a brand, a creator) that a quota may count by."""
 
 
 class UserTable(Config):

@@ -10,6 +10,7 @@ from configs.alignment import (
     GeneratedPairsBase,
     OfflineBase,
     OnlineBase,
+    rewards_of,
 )
 from configs.base import Config
 from configs.cluster import ClusterConfig
@@ -20,6 +21,7 @@ from configs.generation import AncestralConfig, SearchConfig
 from configs.models import HSTURankingConfig, InitConfig, Model
 from configs.objectives import MultiTaskConfig, NextCodeConfig, Objective, SampledSoftmaxConfig
 from configs.preferences import LabelRule, PreferenceRule, RatingRule, WatchTimeRule
+from configs.rewards import QuotaReward
 from configs.schema import closest
 from configs.sharding import ShardingConfig
 from configs.tokenize import TokenizerConfig
@@ -188,6 +190,13 @@ def _features_are_mapped(recipe: Recipe) -> None:
             raise ValueError(
                 f"model.side_features names {name!r}, which data.source.columns.side_features "
                 f"{list(source.columns.side_features)} does not map"
+            )
+    known_item = source.item_text.features if source.item_text is not None else ()
+    for reward in rewards_of(recipe.alignment):
+        if isinstance(reward, QuotaReward) and reward.feature not in (None, *known_item):
+            raise ValueError(
+                f"alignment.rewards has a quota of feature={reward.feature!r}, which "
+                f"data.source.item_text.features {list(known_item)} does not provide"
             )
     if isinstance(recipe.model, FeatureInputs):
         for switch, column in (("actions", "action"), ("dwell_times", "dwell")):

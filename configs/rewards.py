@@ -65,21 +65,32 @@ class QuotaReward(Config):
     """
 
     kind: Literal["quota"] = "quota"
+    feature: str | None = None
+    """Item feature (data.source.item_text.features) whose categories are the classes; null takes
+    classes of popularity. Items without a category have no quota."""
     classes: PositiveInt = 10
     """Popularity classes of equal numbers of items; class 0 is the most popular."""
-    limited: tuple[int, ...] = (0,)
-    """Classes that have a quota."""
+    limited: tuple[int | str, ...] | None = None
+    """Classes that have a quota: numbers of popularity classes, or names of categories. null: the
+    most popular class, or every category."""
     largest_share: float = Field(0.5, ge=0, lt=1)
     """Of a group's items; a class with more is over-represented."""
     alpha: float = Field(0.5, ge=0, le=1)
 
     @model_validator(mode="after")
     def _classes_exist(self) -> "QuotaReward":
-        for number in self.limited:
-            if not 0 <= number < self.classes:
+        if self.feature is not None:
+            if self.classes != type(self).model_fields["classes"].default:
                 raise ValueError(
-                    f"limited names class {number}, but classes={self.classes} are numbered "
-                    f"0 … {self.classes - 1}"
+                    f"classes={self.classes} are of popularity, but feature={self.feature!r} makes "
+                    "the classes: leave one of the two out"
+                )
+            return self
+        for number in self.limited or ():
+            if not isinstance(number, int) or not 0 <= number < self.classes:
+                raise ValueError(
+                    f"limited names class {number!r}, but classes={self.classes} are numbered "
+                    f"0 … {self.classes - 1}; names are those of a feature's categories"
                 )
         return self
 

@@ -206,19 +206,27 @@ def load_train_counts(url: str) -> Iterator[pa.Table]:
     yield counts.rename_columns({"item_partition": PARTITION})
 
 
-def items_step(job: Job, item_offsets: np.ndarray, partition: int, counts: pa.Table) -> Report:
-    """Write the items of one partition: id, raw id, title, occurrences in training."""
+def items_step(
+    job: Job,
+    item_offsets: np.ndarray,
+    features: tuple[str, ...],
+    partition: int,
+    counts: pa.Table,
+) -> Report:
+    """Write the items of one partition: id, raw id, title, occurrences in training, features."""
     catalogue = read_table(job.part("catalogue", partition))
     rank, count = counts["item_rank"].to_numpy(), counts["count_sum"].to_numpy()
     # Sums of integers below 2**53 are exact in the float64 that bincount adds in.
     train_count = np.bincount(rank, weights=count, minlength=catalogue.num_rows)
     ids = item_offsets[partition] + 1 + np.arange(catalogue.num_rows)
+    said = _said_of_items(job, partition, features, catalogue["item"])
     table = pa.table(
         {
             "item_id": pa.array(ids, pa.int64()),
             "item": catalogue["item"],
-            "title": _titles(job, partition, catalogue["item"]),
+            "title": said.pop("title"),
             "train_count": pa.array(train_count.astype(np.int64)),
+            **said,
         }
     )
     path = job.path("items", f"part-{partition:05d}.parquet")
@@ -226,13 +234,18 @@ def items_step(job: Job, item_offsets: np.ndarray, partition: int, counts: pa.Ta
     return {"rows": table.num_rows, "entry": entry.model_dump()}
 
 
-def _titles(job: Job, partition: int, items: pa.ChunkedArray) -> pa.ChunkedArray | pa.Array:
-    url = job.part("titles", partition)
+def _said_of_items(
+    job: Job, partition: int, features: tuple[str, ...], items: pa.ChunkedArray
+) -> dict[str, pa.ChunkedArray | pa.Array]:
+    """Title of each item, "" where it has none, and the id of each feature's category, or 0."""
+    names, url = [f"item_{name}" for name in features], job.part("titles", partition)
     if not storage.exists(url):
-        return pa.array([""] * len(items), pa.string())
+        nothing = pa.array(np.zeros(len(items), np.int64))
+        return {"title": pa.array([""] * len(items), pa.string())} | dict.fromkeys(names, nothing)
     table = read_table(url)
-    row = pc.index_in(items, value_set=table["item"].combine_chunks())
-    return table["title"].take(row).fill_null("")
+    rows = table.take(pc.index_in(items, value_set=table["item"].combine_chunks()))
+    ids = {name: pa.array(lookup(rows[name], _vocabulary(job, name))) for name in names}
+    return {"title": rows["title"].fill_null(""), **ids}
 
 
 def _histogram(length: np.ndarray) -> dict[int, int]:

@@ -171,6 +171,14 @@ def _collect(dataset: Dataset, phase: str, progress: Progress, total: int) -> li
     return reports
 
 
+def offsets(reports: list[Report], key: str, partitions: int) -> np.ndarray:
+    """int64 [partitions]: rows in earlier partitions."""
+    counts = np.zeros(partitions, np.int64)
+    for report in reports:
+        counts[int(report["partition"])] = report[key]
+    return np.cumsum(counts) - counts
+
+
 def users_error(error: Exception) -> Exception:
     """The ValueError that our own code raised inside a task, or the error as it is."""
     cause: BaseException | None = error

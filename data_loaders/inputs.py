@@ -77,6 +77,7 @@ def plan_inputs(job: Job) -> dict[str, Input]:
         inputs["user_table"] = _side_input("data.source.user_table", users, names)
     if text is not None:
         names = {"item": text.item, "title": text.title}
+        names |= {f"item_{name}": name for name in text.features}
         inputs["titles"] = _side_input("data.source.item_text", text, names)
     for table in inputs.values():
         _refuse_inside(job.root, table)
@@ -102,7 +103,7 @@ def _real(url: str) -> str:
 
 
 def _side_input(place: str, table: UserTable | ItemText, names: dict[str, str]) -> Input:
-    features = [key for key in names if key.startswith("user_")]
+    features = [key for key in names if key.startswith(("user_", "item_"))]
     keys = {key: f"features.{features.index(key)}" if key in features else key for key in names}
     files = TableFiles(
         url=table.url,

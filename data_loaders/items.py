@@ -72,12 +72,46 @@ def train_counts(dataset_url: str) -> Tensor:
     return torch.from_numpy(np.concatenate(parts))
 
 
+@dataclass(frozen=True)
+class ItemFeature:
+    """A categorical feature of all items."""
+
+    ids: Tensor
+    """[V + 1] int32 category of each item by id; 0 is the unknown one, and that of id 0."""
+    names: tuple[str, ...]
+    """What categories 1 … C are called."""
+
+
+def item_feature(dataset_url: str, name: str) -> ItemFeature:
+    """A column of the items table.
+
+    Raises:
+        ValueError: the data set has no such feature, or a part of the items table is missing or
+            damaged.
+    """
+    known = read_manifest(dataset_url).item_features
+    if name not in known:
+        raise ValueError(
+            f"the prepared data {dataset_url} have no item feature {name!r}, only {sorted(known)}: "
+            "name its column in data.source.item_text.features"
+        )
+    parts = [part.column(f"item_{name}").to_numpy() for part in item_parts(dataset_url)]
+    ids = np.concatenate([np.zeros(1, np.int32), *(part.astype(np.int32) for part in parts)])
+    return ItemFeature(torch.from_numpy(ids), _vocabulary(dataset_url, f"item_{name}"))
+
+
 def action_names(dataset_url: str) -> tuple[str, ...]:
     """What the kinds of action are called, by id: id 1 comes first. Empty where there are none."""
-    manifest = read_manifest(dataset_url)
-    if not manifest.actions:
+    return _vocabulary(dataset_url, "actions") if read_manifest(dataset_url).actions else ()
+
+
+def _vocabulary(dataset_url: str, name: str) -> tuple[str, ...]:
+    """Categories 1, 2, … of a column."""
+    entries = read_manifest(dataset_url).vocabularies
+    found = [entry for entry in entries if entry.path.endswith(f"/{name}.parquet")]
+    if not found:  # no value was ever read
         return ()
-    [entry] = (e for e in manifest.vocabularies if e.path.endswith("/actions.parquet"))
+    [entry] = found
     url = storage.join(dataset_url, entry.path)
     values = read_table(url, ["value"], sha256=entry.sha256)["value"]
     return tuple(str(value) for value in values.to_pylist())

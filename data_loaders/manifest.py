@@ -83,6 +83,10 @@ class DatasetManifest(Sealed):
     user_features: dict[str, NonNegativeInt]
     """name → number of categories, without the unknown 0."""
     side_features: dict[str, NonNegativeInt]
+    item_features: dict[str, NonNegativeInt] = Field(
+        default={}, exclude_if=lambda features: not features
+    )
+    """Columns `item_<name>` of the items table → number of categories, without the unknown 0."""
     actions: NonNegativeInt
     """Number of behaviours; 0 where the source maps none."""
     has_ratings: bool

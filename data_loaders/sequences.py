@@ -21,7 +21,7 @@ from configs.data import DataConfig, GlobalTime
 from data_loaders import assembly, cleaning
 from data_loaders.cleaning import Job
 from data_loaders.events import DUPLICATE, SECOND
-from data_loaders.exchange import Progress, Report, exchange, map_parts, quiet
+from data_loaders.exchange import Progress, Report, exchange, map_parts, offsets, quiet
 from data_loaders.inputs import VERSION, Input, make_job, plan_inputs, resolve
 from data_loaders.manifest import (
     DatasetManifest,
@@ -154,6 +154,11 @@ class _Preparation:
         table = self.job.source.user_table
         return () if table is None else table.features
 
+    @property
+    def item_features(self) -> tuple[str, ...]:
+        table = self.job.source.item_text
+        return () if table is None else table.features
+
     def run(self) -> DatasetManifest:
         parts, names = self._read_log()
         items, users = self._clean(parts, names)
@@ -265,27 +270,30 @@ class _Preparation:
 
     def _build_vocabularies(self, user_partitions: list[int]) -> None:
         job = self.job
-        events, users = list(job.rules.categories()), [f"user_{n}" for n in self.user_features]
-        if not events and not users:
-            return
-        names = ["actions" if n == "action" else n for n in events] + users
-        split = len(events)
+        events = list(job.rules.categories())
+        everywhere = list(range(job.partitions))
+        staged = [
+            ("by_user", events, user_partitions),
+            ("user_table", [f"user_{name}" for name in self.user_features], everywhere),
+            ("titles", [f"item_{name}" for name in self.item_features], everywhere),
+        ]
+        names: list[str] = []
         parts: list[tuple[str, list[str], list[int]]] = []
-        if events:
-            urls = [job.part("by_user", p) for p in user_partitions]
-            parts += [(url, events, list(range(split))) for url in urls if storage.exists(url)]
-        if users:
-            urls = [job.part("user_table", p) for p in range(job.partitions)]
-            indices = list(range(split, len(names)))
-            parts += [(url, users, indices) for url in urls if storage.exists(url)]
+        for table, columns, partitions in staged:
+            indices = [len(names) + at for at in range(len(columns))]
+            urls = [job.part(table, p) for p in partitions] if columns else []
+            parts += [(url, columns, indices) for url in urls if storage.exists(url)]
+            names += ["actions" if name == "action" else name for name in columns]
+        if not names:
+            return
         step = functools.partial(assembly.vocabulary_step, job, names)
         reports = exchange("vocabularies", self.progress, parts, _load_categories, step, len(names))
         self.vocabularies = {report["name"]: report["entry"] for report in reports}
 
     def _write(self, items: list[Report], users: list[Report]) -> tuple[list[Report], list[Report]]:
         job = self.job
-        item_offsets = _offsets(items, "items", job.partitions)
-        user_offsets = _offsets(users, "users", job.partitions)
+        item_offsets = offsets(items, "items", job.partitions)
+        user_offsets = offsets(users, "users", job.partitions)
         step = functools.partial(_shard_step, job, user_offsets, item_offsets, self.user_features)
         shards = map_parts("write sequences", self.progress, job.partitions, step)
         shards.sort(key=lambda report: int(report["shard"]))
@@ -295,7 +303,7 @@ class _Preparation:
             for r in shards
             if r["rows"]
         ]
-        items_step = functools.partial(assembly.items_step, job, item_offsets)
+        items_step = functools.partial(assembly.items_step, job, item_offsets, self.item_features)
         load = assembly.load_train_counts
         written = exchange("write items", self.progress, parts, load, items_step, job.partitions)
         return shards, written
@@ -336,6 +344,7 @@ class _Preparation:
             side_features={
                 name: sizes.get(f"side_{name}", 0) for name in self.job.source.columns.side_features
             },
+            item_features={name: sizes.get(f"item_{name}", 0) for name in self.item_features},
             actions=sizes.get("actions", 0),
             has_ratings=self.job.source.columns.rating is not None,
             has_dwell_times=self.job.source.columns.dwell is not None,
@@ -388,11 +397,3 @@ def _shard_step(
         item_offsets=item_offsets,
         user_features=user_features,
     )
-
-
-def _offsets(reports: list[Report], key: str, partitions: int) -> np.ndarray:
-    """int64 [partitions]: rows in earlier partitions."""
-    counts = np.zeros(partitions, np.int64)
-    for report in reports:
-        counts[int(report["partition"])] = report[key]
-    return np.cumsum(counts) - counts

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from configs.alignment import GBPOConfig, GeneratedAlignment, OnlineAlignment
 from configs.preferences import PreferenceRule
-from configs.rewards import ModelReward, Reward
-from data_loaders.items import train_counts
+from configs.rewards import ModelReward, QuotaReward, Reward
+from data_loaders.items import item_feature, train_counts
 from data_loaders.loader import LoaderState
 from data_loaders.preference_rules import check_rule
 from data_loaders.prompts import PromptLoader
@@ -65,7 +65,10 @@ def reward_sum(worker: Worker, rewards: Sequence[Reward]) -> RewardSum:
     counts = train_counts(worker.layout.data).to(worker.ctx.device)
     runs = [reward.run for reward in rewards if isinstance(reward, ModelReward)]
     models = {run: open_reward_model(worker, run) for run in dict.fromkeys(runs)}
-    return RewardSum(rewards, counts, models)
+    quotas = [reward.feature for reward in rewards if isinstance(reward, QuotaReward)]
+    names = dict.fromkeys(name for name in quotas if name is not None)
+    features = {name: item_feature(worker.layout.data, name) for name in names}
+    return RewardSum(rewards, counts, models, features)
 
 
 def _logged_rule(config: OnlineAlignment | GeneratedAlignment) -> PreferenceRule | None:

@@ -44,6 +44,7 @@ def test_defaults_need_no_preferences() -> None:
         ({"kind": "grpo", "delta": 0.1}, "delta"),
         ({"kind": "gbpo", "clip_high": 0.2}, "clip_high"),
         ({"kind": "gbpo", "logged": {"rule": {"kind": "watch_time"}}}, "columns.dwell"),
+        ({"kind": "grpo", "rewards": [{"kind": "quota", "feature": "kind"}]}, "does not provide"),
         ({"kind": "gbpo", "logged": {"alone": True}}, "rule"),
         (
             {"kind": "gbpo", "logged": ALONE, "inner_epochs": 2, "kl": {"weight": 0.1}},

@@ -27,7 +27,7 @@ from configs.data import (
 )
 from data_loaders import exchange as exchange_module
 from data_loaders.exchange import PARTITION, Progress, exchange, quiet
-from data_loaders.items import find_users, raw_items, titles, train_counts
+from data_loaders.items import find_users, item_feature, raw_items, titles, train_counts
 from data_loaders.manifest import DatasetManifest, read_manifest, verify_shard
 from data_loaders.sequences import prepare
 
@@ -246,15 +246,20 @@ def test_bad_rows_are_quarantined_with_titles_and_users_joined(
     ]
     lines = [json.dumps(row) for row in log + bad] + ["not json"]
     (tmp_path / "log.jsonl").write_text("\n".join(lines) + "\n")
-    (tmp_path / "titles.csv").write_text("id;name\nv0;Zero\nv3;Three; and more\nv3;Other\nx;X\n")
-    (tmp_path / "titles.csv").write_text("id;name\nv0;Zero\nv3;Three\nv3;Other\nx;X\n")
+    lines = ["id;name;kind", "v0;Zero;song", "v3;Three;clip", "v3;Other;song", "v5;;song", "x;X;x"]
+    (tmp_path / "titles.csv").write_text("\n".join([*lines, "v6;Six;"]) + "\n")
     pq.write_table(pa.table({"u": [0, 1, 2, 9], "age": [30, None, 20, 40]}), tmp_path / "u.parquet")
     source = JsonlSource(
         url=str(tmp_path / "log.jsonl"),
         columns=ColumnMap(user="u", item="v", timestamp="t"),
         timestamp_unit="iso8601",
         item_text=ItemText(
-            url=str(tmp_path / "titles.csv"), format="csv", separator=";", item="id", title="name"
+            url=str(tmp_path / "titles.csv"),
+            format="csv",
+            separator=";",
+            item="id",
+            title="name",
+            features=("kind",),
         ),
         user_table=UserTable(url=str(tmp_path / "u.parquet"), user="u", features=("age",)),
     )
@@ -281,10 +286,22 @@ def test_bad_rows_are_quarantined_with_titles_and_users_joined(
     assert manifest.user_features == {"age": 3} and not manifest.has_ratings
     ages = {row["user"]: row["user_age"] for row in _table(data, "sequences")}
     assert ages == {"0": 2, "1": 0, "2": 1, "3": 0, "4": 0}  # 0: unknown
-    ids = {row["item"]: row["item_id"] for row in _table(data, "items")}
+    rows_of_items = _table(data, "items")
+    ids = {row["item"]: row["item_id"] for row in rows_of_items}
     asked = [ids["v3"], ids["v0"], ids["v1"], ids["v3"]]
     assert titles(str(data), asked) == ["Three", "Zero", "v1", "Three"]
     assert raw_items(str(data), asked) == ["v3", "v0", "v1", "v3"]
+    kinds = item_feature(str(data), "kind")
+    assert kinds.names == ("clip", "song", "x") and manifest.item_features == {"kind": 3}
+    assert int(kinds.ids[0]) == 0 and len(kinds.ids) == manifest.num_items + 1
+    named = {row["item"]: (0, *kinds.names)[kinds.ids[row["item_id"]]] for row in rows_of_items}
+    assert {item: kind for item, kind in named.items() if kind} == {
+        "v0": "song",
+        "v3": "clip",
+        "v5": "song",
+    }
+    with pytest.raises(ValueError, match=r"no item feature 'brand', only \['kind'\]"):
+        item_feature(str(data), "brand")
     assert train_counts(str(data)).tolist() == [r["train_count"] for r in _table(data, "items")]
     dense = {row["user"]: row["user_id"] for row in _table(data, "sequences")}
     assert find_users(str(data), ["4", "0", "4"]).tolist() == [dense["4"], dense["0"], dense["4"]]

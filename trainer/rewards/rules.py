@@ -87,24 +87,23 @@ def novelty(group: Group, train_counts: Tensor) -> Tensor:
     return information.float() * group.legal
 
 
-def over_represented(
-    group: Group, classes: Tensor, limited: tuple[int, ...], largest_share: float
-) -> Tensor:
-    """Candidates of a limited class that has more than its share of the group: bool [N, G].
+def over_represented(group: Group, classes: Tensor, largest_share: float) -> Tensor:
+    """Candidates of a class with a quota that has more than its share of the group: bool [N, G].
 
     Args:
         group: N prompts.
-        classes: [V + 1] int64 class of each item, by item id.
-        limited: classes that have a quota.
+        classes: [V + 1] integer class of each item by item id; below 0 without a quota.
         largest_share: of a group's legal items.
     """
     own, legal = classes[group.items], group.legal
+    same = (own[:, :, None] == own[:, None, :]) & legal[:, None, :]
     number = legal.sum(1, keepdim=True)
-    over = torch.zeros_like(legal)
-    for wanted in limited:
-        members = legal & (own == wanted)
-        over |= members & (members.sum(1, keepdim=True) > largest_share * number)
-    return over
+    return legal & (own >= 0) & (same.sum(2) > largest_share * number)
+
+
+def with_quota(classes: Tensor, limited: Tensor) -> Tensor:
+    """`classes` [V + 1] of items, -1 of those that are none of `limited` [n]."""
+    return torch.where(torch.isin(classes, limited), classes, -1)
 
 
 def popularity_classes(train_counts: Tensor, classes: int) -> Tensor:

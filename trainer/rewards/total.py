@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from configs import rewards as kinds
+from configs.schema import closest
+from data_loaders.items import ItemFeature
 from models.batch import JaggedBatch
 from trainer.rewards import rules
 from trainer.rewards.group import Group
@@ -49,6 +51,7 @@ class RewardSum:
         configs: Sequence[kinds.Reward],
         train_counts: Tensor,
         models: Mapping[str, RewardModel] | None = None,
+        features: Mapping[str, ItemFeature] | None = None,
     ) -> None:
         """Prepare the rewards.
 
@@ -56,11 +59,13 @@ class RewardSum:
             configs: of the recipe; a kind may stand there more than once.
             train_counts: [V] int64 occurrences of items 1 … V, on the rollouts' device.
             models: reward models by their run.
+            features: those of items that quotas name.
 
         Raises:
-            ValueError: a function of the user's cannot be called.
+            ValueError: a function of the user's cannot be called, or a quota's category is none.
         """
         self._counts = train_counts
+        self._features = features or {}
         self._models = models or {}
         repeated = Counter(config.kind for config in configs)
         seen: Counter[str] = Counter()
@@ -71,8 +76,7 @@ class RewardSum:
             again = repeated[config.kind] > 1
             name = f"{config.kind}_{seen[config.kind]}" if again else config.kind
             if isinstance(config, kinds.QuotaReward):
-                classes = rules.popularity_classes(train_counts, config.classes)
-                self._quotas.append((name, config, classes))
+                self._quotas.append((name, config, self._classes(config)))
             else:
                 self._terms.append((name, config.weight, self._part(config)))
 
@@ -84,10 +88,33 @@ class RewardSum:
         for part in parts.values():
             total = total + part
         for name, quota, classes in self._quotas:
-            over = rules.over_represented(group, classes, quota.limited, quota.largest_share)
+            over = rules.over_represented(group, classes, quota.largest_share)
             change = (quota.alpha - 1.0) * total.clamp(min=0.0) * over
             parts[name], total = change, total + change
         return Rewarded(total, parts)
+
+    def _classes(self, config: kinds.QuotaReward) -> Tensor:
+        """[V + 1] class of each item, by id; below 0 without a quota."""
+        device = self._counts.device
+        if config.feature is None:
+            classes = rules.popularity_classes(self._counts, config.classes)
+            limited = [int(number) for number in config.limited or (0,)]
+            return rules.with_quota(classes, torch.tensor(limited, device=device))
+        feature = self._features[config.feature]
+        ids = feature.ids.to(device)
+        if config.limited is None:
+            return torch.where(ids > 0, ids, -1)
+        places = {name: at for at, name in enumerate(feature.names, 1)}
+        names = [str(name) for name in config.limited]
+        for name in names:
+            if name not in places:
+                guess = closest(name, places)
+                hint = f"; did you mean {guess!r}?" if guess is not None else ""
+                raise ValueError(
+                    f"a quota limits {config.feature}={name!r}, but no item has that category{hint}"
+                )
+        limited = [places[name] for name in names]
+        return rules.with_quota(ids, torch.tensor(limited, device=device))
 
     def _part(
         self,

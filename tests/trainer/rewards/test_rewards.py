@@ -9,6 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from configs import rewards as kinds
+from data_loaders.items import ItemFeature
 from models.batch import JaggedBatch
 from trainer.rewards import rules
 from trainer.rewards.group import Group
@@ -114,8 +115,40 @@ def test_quota_by_hand() -> None:
     """Popular items 1 and 2 are two of three (too many), then one of three."""
     classes = rules.popularity_classes(COUNTS, 3)
     found = group([[1, 2, 5, 0], [1, 5, 6, -1]], [1, 1])
-    over = rules.over_represented(found, classes, (0,), 0.5)
+    limited = rules.with_quota(classes, torch.tensor([0]))
+    assert limited.tolist() == [-1, 0, 0, -1, -1, -1, -1]
+    over = rules.over_represented(found, limited, 0.5)
     assert over.tolist() == [[True, True, False, False], [False] * 4]
+    over = rules.over_represented(found, classes, 0.5)  # items 5 and 6 are a class, too
+    assert over.tolist() == [[True, True, False, False], [False, True, True, False]]
+
+
+KINDS = ItemFeature(torch.tensor([0, 1, 1, 2, 2, 0, 0], dtype=torch.int32), ("song", "clip"))
+"""Items 5 and 6 have no category."""
+
+
+@pytest.mark.parametrize(
+    ("limited", "halved"),
+    [(None, (0, 1)), (("song",), (0,)), (("clip",), (1,)), (("song", "clip"), (0, 1))],
+)
+def test_a_quota_of_categories(limited: tuple[str, ...] | None, halved: tuple[int, ...]) -> None:
+    """Groups of mostly songs, mostly clips, and mostly items without a category."""
+    found = group([[1, 2, 1, 4], [4, 3, 4, 0], [5, 6, 5, 1]], [1, 3, 5])
+    expected = torch.tensor([[1.0] * 4, [1.0, 1.0, 1.0, 0.0], [1.0] * 4])
+    for row in halved:
+        expected[row, :3] = 0.5
+    configs: list[kinds.Reward] = [
+        kinds.LegalityReward(),
+        kinds.QuotaReward(feature="kind", limited=limited, largest_share=0.5, alpha=0.5),
+    ]
+    total = RewardSum(configs, COUNTS, features={"kind": KINDS})(found).total
+    torch.testing.assert_close(total, expected)
+
+
+def test_a_quota_of_no_category() -> None:
+    config = kinds.QuotaReward(feature="kind", limited=("clips",))
+    with pytest.raises(ValueError, match="kind='clips', but no item .* did you mean 'clip'"):
+        RewardSum([config], COUNTS, features={"kind": KINDS})
 
 
 def test_sum_and_parts() -> None:
@@ -204,6 +237,8 @@ def test_a_function_that_cannot_be_called(path: str, sentence: str) -> None:
         {"kind": "function", "path": "os.system"},
         {"kind": "function", "path": "a b:c"},
         {"kind": "quota", "classes": 3, "limited": [3]},
+        {"kind": "quota", "limited": ["clip"]},
+        {"kind": "quota", "feature": "kind", "classes": 3},
         {"kind": "model", "run": "x", "tasks": {}},
         {"kind": "hit", "weight": float("inf")},
         {"kind": "hit", "weigth": 1},
