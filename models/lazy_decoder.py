@@ -151,7 +151,7 @@ class LazyDecoder(CodeDecoder):
 
     def _event_tokens(self, batch: JaggedBatch, embeddings: dict[str, Tensor]) -> Tensor:
         """Codes, what else the events carry, and how long ago they were: [T, D]."""
-        tokens = self.writer.embedding.items(batch).sum(1)
+        tokens = self.writer.embedding.item_sums(batch)
         tokens = tokens + self.recencies(recency(batch.offsets, batch.num_tokens))
         features = self.features.events(batch, embeddings, last_request_times(batch))
         return tokens if features is None else tokens + features
