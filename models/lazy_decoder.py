@@ -15,13 +15,14 @@ from models.batch import JaggedBatch
 from models.generation.kv_cache import BeamCache
 from models.layers.code_embedding import EventFeatures, last_request_times
 from models.layers.code_writer import BlockShape, CodeWriter, drop
-from models.layers.decoder_attention import ContextKeys, visible_tokens
+from models.layers.decoder_attention import ContextKeys
 from models.layers.experts import expert_load, update_balance
 from models.layers.norms import RMSNorm
 from models.layers.pathways import PathwayNetwork, check_windows
 from models.ops.dropout import sub_keys, token_keys
 from models.ops.jagged import jagged_to_padded
 from models.ops.jagged_select import concatenate, longest_sequence, recency, repeated_offsets
+from models.ops.masked_attention import visible_tokens
 
 
 @dataclass(frozen=True)
