@@ -174,7 +174,7 @@ class HSTUDecoder(CodeDecoder):
         self, batch: JaggedBatch, embeddings: dict[str, Tensor], keys: Tensor | None
     ) -> Tensor:
         """dropout((Σ codes + features)·√D + P[t]): [T, D]."""
-        x = self.codes.items(batch).sum(dim=1)
+        x = self.codes.item_sums(batch)
         features = self.features(batch, embeddings, batch.next_timestamps)
         if features is not None:
             x = x + features

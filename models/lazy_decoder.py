@@ -15,13 +15,14 @@ from models.batch import JaggedBatch
 from models.generation.kv_cache import BeamCache
 from models.layers.code_embedding import EventFeatures, last_request_times
 from models.layers.code_writer import BlockShape, CodeWriter, drop
-from models.layers.decoder_attention import ContextKeys, visible_tokens
+from models.layers.decoder_attention import ContextKeys
 from models.layers.experts import expert_load, update_balance
 from models.layers.norms import RMSNorm
 from models.layers.pathways import PathwayNetwork, check_windows
 from models.ops.dropout import sub_keys, token_keys
 from models.ops.jagged import jagged_to_padded
 from models.ops.jagged_select import concatenate, longest_sequence, recency, repeated_offsets
+from models.ops.masked_attention import visible_tokens
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ class LazyDecoder(CodeDecoder):
 
     def _event_tokens(self, batch: JaggedBatch, embeddings: dict[str, Tensor]) -> Tensor:
         """Codes, what else the events carry, and how long ago they were: [T, D]."""
-        tokens = self.writer.embedding.items(batch).sum(1)
+        tokens = self.writer.embedding.item_sums(batch)
         tokens = tokens + self.recencies(recency(batch.offsets, batch.num_tokens))
         features = self.features.events(batch, embeddings, last_request_times(batch))
         return tokens if features is None else tokens + features

@@ -269,7 +269,7 @@ class OneRec(CodeDecoder):
 
     def _events(self, batch: JaggedBatch, embeddings: dict[str, Tensor]) -> Tensor:
         """Codes and what else events carry: [T, D]."""
-        events = self.writer.embedding.items(batch).sum(1)
+        events = self.writer.embedding.item_sums(batch)
         features = self.features.events(batch, embeddings, last_request_times(batch))
         return events if features is None else events + features
 

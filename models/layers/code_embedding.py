@@ -50,13 +50,17 @@ class CodeEmbedding(nn.Module):
 
         Raises ValueError where the batch carries no codes.
         """
-        if batch.item_codes is None:
-            raise ValueError(
-                "the model reads semantic ids, which the batch does not carry; "
-                "run `tandem tokenize` and train with its table"
-            )
-        rows: Tensor = self(batch.item_codes)
+        rows: Tensor = self(_codes_of(batch))
         return rows * (batch.item_ids > 0)[:, None, None]
+
+    def item_sums(self, batch: JaggedBatch) -> Tensor:
+        """Sum of the rows of each event's codes: [T, D]; 0 for item 0.
+
+        What `items(batch).sum(1)` gives, without its [T, L, D]: histories of windows repeat their
+        events, so T is the largest number of a step.
+        """
+        sums = F.embedding_bag(_codes_of(batch) + self.starts, self.rows, mode="sum")
+        return sums * (batch.item_ids > 0)[:, None]
 
 
 class EventFeatures(nn.Module):
@@ -142,6 +146,15 @@ def dwell_buckets(seconds: Tensor) -> Tensor:
     exponents = torch.arange(DWELL_BUCKETS - 2, device=seconds.device) + _SHORTEST_DWELL
     buckets = 1 + torch.bucketize(seconds, torch.exp2(exponents.float()), right=True)
     return buckets.masked_fill(seconds.isnan(), 0)
+
+
+def _codes_of(batch: JaggedBatch) -> Tensor:
+    if batch.item_codes is None:
+        raise ValueError(
+            "the model reads semantic ids, which the batch does not carry; "
+            "run `tandem tokenize` and train with its table"
+        )
+    return batch.item_codes
 
 
 def _rows(count: int, width: int) -> nn.Embedding:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from models.ops.beam_attention import Written, beam_attention
 from models.ops.jagged import jagged_to_padded
-from models.ops.masked_attention import masked_attention
+from models.ops.masked_attention import masked_attention, visible_tokens
 
 
 class SelfAttentionCache(Protocol):
@@ -57,12 +57,6 @@ def context_keys(keys: Tensor, values: Tensor, offsets: Tensor, longest: int) ->
         jagged_to_padded(x, offsets, size).transpose(1, 2) for x in (keys, values)
     )
     return ContextKeys(padded_keys, padded_values, visible_tokens(offsets.diff(), size))
-
-
-def visible_tokens(lengths: Tensor, size: int) -> Tensor:
-    """Which of `size` padded tokens are there: bool [N, 1, 1, S]; at least the first one always."""
-    places = torch.arange(size, device=lengths.device)
-    return (places < lengths.clamp(min=1)[:, None])[:, None, None]
 
 
 class KeyValueProjection(nn.Module):

@@ -14,12 +14,10 @@ from models.layers.decoder_attention import (
     ContextAttention,
     KeyValueProjection,
     context_keys,
-    visible_tokens,
 )
 from models.layers.feedforward import GatedFeedForward, linear_flops
 from models.layers.norms import RMSNorm
-from models.ops.jagged import jagged_to_padded, padded_to_jagged
-from models.ops.masked_attention import masked_attention
+from models.ops.jagged_attention import jagged_self_attention
 
 ENCODER_SITES = 2
 """Dropout sites of an `EncoderBlock`."""
@@ -64,7 +62,8 @@ class EncoderBlock(nn.Module):
         self, x: Tensor, offsets: Tensor, longest: int, dropout_keys: Tensor | None
     ) -> Tensor:
         """[T, D] → [T, D]; `offsets` [N + 1], no sequence longer than `longest`."""
-        attended = self._attend(self.qkv(self.attention_norm(x)), offsets, max(longest, 1))
+        qkv = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.num_heads, -1))
+        attended = jagged_self_attention(qkv, offsets, max(longest, 1)).flatten(1)
         x = x + drop(self.output(attended), dropout_keys, self.dropout, self.salt)
         hidden = self.feedforward(self.feedforward_norm(x))
         return x + drop(hidden, dropout_keys, self.dropout, self.salt + 1)
@@ -73,13 +72,6 @@ class EncoderBlock(nn.Module):
         """Forward FLOPs of a token that sees `seen` tokens."""
         width = self.output.in_features
         return 8.0 * width * width + 4.0 * width * seen + self.feedforward.flops_per_token()
-
-    def _attend(self, qkv: Tensor, offsets: Tensor, size: int) -> Tensor:
-        padded = jagged_to_padded(qkv, offsets, size).unflatten(-1, (3, self.num_heads, -1))
-        q, k, v = padded.permute(2, 0, 3, 1, 4).unbind(0)  # [N, H, S, Dh] each
-        visible = visible_tokens(offsets.diff(), size)
-        attended = masked_attention(q, k, v, visible)
-        return padded_to_jagged(attended.transpose(1, 2).flatten(2), offsets, qkv.shape[0])
 
 
 class CompressionBlock(nn.Module):

@@ -48,9 +48,8 @@ def keyed_dropout(x: Tensor, keys: Tensor, p: float, salt: int) -> Tensor:
         return x
     if not native.runs_native(x):
         return keyed_dropout_reference(x, keys, p, salt)
-    # Scaling in float32 and rounding once is also what the reference's product does.
-    out: Tensor = _NativeDropout.apply(x.float(), _salted(keys, salt), p)
-    return out.to(x.dtype)
+    out: Tensor = _NativeDropout.apply(x, _salted(keys, salt), p)
+    return out
 
 
 def keyed_relu_dropout(x: Tensor, keys: Tensor, p: float, salt: int) -> Tensor:
@@ -60,8 +59,8 @@ def keyed_relu_dropout(x: Tensor, keys: Tensor, p: float, salt: int) -> Tensor:
     """
     if p == 0.0 or not native.runs_native(x):
         return keyed_dropout(x.relu(), keys, p, salt)
-    out: Tensor = _NativeReluDropout.apply(x.float(), _salted(keys, salt), p)
-    return out.to(x.dtype)
+    out: Tensor = _NativeReluDropout.apply(x, _salted(keys, salt), p)
+    return out
 
 
 def keyed_dropout_reference(x: Tensor, keys: Tensor, p: float, salt: int) -> Tensor:
@@ -118,7 +117,7 @@ class _NativeReluDropout(torch.autograd.Function):
         (out,) = ctx.saved_tensors
         d_x = torch.empty_like(out)
         sizes = (out.numel(), ctx.scale, torch.get_num_threads())
-        kernel = "tandem_keyed_relu_dropout_backward"
+        kernel = _kernel_for(out, "tandem_keyed_relu_dropout_backward")
         native.call(kernel, out, grads[0].contiguous(), *sizes, d_x)
         return d_x, None, None
 
@@ -131,8 +130,13 @@ def _apply_mask(
     tokens = x.shape[0]
     channels = x.numel() // max(tokens, 1)
     native.call(
-        kernel,
+        _kernel_for(x, kernel),
         *(x, salted_keys, tokens, channels, drop_threshold(p), 1.0 / (1.0 - p)),
         *(torch.get_num_threads(), out),
     )
     return out
+
+
+def _kernel_for(x: Tensor, kernel: str) -> str:
+    """bfloat16 is scaled in float32 and rounded once, as the reference's product is."""
+    return f"{kernel}_bfloat16" if x.dtype == torch.bfloat16 else kernel

@@ -25,3 +25,9 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor
     absent = torch.zeros(visible.shape, dtype=logits.dtype, device=q.device)
     weights = (logits + absent.masked_fill(~visible, -torch.inf)).softmax(dim=-1)
     return weights.to(v.dtype) @ v
+
+
+def visible_tokens(lengths: Tensor, size: int) -> Tensor:
+    """Which of `size` padded tokens are there: bool [N, 1, 1, S]; at least the first one always."""
+    places = torch.arange(size, device=lengths.device)
+    return (places < lengths.clamp(min=1)[:, None])[:, None, None]

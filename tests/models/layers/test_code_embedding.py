@@ -50,6 +50,17 @@ def test_an_unknown_item_has_no_codes() -> None:
     assert torch.equal(rows[2:], layer(batch.item_codes)[2:])
 
 
+def test_sums_of_codes_are_those_of_their_rows() -> None:
+    layer, batch = CodeEmbedding(CODEBOOKS, WIDTH, 1.0), coded_batch([3, 0, 4])
+    summed, plain = layer.item_sums(batch), layer.items(batch).sum(1)
+    assert not summed[1].any()
+    torch.testing.assert_close(summed, plain)
+    weights = torch.randn_like(plain)
+    [grad] = torch.autograd.grad((summed * weights).sum(), layer.rows)
+    [expected] = torch.autograd.grad((plain * weights).sum(), layer.rows)
+    torch.testing.assert_close(grad, expected)
+
+
 def test_features_are_summed() -> None:
     layer, batch = EventFeatures(ALL, SPECS, SIZES, WIDTH), coded_batch([3, 0, 4])
     rows = {
