@@ -1,8 +1,8 @@
 """Where the job runs."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from configs.base import Config
 
@@ -17,11 +17,19 @@ class ClusterConfig(Config):
     cpus_per_worker: PositiveFloat = 1
     threads_per_worker: PositiveInt = 1
     placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
-    max_failures: NonNegativeInt = 3
-    """Times a worker group is restarted from the newest checkpoint before the stage fails."""
     start_timeout_s: PositiveInt = 120
     data_cpus: PositiveInt = Field(2)
     """CPUs of the embedded Ray (only `local`)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _failures_have_a_block(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "max_failures" in data:
+            raise ValueError(
+                f"max_failures={data['max_failures']} has moved: write failures.worker.max_restarts"
+                " and failures.node.max_restarts"
+            )
+        return data
 
     @model_validator(mode="after")
     def _embedded_ray_holds_the_workers(self) -> "ClusterConfig":

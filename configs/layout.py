@@ -49,6 +49,15 @@ class RunLayout:
         """Directory of a stage's metrics.jsonl and TensorBoard events."""
         return storage.join(self.root, "metrics", f"{stage}-{fingerprint[:12]}")
 
+    @property
+    def failures(self) -> str:
+        """Reports of what went wrong: hangs, steps and samples that were left out."""
+        return storage.join(self.root, "failures")
+
+    def quarantined(self, fingerprint: str) -> str:
+        """Samples that a training stage leaves out."""
+        return storage.join(self.failures, f"samples-{fingerprint[:12]}.json")
+
     def pairs(self, fingerprint: str) -> str:
         """Preference pairs."""
         return storage.join(self.root, "preferences", f"pairs-{fingerprint[:12]}")

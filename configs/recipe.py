@@ -17,6 +17,7 @@ from configs.cluster import ClusterConfig
 from configs.data import ColumnMap, DataConfig, LeaveLastOut
 from configs.decoders import Decoder, FeatureInputs, OneRecConfig
 from configs.evaluation import EvaluationConfig, RecommendConfig
+from configs.failures import FailuresConfig
 from configs.generation import AncestralConfig, SearchConfig
 from configs.models import HSTURankingConfig, InitConfig, Model
 from configs.objectives import MultiTaskConfig, NextCodeConfig, Objective, SampledSoftmaxConfig
@@ -60,6 +61,7 @@ class Recipe(Config):
     evaluation: EvaluationConfig = EvaluationConfig()
     recommend: RecommendConfig = RecommendConfig()
     cluster: ClusterConfig = ClusterConfig()
+    failures: FailuresConfig = FailuresConfig()
 
     @model_validator(mode="after")
     def _blocks_agree(self) -> "Recipe":

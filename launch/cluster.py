@@ -1,8 +1,10 @@
 """The Ray cluster of a run: connect to it, run a stage's worker group on it."""
 
 import os
+import signal
 import socket
-import textwrap
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -14,6 +16,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 
 from configs.cluster import ClusterConfig
+from configs.failures import FailuresConfig
 
 # Read by Ray when it is imported.
 os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
@@ -22,19 +25,35 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import ray
 from ray._private.services import get_ray_address_from_environment
+from ray._private.state import state
+from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from launch.address import protect_token, refuse_open, token_file
-from launch.console import Console
+from launch.console import Console, Line
+from launch.failures import (
+    Failure,
+    Place,
+    Restarts,
+    diagnose,
+    processes_killed_for_memory,
+    summary,
+)
+from launch.termination import current_termination
+from trainer.stop_notice import install_notice
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 SHIPPED_EXCLUDES = [
     ".git", ".venv", "runs", "tests", ".cache", "**/__pycache__", ".mypy_cache", ".ruff_cache",
 ]  # fmt: skip
-USER_ERRORS = (ValueError, FileNotFoundError, PermissionError)
 PROBE_S = 5.0
+DRAIN_POLL_S = 2.0
+"""Between two looks at whether a node of the group is about to be taken away."""
+START_ATTEMPTS = 3
 
 
 def worker_environment(cluster: ClusterConfig) -> dict[str, str]:
@@ -131,42 +150,77 @@ def _quiet_data_progress() -> None:
     context.print_on_execution_start = False
 
 
-def run_workers(entry: str, settings: dict[str, Any], cluster: ClusterConfig) -> Any:
+def run_workers(
+    entry: str,
+    settings: dict[str, Any],
+    cluster: ClusterConfig,
+    failures: FailuresConfig,
+    place: Place,
+) -> Any:
     """Run `module:function(settings, say)` on every rank of a worker group; rank 0's answer.
 
-    A dead worker or node costs a restart of the group, which resumes from the newest checkpoint; at
-    most `cluster.max_failures` times. An error of the user's making is not retried.
+    What fails costs a restart of the group, which resumes from the newest checkpoint, where
+    `failures` says so. An error of the user's making is not tried again.
 
     Raises:
-        ValueError: the worker's own sentence, when the mistake is the user's.
+        ValueError: the worker's own sentence, when the mistake is the user's; or that the recipe
+            says to stop.
         RuntimeError: the group failed more often than allowed.
+        SystemExit: the run was asked to end, and is saved where it was.
     """
     _check_resources(cluster)
-    with Console() as console:
-        for attempt in range(cluster.max_failures + 1):
+    termination = current_termination()
+    restarts = Restarts(failures, place, lambda line: print(line, flush=True))
+    with (
+        Console() as console,
+        termination.asks(console.ask_to_stop, failures.preemption.grace_s),
+    ):
+        while True:
+            started = time.time()
             try:
                 return _run_group(entry, settings, cluster, console)
             except TrainingFailedError as error:
-                sentence = _user_error(error)
-                if sentence is not None:
-                    raise ValueError(sentence) from None
-                if isinstance(error, ControllerError):
-                    raise ValueError(
-                        f"the worker group did not start within cluster.start_timeout_s="
-                        f"{cluster.start_timeout_s} ({_summary(error)}); {_needs(cluster)}: see "
-                        "`ray status`, or lower cluster.num_workers"
-                    ) from error
-                if attempt == cluster.max_failures:
-                    raise RuntimeError(
-                        f"the worker group failed {attempt + 1} times "
-                        f"(cluster.max_failures={cluster.max_failures}); last error:\n{error}"
-                    ) from error
-                print(
-                    f"worker group failed ({_summary(error)}); restarting from the newest "
-                    f"checkpoint, attempt {attempt + 2} of {cluster.max_failures + 1}",
-                    flush=True,
-                )
-    raise AssertionError("unreachable")
+                failure = _diagnose(error, cluster, place, started, console)
+            if termination.asked or (
+                failure.kind == "preemption" and failures.preemption.action == "stop"
+            ):
+                termination.end(failure.sentence)
+            restarts.decide(failure)
+
+
+def _diagnose(
+    error: TrainingFailedError, cluster: ClusterConfig, place: Place, since: float, console: Console
+) -> Failure:
+    """Why a group failed; raises ValueError where that is the user's to mend."""
+    if isinstance(error, ControllerError):
+        raise ValueError(
+            f"the worker group did not start within cluster.start_timeout_s="
+            f"{cluster.start_timeout_s} ({summary([error])}); {_needs(cluster)}: see "
+            "`ray status`, or lower cluster.num_workers"
+        ) from error
+    placed = console.placed()
+    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    lost = [node for node in placed if node not in alive]
+    return diagnose(
+        _causes(error),
+        place,
+        since,
+        cluster.num_workers,
+        lost_memory=lambda: any(
+            _killed_for_memory(node) > count for node, count in placed.items() if node in alive
+        ),
+        lost_node=f"node {lost[0]}" if lost else None,
+    )
+
+
+def _killed_for_memory(node: str) -> int:
+    """What `processes_killed_for_memory` says on a node now; 0 if it does not answer."""
+    there = NodeAffinitySchedulingStrategy(node, soft=False)
+    probe = ray.remote(num_cpus=0)(processes_killed_for_memory)
+    try:
+        return int(ray.get(probe.options(scheduling_strategy=there).remote(), timeout=PROBE_S))
+    except (RayError, TimeoutError):
+        return 0
 
 
 def _check_resources(cluster: ClusterConfig) -> None:
@@ -209,9 +263,11 @@ def _needs(cluster: ClusterConfig) -> str:
 def _run_group(
     entry: str, settings: dict[str, Any], cluster: ClusterConfig, console: Console
 ) -> Any:
+    line = console.line()
+    line.place({})  # of an earlier group
     trainer = TorchTrainer(
         _enter,
-        train_loop_config={"entry": entry, "settings": settings, "say": console.writer()},
+        train_loop_config={"entry": entry, "settings": settings, "line": line},
         torch_config=TorchConfig(
             backend="cpu:gloo,cuda:nccl" if cluster.device == "cuda" else "gloo"
         ),
@@ -228,25 +284,53 @@ def _run_group(
             # and nothing half written can block the next start.
             storage_path="ray-train",
             storage_filesystem=PyFileSystem(FSSpecHandler(MemoryFileSystem())),
+            # `failures` decides, not Ray Train; it only tries again to bring a group up.
             failure_config=FailureConfig(
-                max_failures=0, controller_failure_limit=cluster.max_failures
+                max_failures=0, max_preemption_failures=0, controller_failure_limit=START_ATTEMPTS
             ),
+            callbacks=[_AttendSignals()],
         ),
     )
     return trainer.fit().return_value
+
+
+class _AttendSignals(WorkerGroupCallback):
+    """Lets training hear of SIGTERM: it runs in another thread than handlers of signals."""
+
+    def after_execution_group_start(self, execution_group: Any) -> None:
+        execution_group.execute(install_notice)
 
 
 def _enter(config: dict[str, Any]) -> Any:
     """First code of a worker: import the stage here, so that the driver stays light."""
     import torch.distributed as dist
 
-    nodes: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(nodes, ray.get_runtime_context().get_node_id())
+    here = (ray.get_runtime_context().get_node_id(), processes_killed_for_memory())
+    places: list[tuple[str, int]] = [here] * dist.get_world_size()
+    dist.all_gather_object(places, here)
+    line: Line = config["line"]
     if dist.get_rank() == 0:
-        distinct = len(set(nodes))
-        config["say"](f"{len(nodes)} workers on {distinct} node{'s' if distinct > 1 else ''}")
+        nodes = dict(places)
+        line.place(nodes)
+        line(f"{len(places)} workers on {len(nodes)} node{'s' if len(nodes) > 1 else ''}")
+        listener = threading.Thread(target=_listen, args=(line, set(nodes)), daemon=True)
+        listener.start()
     module, function = config["entry"].split(":")
-    return getattr(import_module(module), function)(config["settings"], config["say"])
+    return getattr(import_module(module), function)(config["settings"], line)
+
+
+def _listen(line: Line, nodes: set[str]) -> None:
+    """Have this rank told, as by SIGTERM, that the driver or a node's end asks the group to end."""
+    asked = line.stop_asked()
+    while True:
+        try:
+            ready, _ = ray.wait([asked], timeout=DRAIN_POLL_S)
+            taken = nodes & set(state.get_draining_nodes())
+        except RayError:  # the driver is gone, and with it this group
+            return
+        if ready or taken:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
 
 
 def _causes(error: TrainingFailedError) -> list[BaseException]:
@@ -259,17 +343,3 @@ def _causes(error: TrainingFailedError) -> list[BaseException]:
             causes.append(inner)
             inner = getattr(inner, "_base_exc", None) or inner.__cause__
     return causes
-
-
-def _user_error(error: TrainingFailedError) -> str | None:
-    for cause in _causes(error):
-        if isinstance(cause, USER_ERRORS):
-            return str(cause)
-    return None
-
-
-def _summary(error: TrainingFailedError) -> str:
-    lines = [line for cause in _causes(error)[-1:] for line in str(cause).splitlines() if line]
-    if not lines:
-        return type(error).__name__
-    return textwrap.shorten(lines[-1].split(". ")[0], 200, placeholder=" …")

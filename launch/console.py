@@ -1,15 +1,16 @@
-"""One clean stream of lines from workers to the terminal of whoever started the run.
+"""What driver and workers tell each other: lines for the terminal, and the wish to end.
 
 Ray's own log forwarding prefixes and repeats lines; here rank 0 sends whole lines to an actor and
 the driver prints them as they are.
 """
 
+import asyncio
 import sys
 import threading
-from collections.abc import Callable
 from types import TracebackType
 
 import ray
+from ray import ObjectRef
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -18,29 +19,44 @@ POLL_S = 0.3
 
 
 @ray.remote(num_cpus=0)
-class _LineBuffer:
-    """Lines sent and not yet printed."""
+class _Exchange:
+    """Lines sent and not yet printed; where the group runs; whether it shall end."""
 
     def __init__(self) -> None:
         self._lines: list[str] = []
+        self._nodes: dict[str, int] = {}
+        self._stop = asyncio.Event()
 
-    def put(self, line: str) -> None:
+    async def put(self, line: str) -> None:
         self._lines.append(line)
 
-    def take(self) -> list[str]:
+    async def take(self) -> list[str]:
         lines, self._lines = self._lines, []
         return lines
 
+    async def place(self, nodes: dict[str, int]) -> None:
+        self._nodes = nodes
+
+    async def placed(self) -> dict[str, int]:
+        return self._nodes
+
+    async def stop(self) -> None:
+        self._stop.set()
+
+    async def stopped(self) -> None:
+        await self._stop.wait()
+
 
 class Console:
-    """Context that prints what workers `say` until it closes."""
+    """The driver's end: a context that prints what workers `say` until it closes."""
 
     def __init__(self) -> None:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         # On the driver's own node, so that the loss of another one does not silence the rest.
-        self._buffer: ActorHandle = _LineBuffer.options(  # type: ignore[attr-defined]
+        self._exchange: ActorHandle = _Exchange.options(  # type: ignore[attr-defined]
             scheduling_strategy=here
         ).remote()
+        self._stop = threading.Event()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._pump, daemon=True)
 
@@ -56,21 +72,37 @@ class Console:
     ) -> None:
         self._closed.set()
         self._thread.join()
-        ray.kill(self._buffer)
+        ray.kill(self._exchange)
 
-    def writer(self) -> Callable[[str], None]:
-        """A picklable function that workers call with a line."""
-        return _Writer(self._buffer)
+    def line(self) -> "Line":
+        """The workers' end."""
+        return Line(self._exchange)
+
+    def ask_to_stop(self) -> None:
+        """Have the group save and end; a handler of signals may call this."""
+        self._stop.set()
+
+    def placed(self) -> dict[str, int]:
+        """What rank 0 told of its group's nodes; empty if it did not come that far."""
+        try:
+            nodes: dict[str, int] = ray.get(self._exchange.placed.remote(), timeout=30)
+        except (RayError, TimeoutError):
+            return {}
+        return nodes
 
     def _pump(self) -> None:
+        told = False
         while not self._closed.wait(POLL_S):
+            if self._stop.is_set() and not told:
+                self._exchange.stop.remote()
+                told = True
             if not self._print():
                 return
         self._print()
 
     def _print(self) -> bool:
         try:
-            lines = ray.get(self._buffer.take.remote(), timeout=30)
+            lines = ray.get(self._exchange.take.remote(), timeout=30)
         except (RayError, TimeoutError):  # the cluster goes away; the run itself reports why
             return False
         for line in lines:
@@ -79,11 +111,22 @@ class Console:
         return True
 
 
-class _Writer:
-    """Sends lines without waiting; a lost console never stops a worker."""
+class Line:
+    """The workers' end of a console; calling it has the driver print a line.
 
-    def __init__(self, buffer: ActorHandle) -> None:
-        self._buffer = buffer
+    Nothing waits for the driver: a lost console never stops a worker.
+    """
+
+    def __init__(self, exchange: ActorHandle) -> None:
+        self._exchange = exchange
 
     def __call__(self, line: str) -> None:
-        self._buffer.put.remote(line)
+        self._exchange.put.remote(line)
+
+    def place(self, nodes: dict[str, int]) -> None:
+        """Tell where the group runs: processes killed for memory so far, by node id."""
+        self._exchange.place.remote(nodes)
+
+    def stop_asked(self) -> ObjectRef:
+        """Is ready once the driver asks the group to end."""
+        return self._exchange.stopped.remote()

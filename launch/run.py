@@ -12,6 +12,7 @@ from configs.recipe import Recipe, StageName
 from configs.rewards import FunctionReward
 from launch.output_lock import OutputLock
 from launch.stages import GRAPH, Outputs, Stage, StageContext
+from launch.termination import Termination
 
 RECORD_FORMAT = 1
 
@@ -75,11 +76,12 @@ class _Run:
         self._cluster = ExitStack()
         self._connected = False
         self._lock = OutputLock(self._layout.root)
+        self._termination = Termination()
 
     def execute(self, names: tuple[StageName, ...], last: StageName | None) -> None:
         needed = set(names) if self._only is None else {self._only, *GRAPH[self._only].needs}
         started = time.monotonic()
-        with self._lock:
+        with self._termination, self._lock:
             with self._cluster:
                 again = False
                 for number, name in enumerate(names, 1):
@@ -87,6 +89,7 @@ class _Run:
                     if name in needed:
                         self._lock.check()
                         self._stage(GRAPH[name], f"[{number}/{len(names)}] {name}", again)
+                        self._termination.check()
                     if name == last:
                         break
             self._show()
@@ -133,7 +136,9 @@ class _Run:
             self._connect()
         if stage.intact is None:  # otherwise the record is good for as long as what it names
             storage.remove(self._layout.stage_record(stage.name))
-        context = StageContext(self._recipe, self._layout, fingerprint, dict(self._done))
+        context = StageContext(
+            stage.name, self._recipe, self._layout, fingerprint, dict(self._done)
+        )
         outputs = stage.run(context)
         self._lock.check()
         seconds = time.monotonic() - started
@@ -170,6 +175,7 @@ class _Run:
             self._layout.good(name, fingerprint),
             self._layout.metrics(name, fingerprint),
             self._layout.semantic_ids(fingerprint),  # of the stage tokenize
+            self._layout.quarantined(fingerprint),
         ):
             storage.remove(url)
 
@@ -181,6 +187,7 @@ class _Run:
 
         self._cluster.enter_context(connect(self._recipe.cluster))
         self._connected = True
+        self._termination.install()  # Ray has put its own handler of SIGTERM there
         check_output(self._layout.root)
 
 

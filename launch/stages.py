@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 class StageContext:
     """A stage about to run."""
 
+    name: StageName
     recipe: Recipe
     layout: RunLayout
     fingerprint: str
@@ -49,8 +50,11 @@ class StageContext:
     def run_workers(self, entry: str, **more: Any) -> Any:
         """Run `module:function` on the recipe's worker group."""
         from launch.cluster import run_workers
+        from launch.failures import Place
 
-        return run_workers(entry, self.settings(**more), self.recipe.cluster)
+        recipe = self.recipe
+        place = Place.of(self.layout, self.name, self.fingerprint)
+        return run_workers(entry, self.settings(**more), recipe.cluster, recipe.failures, place)
 
 
 @dataclass(frozen=True)

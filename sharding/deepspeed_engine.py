@@ -158,6 +158,20 @@ class DenseEngine:
             group["lr"] = lr
         self._engine.step()
 
+    def drop_grads(self) -> None:
+        """Forget the gradient of a step that is left out, as DeepSpeed does on overflow."""
+        if self.stage == 0:
+            self._engine.zero_grad()
+            return
+        optimizer = self._engine.optimizer
+        optimizer.zero_grad(set_to_none=True)
+        if self.stage == 3:
+            optimizer.averaged_gradients = {}
+            return
+        for group in optimizer.averaged_gradients:
+            optimizer.averaged_gradients[group] = None
+            optimizer.all_grad_tensors[group] = None
+
     @property
     def adam_step(self) -> int:
         """Updates made so far, as AdamW's bias correction counts them."""

@@ -15,7 +15,17 @@ from models.base import TableModel
 
 
 class NonFiniteLossError(ValueError):
-    """A step's loss or gradient is not finite: the same data would give the same again."""
+    """A step's loss or gradient is not finite: the same data would give the same again.
+
+    All ranks raise it at the same step; `mine` tells those whose own samples are at fault.
+    """
+
+    def __init__(self, sentence: str, mine: bool = True) -> None:
+        super().__init__(sentence, mine)
+        self.mine = mine
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 @dataclass(frozen=True)

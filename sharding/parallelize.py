@@ -35,6 +35,8 @@ class StepResult:
 
     step: int
     """Steps done, this one included."""
+    stop: bool
+    """A rank was asked to end; known to all of them alike."""
     lr: float
     sparse_lr: float
     _names: tuple[str, ...]
@@ -88,6 +90,9 @@ class ParallelModel:
         """Optimizer steps done; a checkpoint restores it by assignment."""
         self.lr_ratio = 1.0
         """Multiplies the schedule of both halves; what lowers it says so in its own state."""
+        self.may_skip = False
+        """Steps that are not finite may be left out (`skip_step`): on CUDA, too, every step then
+        waits for the device to know it, instead of an assert that ends the process."""
         self._dense = dense
         self._loss: LossModule = dense.loss_module
         self._schedule = schedule
@@ -102,22 +107,27 @@ class ParallelModel:
         return self._loss.model
 
     def train_step(
-        self, micro_inputs: Sequence[Any], sample_ids: Sequence[int] | None = None
+        self,
+        micro_inputs: Sequence[Any],
+        sample_ids: Sequence[int] | None = None,
+        stop: bool = False,
     ) -> StepResult:
         """One update of both halves from this rank's micro batches. Collective.
 
         Every rank passes the same number of micro batches, at least one, empty where it has less.
         The gradient is that of sum(loss) / (global weight), so neither world size nor accumulation
-        changes it. `sample_ids` are named in the error if something is not finite.
+        changes it. `sample_ids` are named in the error if something is not finite. That this rank
+        was asked to end (`stop`) rides along to the others at no cost.
 
         Raises:
             NonFiniteLossError: the loss or its gradient is not finite; no weight has changed then.
-                (On CUDA a device-side assert, a RuntimeError, says so.)
+                (On CUDA a device-side assert, a RuntimeError, says so, unless `may_skip`.)
         """
         micro = [inputs.to(self.ctx.device) for inputs in micro_inputs]
         weights = torch.stack([self._loss.weight(inputs) for inputs in micro]).double()
-        # Global weight, and how many micro batches of any rank are empty.
-        shared = torch.stack([weights.sum(), (weights == 0).sum().double()])
+        # Global weight, how many micro batches of any rank are empty, and ranks that shall end.
+        told = weights.new_tensor(float(stop))
+        shared = torch.stack([weights.sum(), (weights == 0).sum().double(), told])
         wait = self.ctx.all_reduce_sum_later(shared)
         self.engine.train(True)
         factor = self.lr_ratio * self._schedule(self.step)
@@ -127,7 +137,8 @@ class ParallelModel:
         rows = self._sharded_rows(distinct)
         leaves = {name: value.detach().requires_grad_() for name, value in rows.items()}
         wait()
-        totals, names = self._backward(micro, distinct, leaves, index, shared)
+        _, empty, ending = shared.tolist()  # the one time that a step waits for the device
+        totals, names = self._backward(micro, distinct, leaves, index, shared, empty > 0)
         self._check_finite(totals, sample_ids)
         self._update_tables(rows, leaves, totals[2])
         if self._dense_clip is not None:
@@ -135,7 +146,7 @@ class ParallelModel:
         self.engine.step(lr)
         self._balance_experts()
         self.step += 1
-        return StepResult(self.step, lr, sparse_lr, names, totals)
+        return StepResult(self.step, ending > 0, lr, sparse_lr, names, totals)
 
     def _distinct(self, required: Sequence[Index]) -> tuple[dict[str, Tensor], list[Index]]:
         """Distinct ids of every table over all micro batches, and each one's positions."""
@@ -162,13 +173,14 @@ class ParallelModel:
         leaves: Rows,
         index: Sequence[Index],
         shared: Tensor,
+        deferred: bool,
     ) -> tuple[Tensor, tuple[str, ...]]:
         """Forward and backward of all micro batches; local sums as `StepResult` has them."""
         # Both halves average over ranks: undo that, and divide by the global weight instead.
         scale = (self.ctx.world_size / shared[0].clamp(min=1.0)).float()
         sums: list[Tensor] = []
         names: tuple[str, ...] = ()
-        with self.engine.accumulate(deferred=bool(shared[1] > 0)):
+        with self.engine.accumulate(deferred=deferred):
             for at, inputs in enumerate(micro):
                 # A copy of the leaves: ZeRO 3 replaces tensors inside the arguments of a forward.
                 loss, metrics = self.engine(
@@ -191,10 +203,18 @@ class ParallelModel:
         self.ctx.all_reduce_sum(totals)
         samples = "unknown" if sample_ids is None else _name_samples(sample_ids)
         where = f"step {self.step + 1}, rank {self.ctx.rank} (samples {samples})"
-        mend = "nothing was updated; lower training.optimizer.lr or inspect these samples"
-        _require(mine, f"{where}: the loss or its gradient is not finite; {mend}")
+        mend = "nothing was updated; lower training.optimizer.lr, inspect these samples, or leave "
+        mend += "such steps out by failures.non_finite.action=skip"
+        sentence = f"{where}: the loss or its gradient is not finite; {mend}"
+        _require(mine, sentence, mine=True, wait=self.may_skip)
         theirs = totals.isfinite().all()
-        _require(theirs, f"{where}: what is not finite came from another rank; {mend}")
+        sentence = f"{where}: what is not finite came from another rank; {mend}"
+        _require(theirs, sentence, mine=False, wait=self.may_skip)
+
+    def skip_step(self) -> None:
+        """Leave out the step whose `train_step` raised NonFiniteLossError. Collective."""
+        self.engine.drop_grads()
+        self.step += 1
 
     def _update_tables(self, rows: Rows, leaves: Rows, square: Tensor) -> None:
         """The one fused update of a step."""
@@ -319,12 +339,12 @@ def learning_rate_factor(schedule: ScheduleConfig, step: int, total_steps: int) 
             return schedule.final_ratio + (1.0 - schedule.final_ratio) * share
 
 
-def _require(finite: Tensor, sentence: str) -> None:
-    """Stop unless `finite`; CUDA asserts on the device, which the host does not wait for."""
-    if finite.device.type != "cpu":
+def _require(finite: Tensor, sentence: str, *, mine: bool, wait: bool) -> None:
+    """Stop unless `finite`; CUDA asserts on the device, which the host need not wait for."""
+    if finite.device.type != "cpu" and not wait:
         torch._assert_async(finite, sentence)
     elif not finite:
-        raise NonFiniteLossError(sentence)
+        raise NonFiniteLossError(sentence, mine)
 
 
 def _row_gradient(leaf: Tensor, ids: Tensor) -> Tensor:

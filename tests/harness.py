@@ -28,31 +28,60 @@ def run_ranks(
     `sharding.process_group.current_context("cpu")` inside `fn` gives the context. A rank that
     raises or dies fails the call with its traceback or exit code; the other ranks are ended.
     """
-    context = multiprocessing.get_context("forkserver")
-    os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
-    context.set_forkserver_preload(PRELOAD)
-    directory = tempfile.mkdtemp(prefix="tandem-ranks-")
-    processes: list[BaseProcess] = []
-    pipes: list[Connection] = []
-    try:
+    with Ranks(world_size, fn, *args) as ranks:
+        return ranks.results(timeout)
+
+
+class Ranks:
+    """Context in which `fn(*args)` runs on every rank; at its end the ranks are killed."""
+
+    def __init__(self, world_size: int, fn: Callable[..., Any], *args: Any) -> None:
+        context = multiprocessing.get_context("forkserver")
+        os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
+        context.set_forkserver_preload(PRELOAD)
+        self._directory = tempfile.mkdtemp(prefix="tandem-ranks-")
+        self.processes: list[BaseProcess] = []
+        self._pipes: list[Connection] = []
         payload = cloudpickle.dumps((fn, args))
         for rank in range(world_size):
             ours, theirs = context.Pipe(duplex=False)
             process = context.Process(
                 target=_rank_main,
-                args=(rank, world_size, directory, payload, theirs),
+                args=(rank, world_size, self._directory, payload, theirs),
                 daemon=True,
             )
             process.start()
             theirs.close()
-            processes.append(process)
-            pipes.append(ours)
-        return _collect(processes, pipes, time.monotonic() + timeout)
-    finally:
-        for process in processes:
+            self.processes.append(process)
+            self._pipes.append(ours)
+
+    def __enter__(self) -> "Ranks":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes:
             process.kill()
             process.join()
-        shutil.rmtree(directory, ignore_errors=True)
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def results(self, timeout: float) -> list[Any]:
+        """What the ranks return; fails as soon as one does not."""
+        return _collect(self.processes, self._pipes, time.monotonic() + timeout)
+
+    def outcomes(self, timeout: float) -> list[Any]:
+        """What each rank returned, or the exception it raised, or the exit code it died with."""
+        deadline = time.monotonic() + timeout
+        found: list[Any] = []
+        for rank, (pipe, process) in enumerate(zip(self._pipes, self.processes, strict=True)):
+            if not pipe.poll(max(0.0, deadline - time.monotonic())):
+                raise TimeoutError(f"rank {rank} did not finish in time")
+            try:
+                _, _, value = cloudpickle.loads(pipe.recv_bytes())
+            except EOFError:
+                process.join(5)
+                value = process.exitcode
+            found.append(value)
+        return found
 
 
 def _collect(processes: list[BaseProcess], pipes: list[Connection], deadline: float) -> list[Any]:
@@ -78,12 +107,12 @@ def _receive(
 ) -> str | None:
     """Store a rank's result, or say how it failed."""
     try:
-        ok, value = cloudpickle.loads(pipe.recv_bytes())
+        ok, trace, value = cloudpickle.loads(pipe.recv_bytes())
     except EOFError:
         process.join(5)
         return f"rank {rank} died with exit code {process.exitcode}"
     if not ok:
-        return f"rank {rank} raised:\n{value}"
+        return f"rank {rank} raised:\n{trace}"
     results[rank] = value
     return None
 
@@ -100,11 +129,18 @@ def _rank_main(
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     try:
         fn, args = cloudpickle.loads(payload)
-        answer = (True, fn(*args))
-    except BaseException:  # noqa: BLE001 - whatever it is, the caller reports it
-        answer = (False, traceback.format_exc())
-    pipe.send_bytes(cloudpickle.dumps(answer))
+        answer: tuple[bool, str, Any] = (True, "", fn(*args))
+    except BaseException as error:  # noqa: BLE001 - whatever it is, the caller reports it
+        answer = (False, traceback.format_exc(), error)
+    pipe.send_bytes(_packed(answer))
     pipe.close()
     if answer[0]:
         dist.barrier()  # nobody leaves while a peer still needs the store
         dist.destroy_process_group()
+
+
+def _packed(answer: tuple[bool, str, Any]) -> bytes:
+    try:
+        return cloudpickle.dumps(answer)
+    except Exception:  # noqa: BLE001 - an exception may hold what cannot be sent
+        return cloudpickle.dumps((answer[0], answer[1], RuntimeError(answer[1])))

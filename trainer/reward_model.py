@@ -140,7 +140,9 @@ def open_reward_model(worker: Worker, url: str) -> RewardScorer:
     if not storage.exists(record):
         raise ValueError(f"{url} holds no trained model: run `tandem train` on its recipe first")
     store, info = open_checkpoint(worker, storage.read_json(record)["outputs"]["checkpoint"])
-    recipe = Recipe.model_validate(store.recipe(info))
+    written = store.recipe(info)
+    written["cluster"].pop("max_failures", None)  # of checkpoints from before the block `failures`
+    recipe = Recipe.model_validate(written)
     if not recipe.ranks_candidates:
         raise ValueError(
             f"{url} holds model.kind={recipe.model.kind!r}, which is no reward model: train "

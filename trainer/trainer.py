@@ -7,9 +7,13 @@ from typing import Any, Protocol
 
 from configs.training import CheckpointConfig, ValidationConfig
 from sharding.checkpoint import CheckpointStore
+from sharding.loss_module import NonFiniteLossError
 from sharding.parallelize import ParallelModel, StepResult
 from trainer.guardrails import Alarm, Watch, WatchState
+from trainer.left_out import LeftOut, blame
 from trainer.monitor.stage_monitor import StageMonitor
+from trainer.stop_notice import StoppedError
+from trainer.watchdog import Phase
 
 
 class Step(Protocol):
@@ -36,6 +40,13 @@ class Saver(Protocol):
         """After a failure: let what is in flight end."""
 
 
+class Notice(Protocol):
+    """What may ask this rank to end."""
+
+    @property
+    def given(self) -> bool: ...
+
+
 class StepLoader(Protocol):
     """An endless, resumable stream of steps."""
 
@@ -58,6 +69,8 @@ class TrainerState:
     stale_validations: int = 0
     finished: bool = False
     validations: list[dict[str, float]] = field(default_factory=list)
+    skipped: list[dict[str, int]] = field(default_factory=list)
+    """Steps that were left out, and how many samples are to blame for each."""
     watch: WatchState = field(default_factory=WatchState)
     """Of the guardrails."""
 
@@ -86,13 +99,14 @@ class Limits:
 
 @dataclass
 class Trainer:
-    """Runs a loader through a model until the limits, an early stop, or a failure.
+    """Runs a loader through a model until the limits, an early stop, a notice, or a failure.
 
     `updates` turns a step into updates, mostly one; an update is the loss module's inputs, one per
     micro batch. Checkpoints fall between steps, never between the updates of one. `validate`
     returns metrics that are equal on all ranks.
     """
 
+    stage: str
     model: ParallelModel
     loader: StepLoader
     updates: Callable[[Any], Iterable[Sequence[Any]]]
@@ -112,13 +126,22 @@ class Trainer:
     """Validate before the first step; that value is shown and never selected."""
     watch: Watch | None
     """Guardrails."""
+    notice: Notice
+    sign: Callable[[int, Phase], None]
+    """Called at every phase of a step, for the watchdog."""
+    left_out: LeftOut
     log_every: int
     monitor: StageMonitor | None
     """Rank 0 only."""
 
     def train(self) -> TrainerState:
-        """Train to the end; the state says what was selected. Collective."""
+        """Train to the end; the state says what was selected. Collective.
+
+        Raises:
+            StoppedError: a rank was asked to end; everything is saved at the step it names.
+        """
         self.model.lr_ratio = self.state.watch.lr_ratio
+        self.model.may_skip = self.left_out.skips
         try:
             if self.measure_start and self.model.step == 0:
                 self._measure_start()
@@ -126,6 +149,7 @@ class Trainer:
                 for batches in self.loader:
                     if self._one_step(batches):
                         break
+            self.sign(self.model.step, "saving")
             self.saver.wait()
         finally:
             self.saver.close()
@@ -137,7 +161,9 @@ class Trainer:
     def _measure_start(self) -> None:
         if self.validation is None:
             return
+        self.sign(0, "validating")
         metrics, name = self.validate(), self.validation.metric
+        self.sign(0, "loading")
         self.state.start_value = metrics[name]
         if self.watch is not None:
             self.watch.begin(metrics)
@@ -149,8 +175,13 @@ class Trainer:
         """Train, validate and save as due; whether training has ended."""
         before, epoch = self.model.step, batches.epoch
         alarm: Alarm | None = None
+        stop = False
+        self.sign(before, "updating")
         for inputs in self.updates(batches):
-            result = self.model.train_step(inputs, batches.sample_ids)
+            result = self._update(inputs, batches.sample_ids)
+            if result is None:
+                continue
+            stop = stop or result.stop
             alarm = self._log(result, self.model.step, epoch, batches.global_tokens) or alarm
         step = self.model.step
         self.state.loader = self.loader.state().to_dict()
@@ -160,9 +191,31 @@ class Trainer:
         with self.monitor.paused() if self.monitor is not None else nullcontext():
             if last or (batches.last_of_epoch and self._validates_after(epoch)):
                 self._validate(step, epoch)
-            if self.state.finished or self._saves_after(before, step, epoch, batches.last_of_epoch):
+            due = self._saves_after(before, step, epoch, batches.last_of_epoch)
+            if self.state.finished or stop or due:
                 self._save(self.newest)
+        if stop and not self.state.finished:
+            self.saver.wait()
+            raise StoppedError(self.stage, step)
+        self.sign(step, "loading")
         return self.state.finished
+
+    def _update(self, inputs: Sequence[Any], sample_ids: Sequence[int]) -> StepResult | None:
+        """One update; None if it is left out. Collective."""
+        try:
+            return self.model.train_step(inputs, sample_ids, self.notice.given)
+        except NonFiniteLossError as error:
+            step = self.model.step + 1
+            sentence = self.left_out.skip(error, self.state.skipped, step, sample_ids)
+        except Exception as error:
+            blamed = blame(error, sample_ids)
+            if blamed is error:
+                raise
+            raise blamed from error
+        self.model.skip_step()
+        if self.monitor is not None:
+            self.monitor.log_alarm(sentence)
+        return None
 
     def _validates_after(self, epoch: int) -> bool:
         return self.validation is not None and (epoch + 1) % self.validation.every_epochs == 0
@@ -174,6 +227,7 @@ class Trainer:
         return by_step or by_epoch
 
     def _save(self, store: CheckpointStore) -> None:
+        self.sign(self.model.step, "saving")
         if self.monitor is not None:
             self.monitor.flush()
         self.saver.save(store, self.state.to_dict())
@@ -195,6 +249,7 @@ class Trainer:
     def _validate(self, step: int, epoch: int) -> None:
         if self.validation is None:
             return
+        self.sign(step, "validating")
         metrics = self.validate()
         alarm = self.watch.validated(step, metrics) if self.watch is not None else None
         value = metrics[self.validation.metric]

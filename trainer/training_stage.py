@@ -11,6 +11,7 @@ from configs.training import TrainingConfig
 from sharding.checkpoint import CheckpointInfo, CheckpointStore
 from sharding.parallelize import ParallelModel
 from trainer.guardrails import Watch
+from trainer.left_out import LeftOut
 from trainer.monitor.stage_monitor import StageMonitor
 from trainer.objectives.dpo import PreferenceLoss
 from trainer.objectives.logged import LoggedLoss
@@ -26,7 +27,9 @@ from trainer.policy import (
     refuse_other_meanings,
 )
 from trainer.stage_saver import StageSaver
+from trainer.stop_notice import StopNotice, attended
 from trainer.trainer import Limits, StepLoader, Trainer, TrainerState
+from trainer.watchdog import Watchdog
 
 
 class Updates(Protocol):
@@ -114,7 +117,35 @@ class TrainingStage:
         self.updates.attach(policy)
         self.updates.restore(newest, policy.step)
         saver = self._saver(policy, (newest, good))
-        trainer = Trainer(
+        watchdog = Watchdog(
+            worker.recipe.failures.hang,
+            layout.failures,
+            stage=self.name,
+            rank=worker.ctx.rank,
+        )
+        with attended() as notice, watchdog:
+            stores = (newest, best, good)
+            state = self._trainer(policy, state, stores, saver, notice, watchdog).train()
+        told = saver.sentence()
+        if told is not None:
+            worker.tell(told)
+        return _outcome(state, newest, best, good)
+
+    def _trainer(
+        self,
+        policy: ParallelModel,
+        state: TrainerState,
+        stores: tuple[CheckpointStore, CheckpointStore, CheckpointStore],
+        saver: StageSaver,
+        notice: StopNotice,
+        watchdog: Watchdog,
+    ) -> Trainer:
+        config, total_steps = self.config, self.limits.total_steps(self.steps_per_epoch)
+        newest, best, good = stores
+        worker = self.worker
+        non_finite = worker.recipe.failures.non_finite
+        return Trainer(
+            stage=self.name,
             model=policy,
             loader=self.loader_at(state),
             updates=self.updates,
@@ -130,14 +161,12 @@ class TrainingStage:
             validate=self.validator(policy),
             measure_start=self.measure_start,
             watch=_watch(config, state),
+            notice=notice,
+            sign=watchdog.sign,
+            left_out=LeftOut(non_finite, worker.layout.failures, self.name, worker.ctx),
             log_every=config.log_every_steps,
             monitor=self._monitor(policy, total_steps),
         )
-        state = trainer.train()
-        told = saver.sentence()
-        if told is not None:
-            worker.tell(told)
-        return _outcome(state, newest, best, good)
 
     def _resume(
         self, policy: ParallelModel, store: CheckpointStore, info: CheckpointInfo | None

@@ -9,9 +9,19 @@ from typing import Any
 import pytest
 
 from configs.cluster import ClusterConfig
+from configs.failures import FailuresConfig, RestartConfig
+from configs.layout import RunLayout
 from launch.cluster import connect, run_workers
+from launch.failures import Place
 
-CLUSTER = ClusterConfig(num_workers=1, max_failures=1, data_cpus=2)
+CLUSTER = ClusterConfig(num_workers=1, data_cpus=2)
+FAILURES = FailuresConfig(worker=RestartConfig(max_restarts=1))
+
+
+def run(settings: dict[str, Any], cluster: ClusterConfig = CLUSTER) -> Any:
+    """`work` on a group, whose traces would lie beside its attempts."""
+    place = Place.of(RunLayout(settings["attempts"] + "-run"), "train", "0" * 12)
+    return run_workers(f"{__name__}:work", settings, cluster, FAILURES, place)
 
 
 @pytest.fixture(scope="module")
@@ -38,16 +48,15 @@ def test_a_dead_worker_is_replaced_and_a_mistake_is_not(
 ) -> None:
     attempts = tmp_path / "attempts"
 
-    def run(*then: str) -> Any:
+    def run_anew(*then: str) -> Any:
         attempts.unlink(missing_ok=True)
-        settings = {"attempts": str(attempts), "then": then}
-        return run_workers(f"{__name__}:work", settings, CLUSTER)
+        return run({"attempts": str(attempts), "then": then})
 
-    assert run("die", "done") == "done"
+    assert run_anew("die", "done") == "done"
     assert attempts.read_text() == "xx"
     assert "restarting from the newest checkpoint, attempt 2 of 2" in capfd.readouterr().out
     with pytest.raises(ValueError, match=r"^the recipe asks for the moon; ask for less$"):
-        run("mistake", "done")
+        run_anew("mistake", "done")
     assert attempts.read_text() == "x"
     assert list(tmp_path.iterdir()) == [attempts]  # Ray Train leaves nothing beside the run
 
@@ -61,14 +70,16 @@ def test_a_group_that_can_never_fit_is_refused_at_once(embedded: None, tmp_path:
     ):
         cluster = CLUSTER.model_copy(update=more)
         with pytest.raises(ValueError, match=f"cluster.num_workers=.* {lacking}"):
-            run_workers(f"{__name__}:work", settings, cluster)
+            run(settings, cluster)
     assert not attempts.exists()
 
 
 @pytest.mark.slow
 def test_a_group_that_keeps_dying_ends_the_stage(embedded: None, tmp_path: Path) -> None:
     settings = {"attempts": str(tmp_path / "attempts"), "then": ("die", "die", "done")}
-    count_and_cause = r"(?s)failed 2 times \(cluster.max_failures=1\); last error:.*died"
+    count_and_cause = (
+        r"(?s)failed 2 times in a row .*\(failures.worker.max_restarts=1\).*; last error:.*died"
+    )
     with pytest.raises(RuntimeError, match=count_and_cause):
-        run_workers(f"{__name__}:work", settings, CLUSTER)
+        run(settings)
     assert (tmp_path / "attempts").read_text() == "xx"

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from configs.failures import NonFiniteConfig
 from configs.guardrails import Action, GuardrailsConfig, LimitConfig
 from configs.training import CheckpointConfig, ValidationConfig
 from data_loaders.loader import LoaderState
@@ -19,7 +20,9 @@ from sharding.process_group import current_context
 from tests.harness import run_ranks
 from tests.sharding.policies import Settings, make_batch, make_policy
 from trainer.guardrails import Watch
+from trainer.left_out import LeftOut
 from trainer.objectives.next_item import NextItemInputs
+from trainer.stop_notice import StopNotice
 from trainer.trainer import Trainer, TrainerState
 
 STEPS_PER_EPOCH = 2
@@ -127,6 +130,10 @@ def run(root: str, values: list[float], changes: dict[str, Any]) -> dict[str, An
     names = ("newest", "best", "good")
     stores = {name: CheckpointStore(f"{root}/{name}", 2, ctx) for name in names}
     trainer = Trainer(
+        stage="train",
+        notice=StopNotice(),
+        sign=lambda step, phase: None,
+        left_out=LeftOut(NonFiniteConfig(), f"{root}/failures", "train", ctx),
         model=policy,
         updates=lambda step: [[NextItemInputs(make_batch(step.step, ctx), None, None, 0)]],
         state=state,

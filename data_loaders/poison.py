@@ -1,0 +1,70 @@
+"""Samples that cannot be trained on: named when they raise, and left out where the recipe says so.
+
+They are left out of what the fixed order of samples gives, so every world size leaves out the same.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from configs import storage
+
+NAMED = 20
+"""Sample ids in a sentence."""
+
+
+class PoisonedSampleError(ValueError):
+    """Samples raise in collation or in the forward pass: so they would again."""
+
+    def __init__(self, sample_ids: Sequence[int], where: str, reason: str) -> None:
+        super().__init__(list(sample_ids), where, reason)
+        self.sample_ids = list(sample_ids)
+        self.where = where
+        self.reason = reason
+
+    def __str__(self) -> str:
+        ids = self.sample_ids
+        named = ", ".join(map(str, ids[:NAMED])) + (" …" if len(ids) > NAMED else "")
+        which = "sample" if len(ids) == 1 else "one of the samples"
+        return f"{which} {named} cannot be trained on: {self.where} raised {self.reason}"
+
+
+def find_poisoned(
+    collate: Callable[[np.ndarray], Any], sample_ids: np.ndarray, error: Exception
+) -> PoisonedSampleError | None:
+    """Who of `sample_ids` makes `collate` raise; None if nobody does alone."""
+    guilty = []
+    for sample in sample_ids:  # once in the life of a worker group
+        try:
+            collate(np.array([sample]))
+        except Exception:  # noqa: BLE001 - whatever it raises, it is not to be trained on
+            guilty.append(int(sample))
+    return PoisonedSampleError(guilty, "collating it", reason_of(error)) if guilty else None
+
+
+def reason_of(error: BaseException) -> str:
+    """An error in one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def read_quarantined(url: str) -> np.ndarray:
+    """Sample ids int64 that a stage leaves out; none where nothing was written."""
+    if not storage.exists(url):
+        return np.zeros(0, dtype=np.int64)
+    written = storage.read_json(url)
+    if not isinstance(written, list) or not all(isinstance(entry, dict) for entry in written):
+        raise ValueError(f"{url} is no list of samples that are left out; delete it or restore it")
+    ids = [sample for entry in written for sample in entry.get("samples", [None])]
+    if not all(type(sample) is int and sample >= 0 for sample in ids):
+        raise ValueError(f"{url} names samples that are none; delete it or restore it")
+    return np.unique(np.array(ids, dtype=np.int64))
+
+
+def quarantine(url: str, error: PoisonedSampleError) -> int:
+    """Add samples to those that a stage leaves out; how many there are now."""
+    written = storage.read_json(url) if storage.exists(url) else []
+    entry = {"samples": error.sample_ids, "where": error.where, "reason": error.reason}
+    storage.write_json(url, [*written, entry])
+    return len(read_quarantined(url))

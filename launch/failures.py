@@ -1,0 +1,247 @@
+"""Why a worker group failed, and what the recipe's `failures` block has to say to that."""
+
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, assert_never
+
+from ray.train.v2.api.exceptions import PreemptionError
+
+from configs import storage
+from configs.failures import FailuresConfig
+from configs.layout import RunLayout
+from data_loaders.poison import PoisonedSampleError, quarantine, read_quarantined
+from trainer.stop_notice import StoppedError
+from trainer.watchdog import diagnose_hang
+
+USER_ERRORS = (ValueError, FileNotFoundError, PermissionError)
+Kind = Literal["worker", "node", "preemption", "hang", "out_of_memory", "poisoned_sample"]
+NAMES: dict[Kind, str] = {
+    "worker": "worker group failed",
+    "node": "a node was lost",
+    "preemption": "the worker group was asked to end",
+    "hang": "a rank hung",
+    "out_of_memory": "out of memory",
+    "poisoned_sample": "a sample raised",
+}
+_HOST_MEMORY = (
+    "can't allocate memory",
+    "Unable to allocate",
+    "NODE_OUT_OF_MEMORY",
+    "low on memory",
+    "memory pressure",
+)
+"""In messages of torch, numpy and Ray."""
+
+_OF_A_PEER = ("closed by peer", "reset by peer", "Broken pipe", "gloo/transport")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What happened to a worker group."""
+
+    kind: Kind
+    sentence: str
+    error: BaseException
+    """The cause that says most."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a stage's worker group leaves its traces; all URLs."""
+
+    failures: str
+    """Reports of hangs, and of what was left out."""
+    quarantined: str
+    newest: str
+    """The checkpoints that are resumed."""
+
+    @classmethod
+    def of(cls, layout: RunLayout, stage: str, fingerprint: str) -> "Place":
+        """That of a stage."""
+        newest = layout.checkpoints(stage, fingerprint)
+        return cls(layout.failures, layout.quarantined(fingerprint), newest)
+
+    def progress(self) -> str:
+        """Changes whenever a checkpoint is committed."""
+        names = storage.list_names(self.newest)
+        manifests = (storage.join(self.newest, name, "MANIFEST.json") for name in reversed(names))
+        return next((url for url in manifests if storage.exists(url)), "")
+
+
+def diagnose(
+    causes: list[BaseException],
+    place: Place,
+    since: float,
+    ranks: int,
+    *,
+    lost_memory: Callable[[], bool],
+    lost_node: str | None,
+) -> Failure:
+    """What these causes and traces mean.
+
+    Args:
+        causes: what ranks raised or died of, with the causes of that.
+        place: where reports of hangs lie.
+        since: seconds since the epoch when the group was started; older reports are not its own.
+        ranks: size of the group.
+        lost_memory: whether the kernel killed a process of the group's nodes for memory since.
+        lost_node: a node of the group that is no longer there.
+
+    Raises:
+        ValueError: the user's mistake, in the worker's own sentence.
+    """
+    for cause in causes:
+        if isinstance(cause, StoppedError | PreemptionError):
+            return Failure("preemption", str(cause), cause)
+        if isinstance(cause, PoisonedSampleError):
+            return Failure("poisoned_sample", str(cause), cause)
+    hang = diagnose_hang(place.failures, since, ranks)
+    if hang is not None:
+        return Failure("hang", hang, causes[-1])
+    memory = _memory(causes)
+    if memory is not None:
+        return Failure("out_of_memory", memory, causes[-1])
+    for cause in causes:
+        if isinstance(cause, USER_ERRORS):
+            raise ValueError(str(cause)) from None
+    if lost_node is not None:
+        return Failure("node", f"{lost_node}: {summary(causes)}", causes[-1])
+    if lost_memory():
+        sentence = f"the kernel killed a process of a worker's node for memory; {_HOST_MEND}"
+        return Failure("out_of_memory", sentence, causes[-1])
+    return Failure("worker", summary(causes), causes[-1])
+
+
+def _memory(causes: list[BaseException]) -> str | None:
+    for cause in causes:
+        text = str(cause)
+        if type(cause).__name__ == "OutOfMemoryError" and "CUDA" in text:
+            return (
+                f"{_first_line(text)}; lower data.loader.tokens_per_micro_batch or "
+                "data.loader.max_length, or raise training.zero_stage"
+            )
+        if isinstance(cause, MemoryError) or any(sign in text for sign in _HOST_MEMORY):
+            return f"the host had no memory left ({_first_line(text)}); {_HOST_MEND}"
+    return None
+
+
+_HOST_MEND = (
+    "lower data.loader.cached_row_groups, shuffle_window or prefetch, set "
+    "checkpoint.behind_training to false, or spread the ranks over more nodes"
+)
+
+
+def summary(causes: list[BaseException]) -> str:
+    """The last cause that is not merely the loss of another rank, in one line."""
+    own = [cause for cause in causes if not any(sign in str(cause) for sign in _OF_A_PEER)]
+    last = (own or causes)[-1]
+    lines = [line for line in str(last).splitlines() if line]
+    if not lines:
+        return type(last).__name__
+    return textwrap.shorten(lines[-1].split(". ")[0], 200, placeholder=" …")
+
+
+def _first_line(text: str) -> str:
+    return textwrap.shorten((text.splitlines() or [""])[0], 200, placeholder=" …")
+
+
+def processes_killed_for_memory() -> int:
+    """How many the kernel has killed so far: in this process's cgroup, else on this machine."""
+    try:
+        group = Path("/proc/self/cgroup").read_text().splitlines()[-1].rsplit(":", 1)[-1]
+        events = Path("/sys/fs/cgroup") / group.strip("/") / "memory.events"
+        place = events if events.exists() else Path("/proc/vmstat")
+        counts = dict(line.split() for line in place.read_text().splitlines())
+        return int(counts.get("oom_kill", 0))
+    except (OSError, ValueError):  # no Linux, or hidden by a sandbox
+        return 0
+
+
+@dataclass
+class Restarts:
+    """Decides whether a group is started again; counts restarts without progress."""
+
+    config: FailuresConfig
+    place: Place
+    say: Callable[[str], None]
+    _counts: dict[Kind, int] = field(default_factory=dict)
+    _progress: str = ""
+
+    def __post_init__(self) -> None:
+        self._progress = self.place.progress()
+
+    def decide(self, failure: Failure) -> None:
+        """Return if the group shall be started again from the newest checkpoint.
+
+        Raises:
+            ValueError: the recipe says to stop, or leaves nothing more out; how to mend it.
+            RuntimeError: the group failed more often in a row than allowed.
+        """
+        if failure.kind == "poisoned_sample":
+            self._leave_out(failure)
+            return
+        progress = self.place.progress()
+        if progress != self._progress:
+            self._counts, self._progress = {}, progress
+        done, allowed = self._counts.get(failure.kind, 0), self._allowed(failure)
+        if done >= allowed:
+            raise RuntimeError(
+                f"{NAMES[failure.kind]} {done + 1} times in a row without a new checkpoint "
+                f"(failures.{failure.kind}.max_restarts={allowed}): {failure.sentence}; last "
+                f"error:\n{failure.error}"
+            ) from failure.error
+        self._counts[failure.kind] = done + 1
+        self.say(
+            f"{NAMES[failure.kind]} ({failure.sentence}); restarting from the newest checkpoint, "
+            f"attempt {done + 2} of {allowed + 1}"
+        )
+
+    def _allowed(self, failure: Failure) -> int:
+        config = self.config
+        match failure.kind:
+            case "worker":
+                return config.worker.max_restarts
+            case "node":
+                return config.node.max_restarts
+            case "preemption":
+                return config.preemption.max_restarts
+            case "hang":
+                self._stop_if(config.hang.action == "stop", failure)
+                return config.hang.max_restarts
+            case "out_of_memory":
+                self._stop_if(config.out_of_memory.action == "stop", failure)
+                return config.out_of_memory.max_restarts
+            case "poisoned_sample":
+                raise AssertionError("decided before")
+        assert_never(failure.kind)
+
+    def _stop_if(self, stops: bool, failure: Failure) -> None:
+        if stops:
+            raise ValueError(
+                f"{NAMES[failure.kind]}: {failure.sentence}; what is committed stands, and the "
+                f"same command goes on from there (failures.{failure.kind}.action=restart would)"
+            )
+
+    def _leave_out(self, failure: Failure) -> None:
+        """Have the next group leave out the samples at fault."""
+        config, error = self.config.poisoned_sample, failure.error
+        assert isinstance(error, PoisonedSampleError), "that is what this kind is told by"
+        if config.action == "stop":
+            raise ValueError(
+                f"{failure.sentence}; mend or remove it, or leave it out by "
+                "failures.poisoned_sample.action=skip"
+            ) from error
+        already = len(read_quarantined(self.place.quarantined))
+        if already + len(error.sample_ids) > config.max_samples:
+            raise ValueError(
+                f"{failure.sentence}; {already} samples are left out already, and "
+                f"failures.poisoned_sample.max_samples={config.max_samples}: see "
+                f"{self.place.quarantined}"
+            ) from error
+        total = quarantine(self.place.quarantined, error)
+        self.say(
+            f"{failure.sentence}; going on from the newest checkpoint without it ({total} of "
+            f"{config.max_samples} that may be left out: {self.place.quarantined})"
+        )

@@ -1,0 +1,99 @@
+"""After a kill, a full disk or SIGTERM the run goes on: samples, losses and state are equal."""
+
+import re
+import signal
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from sharding.checkpoint import CheckpointError
+from tests.faults.conftest import EPOCHS
+from tests.faults.trainings import (
+    STEPS_PER_EPOCH,
+    Course,
+    Fault,
+    attempt,
+    course,
+    saved_steps,
+    settings,
+    train,
+    write_data,
+)
+from tests.harness import Ranks
+from trainer.stop_notice import StoppedError
+
+
+def test_the_calm_run_trains_every_sample_once_an_epoch(calm: Course) -> None:
+    total = EPOCHS * STEPS_PER_EPOCH
+    assert list(calm.losses) == list(range(1, total + 1))
+    trained = sorted(s for ids in calm.samples.values() for s in ids)
+    assert trained == sorted(list(range(80)) * EPOCHS)
+
+
+@pytest.mark.parametrize(
+    ("fault", "kept"),
+    [
+        (Fault("kill", 1, 8), 6),
+        (Fault("kill before the files of a save", 1, 6), 3),
+        (Fault("kill between the files of a save", 0, 6), 3),
+        (Fault("kill within the file of a save", 1, 6), 3),
+        (Fault("kill before the commit of a save", 0, 6), 3),
+        (Fault("kill after the commit of a save", 0, 6), 6),
+    ],
+    ids=str,
+)
+def test_a_killed_rank(calm: Course, tmp_path: Path, fault: Fault, kept: int) -> None:
+    write_data(tmp_path)
+    outcomes = attempt(settings(tmp_path, EPOCHS), fault)
+    assert outcomes[fault.rank] == -signal.SIGKILL
+    assert isinstance(outcomes[1 - fault.rank], Exception)  # it says so, and does not hang
+    assert saved_steps(tmp_path)[-1] == kept
+    assert course(tmp_path, attempt(settings(tmp_path, EPOCHS))) == calm
+
+
+def test_a_full_disk_is_a_sentence_and_costs_nothing_that_was_committed(
+    calm: Course, tmp_path: Path
+) -> None:
+    write_data(tmp_path)
+    outcomes = attempt(settings(tmp_path, EPOCHS), Fault("full disk", 1, 5))
+    assert all(isinstance(outcome, CheckpointError) for outcome in outcomes), outcomes
+    assert str(outcomes[0]) == str(outcomes[1])
+    assert re.search("step 6 could not be written to .* check space", str(outcomes[0]))
+    assert saved_steps(tmp_path) == [3]
+    assert course(tmp_path, attempt(settings(tmp_path, EPOCHS))) == calm
+
+
+@pytest.mark.parametrize("behind", [True, False])
+def test_sigterm_to_one_rank_saves_at_one_step_of_all(
+    calm: Course, tmp_path: Path, behind: bool
+) -> None:
+    write_data(tmp_path)
+    checkpoint = {"every_steps": None, "every_epochs": None, "behind_training": behind}
+    told = settings(tmp_path, EPOCHS, training={"checkpoint": checkpoint})
+    outcomes = attempt(told, Fault("SIGTERM", 1, 7))
+    assert [type(outcome) for outcome in outcomes] == [StoppedError] * 2, outcomes
+    assert [outcome.step for outcome in outcomes] == [7, 7] == saved_steps(tmp_path) * 2
+    steps = len((tmp_path / "steps-0.jsonl").read_text().splitlines())
+    finished = course(tmp_path, attempt(told))
+    assert finished == calm
+    again = len((tmp_path / "steps-0.jsonl").read_text().splitlines())
+    assert steps == 7 and again == len(calm.losses)  # no step was done twice
+
+
+def test_sigterm_from_outside(calm: Course, tmp_path: Path) -> None:
+    write_data(tmp_path)
+    record = tmp_path / "steps-0.jsonl"
+    with Ranks(2, partial(train, settings(tmp_path, EPOCHS))) as ranks:
+        limit = time.monotonic() + 120
+        while not (record.exists() and record.read_text()) and time.monotonic() < limit:
+            time.sleep(0.01)
+        for process in ranks.processes:  # as a machine that shuts down tells everybody
+            process.terminate()
+        outcomes = ranks.outcomes(120)
+    if all(isinstance(outcome, dict) for outcome in outcomes):
+        pytest.skip("the training was done before the signal came")
+    assert {type(outcome) for outcome in outcomes} == {StoppedError}, outcomes
+    assert saved_steps(tmp_path)[-1] == outcomes[0].step == outcomes[1].step
+    assert course(tmp_path, attempt(settings(tmp_path, EPOCHS))) == calm

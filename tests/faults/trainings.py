@@ -1,0 +1,204 @@
+"""One small training on plain ranks, faults inside them, and how two trainings are compared."""
+
+import json
+import os
+import resource
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from configs.layout import RunLayout
+from data_loaders.synthetic import write_synthetic
+from sharding import checkpoint, checkpoint_files
+from sharding.parallelize import ParallelModel, StepResult
+from tests.harness import Ranks
+from tests.sharding.policies import whole_state
+from tests.trainer.runs import ITEMS, USERS, quiet, settings_of
+from trainer.pretrain import train_worker
+
+FINGERPRINT = "faults"
+STEPS_PER_EPOCH = USERS // 16
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something that happens to one rank, once, at a step or in the save after it."""
+
+    kind: str
+    rank: int = 0
+    step: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.kind} (rank {self.rank}, step {self.step})"
+
+
+KINDS = (
+    "kill",
+    "kill before the files of a save",
+    "kill within the file of a save",
+    "kill between the files of a save",
+    "kill before the commit of a save",
+    "kill after the commit of a save",
+    "SIGTERM",
+    "full disk",
+)
+"""Faults that a plain restart is the mend for."""
+
+
+def settings(root: Path, epochs: int, **blocks: Any) -> dict[str, Any]:
+    """Of a training on `write_data`'s users, that saves every three steps, behind training."""
+    training = {
+        "epochs": epochs,
+        "log_every_steps": 1,
+        "validation": {"every_epochs": 2, "metric": "ndcg@10"},
+        "checkpoint": {"every_steps": 3, "every_epochs": None},
+    }
+    model = {"kind": "hstu", "width": 8, "qk_width": 8, "v_width": 8, "num_layers": 1}
+    return settings_of(
+        root,
+        FINGERPRINT,
+        {
+            "training": training | blocks.pop("training", {}),
+            "model": model | {"dropout": 0.1},
+            "cluster": {"num_workers": 2},
+            **blocks,
+        },
+    )
+
+
+def write_data(root: Path) -> None:
+    """Users for `settings`."""
+    write_synthetic(str(root / "data"), USERS, ITEMS, 9, 3, rows_per_group=16)
+
+
+def train(settings: dict[str, Any], fault: Fault | None = None) -> dict[str, str]:
+    """On one rank: the stage's own worker; what became of the model, hashed by tensor."""
+    rank = int(os.environ["RANK"])
+    trained: list[ParallelModel] = []
+    record = Path(settings["output"]) / f"steps-{rank}.jsonl"
+    _record(trained, record, fault if fault is not None and fault.rank == rank else None)
+    if fault is not None and fault.rank == rank and "save" in fault.kind:
+        _break_save(fault, trained)
+    train_worker(settings, quiet)
+    if not trained:
+        return {}
+    state = whole_state(trained[-1])
+    return {name: sha256(value.numpy().tobytes()).hexdigest() for name, value in state.items()}
+
+
+def _record(trained: list[ParallelModel], record: Path, fault: Fault | None) -> None:
+    """Write down every step's samples and loss; bring about a fault of a step."""
+    train_step = ParallelModel.train_step
+
+    def recorded(
+        self: ParallelModel, inputs: Any, sample_ids: Any = None, stop: bool = False
+    ) -> StepResult:
+        trained[:] = [self]
+        if fault is not None and self.step + 1 == fault.step:
+            _bring_about(fault)
+        result = train_step(self, inputs, sample_ids, stop)
+        line = {"step": self.step, "loss": result.loss, "samples": [int(s) for s in sample_ids]}
+        with record.open("a") as stream:
+            stream.write(json.dumps(line) + "\n")
+        return result
+
+    ParallelModel.train_step = recorded  # type: ignore[method-assign]
+
+
+def _bring_about(fault: Fault) -> None:
+    match fault.kind:
+        case "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "SIGTERM":
+            os.kill(os.getpid(), signal.SIGTERM)
+        case "full disk":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
+        case "hang":
+            time.sleep(600)
+        case "stop the process":
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def _break_save(fault: Fault, trained: list[ParallelModel]) -> None:
+    """Have this rank killed inside the first save after the fault's step."""
+
+    def due() -> bool:
+        return bool(trained) and trained[-1].step >= fault.step
+
+    def die() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    point = fault.kind.removeprefix("kill ").removesuffix(" of a save")
+    if point == "before the files":
+        _before(checkpoint, "CheckpointWriter", due, die)
+    elif point == "within the file":
+        written: list[bool] = []
+        _before(checkpoint_files._HashingStream, "write", lambda: due() and _second(written), die)
+    elif point == "between the files":  # before the one that rank 0 writes when all have written
+        _before(checkpoint_files.CheckpointWriter, "finish", due, die)
+    elif point == "before the commit":
+        _before(checkpoint, "write_manifest", due, die)
+    else:
+        _before(checkpoint.CheckpointStore, "_prune", due, die)
+
+
+def _second(seen: list[bool]) -> bool:
+    """Whether this was asked before; remembers that it was."""
+    seen.append(True)
+    return len(seen) > 1
+
+
+def _before(owner: Any, name: str, due: Callable[[], bool], die: Callable[[], None]) -> None:
+    wrapped = getattr(owner, name)
+
+    def dying(*args: Any, **kwargs: Any) -> Any:
+        if due():
+            die()
+        return wrapped(*args, **kwargs)
+
+    setattr(owner, name, dying)
+
+
+def attempt(
+    settings: dict[str, Any], fault: Fault | None = None, world: int = 2, timeout: float = 240
+) -> list[Any]:
+    """Outcomes of the ranks of one attempt: hashes, an exception, or an exit code."""
+    with Ranks(world, partial(train, settings, fault)) as ranks:
+        return ranks.outcomes(timeout)
+
+
+@dataclass(frozen=True)
+class Course:
+    """What a training came to, however often it was interrupted."""
+
+    state: dict[str, str]
+    losses: dict[int, float]
+    samples: dict[int, list[int]]
+    """Step → sorted samples of all ranks."""
+
+
+def course(root: Path, outcomes: list[dict[str, str]]) -> Course:
+    """Of the last attempt's outcomes and every step's last record."""
+    assert all(isinstance(outcome, dict) for outcome in outcomes), outcomes
+    losses: dict[int, float] = {}
+    by_rank: dict[tuple[int, int], list[int]] = {}
+    for rank in range(len(outcomes)):
+        for line in (root / f"steps-{rank}.jsonl").read_text().splitlines():
+            row = json.loads(line)
+            losses[row["step"]] = row["loss"]
+            by_rank[row["step"], rank] = row["samples"]
+    samples: dict[int, list[int]] = {}
+    for (step, _), ids in by_rank.items():
+        samples[step] = sorted([*samples.get(step, []), *ids])
+    return Course(outcomes[0], losses, samples)
+
+
+def saved_steps(root: Path) -> list[int]:
+    """Steps of the committed checkpoints, oldest first."""
+    newest = Path(RunLayout(str(root)).checkpoints("train", FINGERPRINT))
+    return sorted(int(path.parent.name.split("-")[1]) for path in newest.glob("*/MANIFEST.json"))
