@@ -23,6 +23,7 @@ from data_loaders.manifest import (
     read_manifest,
     verify_shard,
 )
+from data_loaders.poison import check_values
 from data_loaders.sampler import expand_ranges
 
 OPEN_FILES = 32
@@ -82,6 +83,8 @@ class ShardReader:
             without (pages carry checksums): a rank looks up lengths in shards whose events only
             other ranks read, and those ranks verify them.
         mend: what writes damaged shards anew, for messages.
+        limits: largest value of integer columns, where it is known; none may be negative, and no
+            float infinite.
     """
 
     def __init__(
@@ -96,7 +99,9 @@ class ShardReader:
         cached_row_groups: int,
         verify: bool = True,
         mend: str = MEND,
+        limits: Mapping[str, int] | None = None,
     ) -> None:
+        self._limits = limits or {}
         self._url, self._shards, self._mend = url, shards, mend
         self._scalar_types, self._event_types = scalars, events
         self._value_types = {**scalars, **dict.fromkeys(labels, np.object_)}
@@ -142,6 +147,7 @@ class ShardReader:
 
         Raises:
             ValueError: a shard is missing or damaged.
+            PoisonedSampleError: a row has values that its column cannot have.
         """
         names = tuple(self._event_types) if event_names is None else tuple(event_names)
         rows: dict[str, list[np.ndarray]] = {name: [] for name in self._scalar_types}
@@ -154,12 +160,16 @@ class ShardReader:
                 parts.append(group.scalars[name][local])
             for name, parts in events.items():
                 parts.append(group.events[name][picked])
-        return Slices(
+        slices = Slices(
             sample_ids=sample_ids,
             offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
             rows=_joined(rows, self._scalar_types),
             events=_joined(events, self._event_types),
         )
+        owners = np.repeat(sample_ids, lengths)
+        for values, samples in ((slices.rows, sample_ids), (slices.events, owners)):
+            check_values(values, samples, self._limits)
+        return slices
 
     def _split(self, sample_ids: np.ndarray) -> list[tuple[int, np.ndarray, slice]]:
         """Number, rows and place in the call of each row group that the call touches."""
@@ -260,6 +270,7 @@ class SequenceDataset:
             labels=("user",),
             cached_row_groups=cached_row_groups,
             verify=verify,
+            limits=_limits(self.manifest),
         )
 
     @property
@@ -275,6 +286,14 @@ class SequenceDataset:
     def raw_users(self, sample_ids: np.ndarray) -> list[str]:
         """What the log calls the users."""
         return list(self.reader.values(sample_ids, ("user",))["user"])
+
+
+def _limits(manifest: DatasetManifest) -> dict[str, int]:
+    """Largest id that a column may hold."""
+    limits = {"item_ids": manifest.num_items, "user_id": manifest.num_users}
+    limits["action_ids"] = manifest.actions
+    limits |= {f"user_{name}": count for name, count in manifest.user_features.items()}
+    return limits | {f"side_{name}": count for name, count in manifest.side_features.items()}
 
 
 def event_columns(manifest: DatasetManifest) -> dict[str, type[np.generic]]:

@@ -22,6 +22,7 @@ from torch import Tensor
 from configs.data import LoaderConfig
 from data_loaders.collate import Following, jagged_batch, split_last
 from data_loaders.dataset import SequenceDataset, ShardReader
+from data_loaders.poison import find_poisoned
 from data_loaders.sampler import ElasticOrder, deal_step
 from models.batch import JaggedBatch
 
@@ -121,7 +122,13 @@ class StepLoader(ABC, Generic[BatchT]):
                 f"{self.steps_per_epoch} steps: the data or the global batch changed since it was "
                 "saved; restore them or start a new run"
             )
+        self._left_out = np.zeros(0, dtype=np.int64)
         self._steps: _Prefetcher[StepBatches[BatchT]] | None = None
+
+    def leave_out(self, sample_ids: np.ndarray) -> None:
+        """Hand out steps without these samples, int64, a few; before the first step is taken."""
+        assert self._steps is None, "steps were prepared already"
+        self._left_out = sample_ids
 
     @abstractmethod
     def _tokens(self, sample_ids: np.ndarray) -> np.ndarray:
@@ -179,6 +186,8 @@ class StepLoader(ABC, Generic[BatchT]):
     def _step(self, state: LoaderState) -> StepBatches[BatchT]:
         # Ascending ids read each row group once; within a step the order has no meaning.
         samples = np.sort(self._order.samples_of_step(state.epoch, state.epoch_step))
+        if len(self._left_out):
+            samples = samples[~np.isin(samples, self._left_out)]
         tokens = self._tokens(samples)
         ranks, micro, count = deal_step(
             tokens,
@@ -192,11 +201,20 @@ class StepLoader(ABC, Generic[BatchT]):
             epoch=state.epoch,
             epoch_step=state.epoch_step,
             step=state.epoch * self.steps_per_epoch + state.epoch_step,
-            micro_batches=tuple(self._batch(ids) for ids in mine),
+            micro_batches=tuple(self._collated(ids) for ids in mine),
             sample_ids=np.concatenate(mine),
             global_tokens=int(tokens.sum()),
             last_of_epoch=state.epoch_step + 1 == self.steps_per_epoch,
         )
+
+    def _collated(self, sample_ids: np.ndarray) -> BatchT:
+        """The batch of samples, or an error that names the one that cannot be in it."""
+        try:
+            return self._batch(sample_ids)
+        except ValueError:  # names what is wrong already: a file, or a sample
+            raise
+        except Exception as error:
+            raise (find_poisoned(self._batch, sample_ids, error) or error) from error
 
 
 class PrefixLoader(StepLoader[JaggedBatch]):

@@ -3,7 +3,7 @@
 They are left out of what the fixed order of samples gives, so every world size leaves out the same.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ class PoisonedSampleError(ValueError):
         ids = self.sample_ids
         named = ", ".join(map(str, ids[:NAMED])) + (" …" if len(ids) > NAMED else "")
         which = "sample" if len(ids) == 1 else "one of the samples"
-        return f"{which} {named} cannot be trained on: {self.where} raised {self.reason}"
+        return f"{which} {named} cannot be trained on: {self.where} met {self.reason}"
 
 
 def find_poisoned(
@@ -41,6 +41,29 @@ def find_poisoned(
         except Exception:  # noqa: BLE001 - whatever it raises, it is not to be trained on
             guilty.append(int(sample))
     return PoisonedSampleError(guilty, "collating it", reason_of(error)) if guilty else None
+
+
+def check_values(
+    columns: Mapping[str, np.ndarray], sample_ids: np.ndarray, limits: Mapping[str, int]
+) -> None:
+    """Refuse ids outside of 0 … limit and infinite floats (NaN is "none"); all are [n].
+
+    Raises:
+        PoisonedSampleError: names the samples and the column.
+    """
+    for name, values in columns.items():
+        if values.dtype.kind == "f":
+            wrong, what = np.isinf(values), "infinite"
+        elif name in limits:
+            limit = limits[name]
+            wrong, what = (values < 0) | (values > limit), f"not in 0 … {limit:,}"
+        else:
+            continue
+        if wrong.any():
+            guilty = np.unique(sample_ids[wrong]).tolist()
+            found = values[wrong][0]
+            reason = f"a value of {name}, {found}, which is {what}"
+            raise PoisonedSampleError(guilty, "collating it", reason)
 
 
 def reason_of(error: BaseException) -> str:

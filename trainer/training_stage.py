@@ -8,6 +8,8 @@ import torch
 
 from configs.alignment import AlignmentBase
 from configs.training import TrainingConfig
+from data_loaders.loader import StepLoader
+from data_loaders.poison import read_quarantined
 from sharding.checkpoint import CheckpointInfo, CheckpointStore
 from sharding.parallelize import ParallelModel
 from trainer.guardrails import Watch
@@ -28,7 +30,7 @@ from trainer.policy import (
 )
 from trainer.stage_saver import StageSaver
 from trainer.stop_notice import StopNotice, attended
-from trainer.trainer import Limits, StepLoader, Trainer, TrainerState
+from trainer.trainer import Limits, Trainer, TrainerState
 from trainer.watchdog import Watchdog
 
 
@@ -81,7 +83,7 @@ class TrainingStage:
     sparse_lr: float
     loss: NextItemLoss | NextCodeLoss | PreferenceLoss | MultiTaskLoss | OnlineLoss | LoggedLoss
     steps_per_epoch: int
-    loader_at: Callable[[TrainerState], StepLoader]
+    loader_at: Callable[[TrainerState], StepLoader[Any]]
     """The stage's loader at the position of a state."""
     updates: Updates
     validator: Callable[[ParallelModel], Callable[[], dict[str, float]]]
@@ -144,10 +146,12 @@ class TrainingStage:
         newest, best, good = stores
         worker = self.worker
         non_finite = worker.recipe.failures.non_finite
+        loader = self.loader_at(state)
+        loader.leave_out(read_quarantined(worker.layout.quarantined(self.fingerprint)))
         return Trainer(
             stage=self.name,
             model=policy,
-            loader=self.loader_at(state),
+            loader=loader,
             updates=self.updates,
             total_steps=total_steps,
             state=state,

@@ -72,14 +72,14 @@ def test_sigterm_to_one_rank_saves_at_one_step_of_all(
     write_data(tmp_path)
     checkpoint = {"every_steps": None, "every_epochs": None, "behind_training": behind}
     told = settings(tmp_path, EPOCHS, training={"checkpoint": checkpoint})
-    outcomes = attempt(told, Fault("SIGTERM", 1, 7))
+    outcomes = attempt(told, Fault("SIGTERM", 1, 7))  # when step 7 has begun
     assert [type(outcome) for outcome in outcomes] == [StoppedError] * 2, outcomes
-    assert [outcome.step for outcome in outcomes] == [7, 7] == saved_steps(tmp_path) * 2
+    assert [outcome.step for outcome in outcomes] == [8, 8] == saved_steps(tmp_path) * 2
     steps = len((tmp_path / "steps-0.jsonl").read_text().splitlines())
     finished = course(tmp_path, attempt(told))
     assert finished == calm
     again = len((tmp_path / "steps-0.jsonl").read_text().splitlines())
-    assert steps == 7 and again == len(calm.losses)  # no step was done twice
+    assert steps == 8 and again == len(calm.losses)  # no step was done twice
 
 
 def test_sigterm_from_outside(calm: Course, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import resource
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 from configs.layout import RunLayout
 from data_loaders.synthetic import write_synthetic
 from sharding import checkpoint, checkpoint_files
+from sharding.loss_module import LossOutput
 from sharding.parallelize import ParallelModel, StepResult
 from tests.harness import Ranks
 from tests.sharding.policies import whole_state
@@ -48,6 +49,8 @@ KINDS = (
     "full disk",
 )
 """Faults that a plain restart is the mend for."""
+OF_RANK_0 = KINDS[3:6]
+"""Only rank 0 comes to these points."""
 
 
 def settings(root: Path, epochs: int, **blocks: Any) -> dict[str, Any]:
@@ -100,7 +103,7 @@ def _record(trained: list[ParallelModel], record: Path, fault: Fault | None) -> 
     ) -> StepResult:
         trained[:] = [self]
         if fault is not None and self.step + 1 == fault.step:
-            _bring_about(fault)
+            _bring_about(fault, self)
         result = train_step(self, inputs, sample_ids, stop)
         line = {"step": self.step, "loss": result.loss, "samples": [int(s) for s in sample_ids]}
         with record.open("a") as stream:
@@ -110,7 +113,7 @@ def _record(trained: list[ParallelModel], record: Path, fault: Fault | None) -> 
     ParallelModel.train_step = recorded  # type: ignore[method-assign]
 
 
-def _bring_about(fault: Fault) -> None:
+def _bring_about(fault: Fault, model: ParallelModel) -> None:
     match fault.kind:
         case "kill":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -120,8 +123,34 @@ def _bring_about(fault: Fault) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
         case "hang":
             time.sleep(600)
-        case "stop the process":
-            os.kill(os.getpid(), signal.SIGSTOP)
+        case "not finite":
+            _once(model._loss, "forward", _not_finite)
+        case "the update raises":
+            _once(model._loss, "forward", _raise(IndexError("far out")))
+        case "the update no peer":
+            _once(model._loss, "forward", _raise(RuntimeError("Connection closed by peer")))
+
+
+def _once(owner: Any, name: str, change: Callable[[Any], Any]) -> None:
+    """Change what a method returns, at its next call alone."""
+    method = getattr(owner, name)
+
+    def changed(*args: Any, **kwargs: Any) -> Any:
+        setattr(owner, name, method)
+        return change(method(*args, **kwargs))
+
+    setattr(owner, name, changed)
+
+
+def _not_finite(output: LossOutput) -> LossOutput:
+    return replace(output, loss_sum=output.loss_sum * float("nan"))
+
+
+def _raise(error: Exception) -> Callable[[Any], Any]:
+    def change(_: Any) -> Any:
+        raise error
+
+    return change
 
 
 def _break_save(fault: Fault, trained: list[ParallelModel]) -> None:

@@ -1,0 +1,163 @@
+"""What a worker group's failure is taken for, and what each answer of the recipe does about it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from configs.cluster import ClusterConfig
+from configs.failures import FailuresConfig
+from configs.layout import RunLayout
+from data_loaders.poison import PoisonedSampleError, read_quarantined
+from launch.failures import Failure, Place, Restarts, diagnose, processes_killed_for_memory
+from sharding.loss_module import NonFiniteLossError
+from trainer.stop_notice import StoppedError
+
+FINGERPRINT = "0" * 12
+PEER = RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:3")
+
+
+def place_of(tmp_path: Path) -> Place:
+    return Place.of(RunLayout(str(tmp_path)), "train", FINGERPRINT)
+
+
+def told(causes: list[BaseException], tmp_path: Path, **more: Any) -> Failure:
+    found = {"lost_memory": lambda: False, "lost_node": None} | more
+    return diagnose(causes, place_of(tmp_path), 0.0, 2, **found)
+
+
+def host_memory_error() -> BaseException:
+    """Torch's own."""
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(1 << 50)
+    return error.value
+
+
+def test_each_cause_has_its_kind(tmp_path: Path) -> None:
+    killed = RuntimeError("The actor died unexpectedly before finishing this task.")
+    assert told([killed], tmp_path).kind == "worker"
+    assert told([killed], tmp_path, lost_node="node ab12").kind == "node"
+    assert told([PEER, StoppedError("train", 7)], tmp_path).kind == "preemption"
+    assert told([PoisonedSampleError([3], "x", "y"), PEER], tmp_path).kind == "poisoned_sample"
+    raised = told([RuntimeError("the moon is down"), PEER], tmp_path)
+    assert raised.sentence == "the moon is down"  # not that its peer lost it
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        NonFiniteLossError("step 2: not finite"),
+        FileNotFoundError("events.csv"),
+        ValueError("ask for less"),
+    ],
+)
+def test_a_mistake_of_the_users_is_told_in_its_own_words(error: Exception, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"^{error}$"):
+        told([PEER, error], tmp_path)
+
+
+def test_memory_is_told_apart_and_its_mend_named(tmp_path: Path) -> None:
+    cuda = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+    device = told([cuda], tmp_path)
+    assert device.kind == "out_of_memory"
+    assert "lower data.loader.tokens_per_micro_batch" in device.sentence
+    for error in (
+        host_memory_error(),
+        MemoryError("Unable to allocate 4 TiB"),
+        RuntimeError("Worker exit type: NODE_OUT_OF_MEMORY Worker exit detail: ..."),
+    ):
+        host = told([PEER, error], tmp_path)
+        assert host.kind == "out_of_memory" and "cached_row_groups" in host.sentence
+    killed = told([RuntimeError("died")], tmp_path, lost_memory=lambda: True)
+    assert killed.kind == "out_of_memory" and "the kernel killed a process" in killed.sentence
+
+
+def test_a_process_that_the_kernel_kills_for_memory_is_counted() -> None:
+    own = Path("/proc/self/cgroup").read_text().splitlines()[-1].rsplit(":", 1)[-1].strip("/")
+    group = Path("/sys/fs/cgroup") / own / f"tandem-test-{os.getpid()}"
+    try:
+        group.mkdir()
+        (group / "memory.max").write_text(str(48 << 20))
+        (group / "memory.swap.max").write_text("0")
+    except OSError:
+        if group.exists():
+            group.rmdir()
+        pytest.skip("this machine lets nobody make a memory cgroup")
+    before = processes_killed_for_memory()
+    code = f"open({str(group / 'cgroup.procs')!r}, 'w').write('0'); x = b'x' * (200 << 20)"
+    try:
+        died = subprocess.run([sys.executable, "-c", code], check=False)
+    finally:
+        group.rmdir()
+    assert died.returncode == -9
+    assert processes_killed_for_memory() > before
+
+
+def restarts(tmp_path: Path, **failures: Any) -> tuple[Restarts, list[str]]:
+    said: list[str] = []
+    config = FailuresConfig.model_validate(failures)
+    return Restarts(config, place_of(tmp_path), said.append), said
+
+
+def commit_checkpoint(tmp_path: Path, step: int) -> None:
+    name = f"step-{step:08d}-{step:016x}"
+    directory = Path(place_of(tmp_path).newest) / name
+    directory.mkdir(parents=True)
+    (directory / "MANIFEST.json").write_text("{}")
+
+
+def test_restarts_in_a_row_are_counted_by_kind_until_a_checkpoint(tmp_path: Path) -> None:
+    policy, said = restarts(tmp_path, worker={"max_restarts": 1}, node={"max_restarts": 1})
+    worker = Failure("worker", "rank 1 died", RuntimeError("died"))
+    policy.decide(worker)
+    assert said[-1].endswith("restarting from the newest checkpoint, attempt 2 of 2")
+    policy.decide(Failure("node", "node ab", RuntimeError("died")))  # a count of its own
+    commit_checkpoint(tmp_path, 4)
+    policy.decide(worker)  # weeks later
+    with pytest.raises(RuntimeError, match=r"2 times in a row .*failures.worker.max_restarts=1"):
+        policy.decide(worker)
+
+
+@pytest.mark.parametrize("kind", ["hang", "out_of_memory"])
+def test_stop_and_restart_are_honoured(kind: Any, tmp_path: Path) -> None:
+    failure = Failure(kind, "it is so", RuntimeError("died"))
+    policy, _ = restarts(tmp_path, **{kind: {"action": "stop"}})
+    with pytest.raises(ValueError, match=f"it is so; .*failures.{kind}.action=restart would"):
+        policy.decide(failure)
+    policy, said = restarts(tmp_path, **{kind: {"action": "restart", "max_restarts": 1}})
+    policy.decide(failure)
+    assert "it is so" in said[0]
+    with pytest.raises(RuntimeError, match=f"failures.{kind}.max_restarts=1"):
+        policy.decide(failure)
+
+
+def test_poisoned_samples_stop_or_are_left_out_up_to_a_limit(tmp_path: Path) -> None:
+    def failure(*samples: int) -> Failure:
+        error = PoisonedSampleError(samples, "collating it", "KeyError: 'x'")
+        return Failure("poisoned_sample", str(error), error)
+
+    policy, _ = restarts(tmp_path)
+    with pytest.raises(ValueError, match=r"sample 7 cannot .* KeyError: 'x'; .*action=skip"):
+        policy.decide(failure(7))
+    url = place_of(tmp_path).quarantined
+    assert read_quarantined(url).tolist() == []
+    policy, said = restarts(tmp_path, poisoned_sample={"action": "skip", "max_samples": 2})
+    policy.decide(failure(7))
+    policy.decide(failure(3))
+    assert read_quarantined(url).tolist() == [3, 7]
+    assert "without it (2 of 2 that may be left out" in said[-1]
+    with pytest.raises(ValueError, match="2 samples are left out already, and .*max_samples=2"):
+        policy.decide(failure(9))
+    assert read_quarantined(url).tolist() == [3, 7]
+    Path(url).write_text('[{"samples": ["x"]}]')
+    with pytest.raises(ValueError, match="names samples that are none"):
+        read_quarantined(url)
+
+
+def test_the_old_key_says_where_it_went() -> None:
+    with pytest.raises(ValueError, match=r"max_failures=3 has moved: .*worker.max_restarts"):
+        ClusterConfig.model_validate({"max_failures": 3})
