@@ -20,6 +20,21 @@ class RestartConfig(Config):
     max_restarts: Restarts = 3
 
 
+class DriverConfig(Config):
+    """The process that runs the stages dies; its workers end with it."""
+
+    max_restarts: Restarts = 0
+    """By a small process above it. 0: whoever started the run starts it again."""
+
+
+class HeadConfig(Config):
+    """The cluster's head is lost (`cluster.address`, or RAY_ADDRESS), and with it the driver."""
+
+    max_restarts: Restarts = 0
+    wait_s: PositiveFloat = 600.0
+    """How long a head is waited for at the same address."""
+
+
 class PreemptionConfig(Config):
     """A rank gets SIGTERM, or Ray is about to take a node away: all ranks save at the same step.
 
@@ -79,6 +94,8 @@ class FailuresConfig(Config):
     """A rank dies or raises what is no mistake of the recipe's."""
     node: RestartConfig = RestartConfig()
     """A node is lost, with its ranks."""
+    driver: DriverConfig = DriverConfig()
+    head: HeadConfig = HeadConfig()
     preemption: PreemptionConfig = PreemptionConfig()
     hang: HangConfig = HangConfig()
     non_finite: NonFiniteConfig = NonFiniteConfig()

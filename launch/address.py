@@ -2,9 +2,12 @@
 
 import ipaddress
 import os
+import socket
 import stat
 from pathlib import Path
 from urllib.parse import urlsplit
+
+PROBE_S = 5.0
 
 
 def is_loopback(address: str) -> bool:
@@ -54,3 +57,15 @@ def protect_token() -> None:
     """Take the token away from other users; Ray creates it readable by all."""
     if token_is_exposed():
         token_file().chmod(0o600)
+
+
+def answers(address: str) -> bool:
+    """Whether something listens at `host:port`."""
+    place = urlsplit(f"//{address}")
+    if place.hostname is None or place.port is None:
+        return False
+    try:
+        with socket.create_connection((place.hostname, place.port), timeout=PROBE_S):
+            return True
+    except OSError:
+        return False

@@ -1,5 +1,6 @@
 """The `tandem` command. Heavy libraries are imported by the commands that need them."""
 
+import sys
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -60,7 +61,9 @@ def _takes_recipe(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--until", type=click.Choice(STAGES), help="Stop after this stage.")
 @click.option("--from", "from_", type=click.Choice(STAGES), help=FROM_HELP)
 @click.option("--force", is_flag=True, help=FORCE_HELP)
+@click.pass_context
 def run(
+    ctx: click.Context,
     recipe: str,
     overrides: tuple[str, ...],
     until: StageName | None,
@@ -69,9 +72,20 @@ def run(
 ) -> None:
     """Run all stages, skipping what is unchanged."""
     loaded = load_recipe(recipe, overrides)
+    from launch.supervisor import supervise, wants_supervisor
+
+    if wants_supervisor(loaded.recipe):
+        command = [sys.executable, "-m", "launch.cli", "run", recipe, *overrides]
+        command += [] if until is None else ["--until", until]
+        ctx.exit(supervise(command, loaded.recipe, first=_again_from(from_, force)))
     from launch.run import run as run_stages
 
     run_stages(loaded, until=until, from_=from_, force=force)
+
+
+def _again_from(from_: StageName | None, force: bool) -> list[str]:
+    """Options that begin stages anew: for the first attempt alone, or the next one would, too."""
+    return ([] if from_ is None else ["--from", from_]) + (["--force"] if force else [])
 
 
 def _add_stage(stage: StageName, about: str) -> None:

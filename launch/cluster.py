@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -33,7 +32,7 @@ from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from launch.address import protect_token, refuse_open, token_file
+from launch.address import answers, protect_token, refuse_open, token_file
 from launch.console import Console, Line
 from launch.failures import (
     Failure,
@@ -82,7 +81,7 @@ def connect(cluster: ClusterConfig) -> Iterator[None]:
     try:
         if not embedded and not in_ray_job:  # a job is there already; `submit` checked the door
             _refuse_open_cluster(cluster.address)
-            if urlsplit(f"//{cluster.address}").port is not None and not _answers(cluster.address):
+            if urlsplit(f"//{cluster.address}").port is not None and not answers(cluster.address):
                 raise ConnectionError("connection refused")
         ray.init(
             address=cluster.address,
@@ -110,7 +109,7 @@ def connect(cluster: ClusterConfig) -> Iterator[None]:
 
 def _why_not(address: str, error: ConnectionError) -> str:
     """A sentence on why the cluster at `address` was not joined."""
-    if _answers(address):
+    if answers(address):
         return (
             f"cluster.address={address!r}: what answers there does not let this job in; if it asks "
             f"for a token, export RAY_AUTH_MODE=token here, and put its token into {token_file()} "
@@ -120,18 +119,6 @@ def _why_not(address: str, error: ConnectionError) -> str:
         f"cluster.address={address!r}: no Ray cluster answers there ({error}); "
         "start one with `ray start --head`, or use cluster.address=local"
     )
-
-
-def _answers(address: str) -> bool:
-    """Whether something listens at `host:port`."""
-    place = urlsplit(f"//{address}")
-    if place.hostname is None or place.port is None:
-        return False
-    try:
-        with socket.create_connection((place.hostname, place.port), timeout=PROBE_S):
-            return True
-    except OSError:
-        return False
 
 
 def _refuse_open_cluster(address: str) -> None:
