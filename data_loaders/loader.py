@@ -8,8 +8,6 @@ Shape legend: B sequences, T tokens, S seen items of all sequences.
 """
 
 import json
-import queue
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -23,6 +21,7 @@ from configs.data import LoaderConfig
 from data_loaders.collate import Following, jagged_batch, split_last
 from data_loaders.dataset import SequenceDataset, ShardReader
 from data_loaders.poison import find_poisoned
+from data_loaders.prefetch import Prefetcher
 from data_loaders.sampler import ElasticOrder, deal_step
 from models.batch import JaggedBatch
 
@@ -123,7 +122,7 @@ class StepLoader(ABC, Generic[BatchT]):
                 "saved; restore them or start a new run"
             )
         self._left_out = np.zeros(0, dtype=np.int64)
-        self._steps: _Prefetcher[StepBatches[BatchT]] | None = None
+        self._steps: Prefetcher[StepBatches[BatchT]] | None = None
 
     def leave_out(self, sample_ids: np.ndarray) -> None:
         """Hand out steps without these samples, int64, a few; before the first step is taken."""
@@ -152,7 +151,7 @@ class StepLoader(ABC, Generic[BatchT]):
 
     def __next__(self) -> StepBatches[BatchT]:
         if self._steps is None:
-            self._steps = _Prefetcher(self._steps_from(self._state), self._config.prefetch)
+            self._steps = Prefetcher(self._steps_from(self._state), self._config.prefetch)
         try:
             step = next(self._steps)
         except BaseException:
@@ -362,43 +361,3 @@ def _with_seen(
         seen_ids=torch.from_numpy(seen.events["item_ids"]),
         seen_offsets=torch.from_numpy(seen.offsets),
     )
-
-
-class _Prefetcher(Generic[BatchT]):
-    """Runs an iterator `depth` items ahead in a thread (depth 0: in the caller's)."""
-
-    def __init__(self, source: Iterator[BatchT], depth: int) -> None:
-        self._source = source
-        self._ready: queue.SimpleQueue[BatchT | BaseException] = queue.SimpleQueue()
-        self._slots = threading.Semaphore(depth)
-        self._stopped = threading.Event()
-        self._thread: threading.Thread | None = None
-        if depth:
-            self._thread = threading.Thread(target=self._run, name="loader", daemon=True)
-            self._thread.start()
-
-    def __next__(self) -> BatchT:
-        if self._thread is None:
-            return next(self._source)
-        item = self._ready.get()
-        if isinstance(item, BaseException):
-            raise item
-        self._slots.release()
-        return item
-
-    def close(self) -> None:
-        """End the thread; blocks until the item in work is done."""
-        self._stopped.set()
-        self._slots.release()
-        if self._thread is not None:
-            self._thread.join()
-
-    def _run(self) -> None:
-        try:
-            while True:
-                self._slots.acquire()
-                if self._stopped.is_set():
-                    return
-                self._ready.put(next(self._source))
-        except BaseException as error:  # noqa: BLE001 - handed to the caller, who raises it
-            self._ready.put(error)

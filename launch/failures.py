@@ -150,13 +150,27 @@ def _first_line(text: str) -> str:
 def processes_killed_for_memory() -> int:
     """How many the kernel has killed so far: in this process's cgroup, else on this machine."""
     try:
-        group = Path("/proc/self/cgroup").read_text().splitlines()[-1].rsplit(":", 1)[-1]
-        events = Path("/sys/fs/cgroup") / group.strip("/") / "memory.events"
-        place = events if events.exists() else Path("/proc/vmstat")
-        counts = dict(line.split() for line in place.read_text().splitlines())
-        return int(counts.get("oom_kill", 0))
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, group = line.split(":", 2)
+            for counter in _COUNTERS.get(controllers, ()):
+                place = Path(counter.format(group=group.strip("/")))
+                if place.exists():
+                    return _count(place)
+        return _count(Path("/proc/vmstat"))
     except (OSError, ValueError):  # no Linux, or hidden by a sandbox
         return 0
+
+
+_COUNTERS = {
+    "": ("/sys/fs/cgroup/{group}/memory.events",),
+    "memory": ("/sys/fs/cgroup/memory/{group}/memory.oom_control",),
+}
+"""Of the second and the first version of cgroups."""
+
+
+def _count(place: Path) -> int:
+    counts = dict(line.split() for line in place.read_text().splitlines())
+    return int(counts.get("oom_kill", 0))
 
 
 @dataclass

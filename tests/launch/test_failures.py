@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from configs.cluster import ClusterConfig
 from configs.failures import FailuresConfig
 from configs.layout import RunLayout
 from data_loaders.poison import PoisonedSampleError, read_quarantined
-from launch.failures import Failure, Place, Restarts, diagnose, processes_killed_for_memory
+from launch.failures import Failure, Place, Restarts, diagnose
 from sharding.loss_module import NonFiniteLossError
+from tests.integration.jobs import ROOT
 from trainer.stop_notice import StoppedError
 
 FINGERPRINT = "0" * 12
@@ -76,25 +78,43 @@ def test_memory_is_told_apart_and_its_mend_named(tmp_path: Path) -> None:
     assert killed.kind == "out_of_memory" and "the kernel killed a process" in killed.sentence
 
 
-def test_a_process_that_the_kernel_kills_for_memory_is_counted() -> None:
-    own = Path("/proc/self/cgroup").read_text().splitlines()[-1].rsplit(":", 1)[-1].strip("/")
-    group = Path("/sys/fs/cgroup") / own / f"tandem-test-{os.getpid()}"
+EATER = """
+import subprocess, sys
+open(sys.argv[1] + "/cgroup.procs", "w").write("0")
+from launch.failures import processes_killed_for_memory
+before = processes_killed_for_memory()
+died = subprocess.run([sys.executable, "-c", "x = b'x' * (900 << 20)"])
+print(died.returncode, processes_killed_for_memory() - before)
+"""
+
+
+@pytest.fixture
+def small_memory() -> Iterator[Path]:
+    """A cgroup of 700 MiB."""
+    lines = Path("/proc/self/cgroup").read_text().splitlines()
+    groups = dict(line.split(":", 2)[1:] for line in lines)
+    first = "memory" in groups
+    root = Path("/sys/fs/cgroup/memory" if first else "/sys/fs/cgroup")
+    group = root / groups["memory" if first else ""].strip().strip("/") / f"test-{os.getpid()}"
+    limits = ("memory.limit_in_bytes",) if first else ("memory.max", "memory.swap.max")
     try:
         group.mkdir()
-        (group / "memory.max").write_text(str(48 << 20))
-        (group / "memory.swap.max").write_text("0")
     except OSError:
-        if group.exists():
-            group.rmdir()
-        pytest.skip("this machine lets nobody make a memory cgroup")
-    before = processes_killed_for_memory()
-    code = f"open({str(group / 'cgroup.procs')!r}, 'w').write('0'); x = b'x' * (200 << 20)"
+        pytest.skip("this machine lets nobody make a cgroup")
     try:
-        died = subprocess.run([sys.executable, "-c", code], check=False)
+        if not all((group / limit).exists() for limit in limits):
+            pytest.skip("this machine's cgroups limit no memory")
+        for limit in limits:
+            (group / limit).write_text("0" if "swap" in limit else str(700 << 20))
+        yield group
     finally:
         group.rmdir()
-    assert died.returncode == -9
-    assert processes_killed_for_memory() > before
+
+
+def test_a_process_that_the_kernel_kills_for_memory_is_counted(small_memory: Path) -> None:
+    command = [sys.executable, "-c", EATER, str(small_memory)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == ["-9", "1"], done.stderr
 
 
 def restarts(tmp_path: Path, **failures: Any) -> tuple[Restarts, list[str]]:
