@@ -21,7 +21,7 @@ from tests.integration.jobs import (
 )
 
 TRAINING = {
-    "epochs": 60,
+    "epochs": 30,
     "log_every_steps": 1,
     "validation": {"every_epochs": 20},
     "checkpoint": {"every_steps": 4},
