@@ -51,6 +51,19 @@ class CheckpointConfig(Config):
     """Write a copy of the state while training goes on; costs the host memory of one more copy."""
 
 
+class StartConfig(Config):
+    """Begin with what the training of another run left, instead of with nothing.
+
+    Weights and optimizer state of both halves are carried over; steps and schedule begin anew. Rows
+    of tables follow the log's own names of items and categories, so that the data may have grown;
+    rows and tables that are new begin as they would in a new model. Precision, ZeRO stage and
+    placements may be others."""
+
+    run: str = Field(pattern=r"\S")
+    """Output directory of that run, any URL that all nodes see. Its prepared data must still be
+    there: grown data get an `output` of their own."""
+
+
 class TrainingConfig(Config):
     """One training stage."""
 
@@ -62,3 +75,4 @@ class TrainingConfig(Config):
     validation: ValidationConfig | None = ValidationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log_every_steps: PositiveInt = 20
+    start: StartConfig | None = None

@@ -97,16 +97,20 @@ def item_feature(dataset_url: str, name: str) -> ItemFeature:
         )
     parts = [part.column(f"item_{name}").to_numpy() for part in item_parts(dataset_url)]
     ids = np.concatenate([np.zeros(1, np.int32), *(part.astype(np.int32) for part in parts)])
-    return ItemFeature(torch.from_numpy(ids), _vocabulary(dataset_url, f"item_{name}"))
+    return ItemFeature(torch.from_numpy(ids), vocabulary(dataset_url, f"item_{name}"))
 
 
 def action_names(dataset_url: str) -> tuple[str, ...]:
     """What the kinds of action are called, by id: id 1 comes first. Empty where there are none."""
-    return _vocabulary(dataset_url, "actions") if read_manifest(dataset_url).actions else ()
+    return vocabulary(dataset_url, "actions") if read_manifest(dataset_url).actions else ()
 
 
-def _vocabulary(dataset_url: str, name: str) -> tuple[str, ...]:
-    """Categories 1, 2, … of a column."""
+def vocabulary(dataset_url: str, name: str) -> tuple[str, ...]:
+    """Categories 1, 2, … of a column: `actions`, or one of `user_`, `side_`, `item_<feature>`.
+
+    Raises:
+        ValueError: the file is missing or damaged.
+    """
     entries = read_manifest(dataset_url).vocabularies
     found = [entry for entry in entries if entry.path.endswith(f"/{name}.parquet")]
     if not found:  # no value was ever read

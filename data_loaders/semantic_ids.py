@@ -85,6 +85,8 @@ class SemanticIds:
     codebook_sizes: tuple[int, ...]
     fingerprint: str
     """Of the manifest; travels with checkpoints."""
+    continues: str | None
+    """Fingerprint of the earlier table whose codes it keeps, if there is one."""
 
 
 def read_semantic_ids(url: str, *, data_fingerprint: str) -> SemanticIds:
@@ -111,7 +113,12 @@ def read_semantic_ids(url: str, *, data_fingerprint: str) -> SemanticIds:
             codes[first : first + entry.rows] = read_codes(storage.join(url, entry.path))
             first += entry.rows
     assert first == manifest.num_items + 1, "parts hold all items: the manifest was checked"
-    return SemanticIds(torch.from_numpy(codes), manifest.codebook_sizes, manifest.fingerprint)
+    return SemanticIds(
+        codes=torch.from_numpy(codes),
+        codebook_sizes=manifest.codebook_sizes,
+        fingerprint=manifest.fingerprint,
+        continues=None if manifest.cold_start is None else manifest.cold_start.semantic_ids,
+    )
 
 
 def read_semantic_id_manifest(url: str) -> SemanticIdManifest:

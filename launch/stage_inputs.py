@@ -63,10 +63,42 @@ def train_inputs(recipe: Recipe, done: dict[str, Outputs]) -> dict[str, Any]:
         *dump(recipe.data.split, recipe.model, recipe.tables),
         *dump(_as_it_counts(recipe.sharding), recipe.objective),
         _without(recipe.data.loader, "prefetch", "cached_row_groups"),
-        _without(layout_free, *_BY_THE_WAY),
+        _without(layout_free, *_BY_THE_WAY, "start"),
         *_selecting(recipe, recipe.training.validation),
     ]
-    return {**_meanings(done), "seed": recipe.seed, "settings": settings}
+    return {**_meanings(done), "seed": recipe.seed, "settings": settings, **_start(recipe)}
+
+
+def _start(recipe: Recipe) -> dict[str, Any]:
+    """The checkpoint that training begins with, where that is another run's.
+
+    Raises:
+        ValueError: there is none.
+    """
+    start = recipe.training.start
+    if start is None:
+        return {}
+    run = storage.absolute(start.run)
+    if run == storage.absolute(recipe.output):
+        raise ValueError(
+            f"training.start.run={start.run!r} is this recipe's own output, which its training "
+            "replaces: name another run, or give this one another `output`"
+        )
+    return {"start": trained_checkpoint(start.run, "training.start.run")["hash"]}
+
+
+def trained_checkpoint(run: str, place: str) -> dict[str, Any]:
+    """Reference of the checkpoint that a run's training selected; `place` is the recipe's key.
+
+    Raises:
+        ValueError: there is none.
+    """
+    record = RunLayout(storage.absolute(run)).stage_record("train")
+    if not storage.exists(record):
+        raise ValueError(
+            f"{place}={run!r} holds no finished training: run `tandem train` on its recipe first"
+        )
+    return dict(storage.read_json(record)["outputs"]["checkpoint"])
 
 
 def _as_it_counts(sharding: ShardingConfig) -> ShardingConfig:

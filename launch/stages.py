@@ -20,6 +20,7 @@ from launch.stage_inputs import (
     report_inputs,
     tokenize_inputs,
     train_inputs,
+    trained_checkpoint,
 )
 
 if TYPE_CHECKING:
@@ -141,7 +142,11 @@ def _tokenize(context: StageContext) -> Outputs:
 
 def _train(context: StageContext) -> Outputs:
     module = "reward_model" if context.recipe.ranks_candidates else "pretrain"
-    outputs: Outputs = context.run_workers(f"trainer.{module}:train_worker")
+    start = context.recipe.training.start
+    outputs: Outputs = context.run_workers(
+        f"trainer.{module}:train_worker",
+        start=None if start is None else trained_checkpoint(start.run, "training.start.run"),
+    )
     return {**outputs, "metrics": context.layout.metrics("train", context.fingerprint)}
 
 

@@ -39,7 +39,7 @@ from sharding.checkpoint_manifest import (
     verify_file,
     write_manifest,
 )
-from sharding.checkpoint_recut import Recut, starting_state
+from sharding.checkpoint_recut import KeptRows, Recut, starting_state
 from sharding.parallelize import ParallelModel
 from sharding.process_group import DistributedContext
 from sharding.safe_metadata import read_metadata
@@ -163,7 +163,7 @@ class CheckpointStore:
         """
         target = checkpoint_state.training_state(model)
         random = checkpoint_state.empty_random_state(self._metadata(info), self._ctx)
-        self._read_state(info, model, target | random, whole=True)
+        self._read_state(info, model, target | random)
         checkpoint_state.restore_training_state(model, target)
         checkpoint_state.restore_random_state(random, self._ctx)
         return self._document(info, "state.json")
@@ -185,6 +185,26 @@ class CheckpointStore:
         saved = checkpoint_state.tensors(self._metadata(info))
         self._load_part(model, info, starting_state(model, saved))
 
+    def load_warm(
+        self, model: ParallelModel, info: CheckpointInfo, kept: Mapping[str, KeptRows]
+    ) -> None:
+        """Restore what a training over other data begins with: all but the count of steps.
+
+        Rows that the checkpoint lacks stay as they are, and so do tables; its own that the model
+        lacks are left out. `notes` names them.
+
+        Args:
+            model: a new one.
+            kept: of each table, which rows the checkpoint has, and where.
+
+        Raises:
+            CheckpointError: it belongs to another model.
+        """
+        target = checkpoint_state.training_state(model)
+        step = target.pop("step")
+        self._read_state(info, model, target, kept=kept)
+        checkpoint_state.restore_training_state(model, target | {"step": step})
+
     def _load_part(
         self, model: ParallelModel, info: CheckpointInfo, target: dict[str, Tensor]
     ) -> None:
@@ -192,12 +212,18 @@ class CheckpointStore:
         checkpoint_state.restore_weights(model, target)
 
     def _read_state(
-        self, info: CheckpointInfo, model: ParallelModel, target: dict[str, Tensor], *, whole: bool
+        self,
+        info: CheckpointInfo,
+        model: ParallelModel,
+        target: dict[str, Tensor],
+        *,
+        whole: bool = True,
+        kept: Mapping[str, KeptRows] | None = None,
     ) -> None:
         """Fill in tensors of the model, in place; those that are cut otherwise one by one."""
         metadata = self._metadata(info)
         saved = checkpoint_state.tensors(metadata)
-        recut = Recut(model, saved, target, {})
+        recut = Recut(model, saved, target, kept)
         plain = recut.plain(target)
         self._check(
             info,

@@ -9,6 +9,7 @@ columns, and Adam the running mean v, of which t updates make the sum t · v / (
 Shape legend: V rows of a table, D its width, n rows of a block, C columns that a part keeps.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeVar
@@ -111,7 +112,7 @@ class Recut:
         model: ParallelModel,
         saved: Mapping[str, TensorStorageMetadata],
         target: State,
-        kept: Mapping[str, KeptRows],
+        kept: Mapping[str, KeptRows] | None,
     ) -> None:
         """Find them.
 
@@ -119,9 +120,10 @@ class Recut:
             model: what is loaded into.
             saved: the checkpoint's tensors.
             target: the model's, those that are wanted.
-            kept: rows of tables whose rows may have moved.
+            kept: rows of tables whose rows may have moved. If given, the checkpoint may also have
+                other tables; without it, all rows lie where they lay.
         """
-        self._target, self._kept = target, kept
+        self._target, self._kept = target, kept or {}
         self._optimizer = model.tables.plan.optimizer.kind
         self._beta2 = model.engine.beta2
         self._tables: list[tuple[TablePlan, SavedTable]] = []
@@ -129,12 +131,13 @@ class Recut:
             found = SavedTable.find(table.spec.name, saved)
             if found is not None and self._differs(table, found, saved):
                 self._tables.append((table, found))
-        self._keys = {
-            key
-            for table, _ in self._tables
-            for key in (*saved, *target)
-            if key.startswith(_prefixes(table.spec.name))
-        }
+        here = {table.spec.name for table in model.tables.plan.tables}
+        there = set(filter(None, map(_table_of, saved)))
+        self._added, self._removed = here - there, there - here
+        if kept is None:
+            self._added, self._removed = set(), set()
+        own = {saved_table.name for _, saved_table in self._tables} | self._added | self._removed
+        self._keys = {key for key in (*saved, *target) if _table_of(key) in own}
 
     def plain(self, tensors: Mapping[str, T]) -> dict[str, T]:
         """Those of a checkpoint's or a model's tensors that belong to none of these tables."""
@@ -143,7 +146,11 @@ class Recut:
     @property
     def notes(self) -> tuple[str, ...]:
         """What is not carried over as it was, a sentence a table."""
-        notes = (self._note(table, saved) for table, saved in self._tables)
+        notes = [self._note(table, saved) for table, saved in self._tables]
+        notes += [f"table {name!r} is new: it begins with nothing" for name in sorted(self._added)]
+        notes += [
+            f"table {name!r} is left out: no such table here" for name in sorted(self._removed)
+        ]
         return tuple(note for note in notes if note is not None)
 
     def read(self, info: CheckpointInfo) -> None:
@@ -181,7 +188,7 @@ class Recut:
             return False
         if replicated == found.sharded:
             return True
-        wanted = [key for key in self._target if key.startswith(_prefixes(name))]
+        wanted = [key for key in self._target if _table_of(key) == name]
         alike = all(
             key in saved and size_and_dtype(self._target[key])[0] == saved[key].size
             for key in wanted
@@ -278,14 +285,16 @@ class _Reader:
         return torch.cat(means, dim=1)
 
 
-def _prefixes(name: str) -> tuple[str, str]:
-    """What names of a table's tensors begin with, in either half."""
-    return f"tables/{name}.", f"dense/tables.{name}.weight/"
+def _table_of(key: str) -> str | None:
+    """The table that a tensor of a checkpoint belongs to; None for all else."""
+    found = re.match(r"tables/([^./]+)\.|dense/tables\.([^./]+)\.weight/", key)
+    return None if found is None else found[1] or found[2]
 
 
 def _key(table: TablePlan, part: Part) -> str:
-    sharded, replicated = _prefixes(table.spec.name)
-    return (replicated if table.placement == "replicated" else sharded) + part
+    if table.placement == "replicated":
+        return f"dense/tables.{table.spec.name}.weight/{part}"
+    return f"tables/{table.spec.name}.{part}"
 
 
 def _windows(value: Tensor) -> list[tuple[int, int, Tensor]]:

@@ -100,12 +100,12 @@ def refuse_other_model(
     needed = {
         key: _shape(*size_and_dtype(value))
         for key, value in target.items()
-        if not key.startswith(_RANDOM) and (whole or _is_weight(key))
+        if _is_of_a_model(key) and (whole or _is_weight(key))
     }
     found = {
         key: _shape(value.size, value.properties.dtype)
         for key, value in saved.items()
-        if not key.startswith(_RANDOM) and (whole or _is_weight(key))
+        if _is_of_a_model(key) and (whole or _is_weight(key))
     }
     differing = [key for key in needed | found if needed.get(key) != found.get(key)]
     if differing:
@@ -127,6 +127,11 @@ def _mend(key: str) -> str:
             "it was trained with, or begin with its weights by training.start"
         )
     return "it is of another fused optimizer: keep sharding.optimizer.kind"
+
+
+def _is_of_a_model(key: str) -> bool:
+    """Whether a tensor says which model it is of."""
+    return not key.startswith(_RANDOM) and key != "step"
 
 
 def _is_weight(key: str) -> bool:

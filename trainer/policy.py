@@ -185,6 +185,19 @@ def open_checkpoint(
         ValueError: it is gone, damaged, another one lies there now, or it was trained on other
             data.
     """
+    store, info = named_checkpoint(worker, reference)
+    refuse_other_meanings(worker, info)
+    return store, info
+
+
+def named_checkpoint(
+    worker: Worker, reference: dict[str, Any]
+) -> tuple[CheckpointStore, CheckpointInfo]:
+    """As `open_checkpoint`, whatever data it was trained on.
+
+    Raises:
+        ValueError: it is gone, damaged, or another one lies there now.
+    """
     root = reference["url"].rsplit("/", 1)[0]
     store = CheckpointStore(root, keep=2, ctx=worker.ctx)
     info = store.newest()
@@ -194,5 +207,4 @@ def open_checkpoint(
             f"checkpoint {reference['url']} is missing, damaged or changed since its stage ended"
             f"{why}; run it again with `tandem {RunLayout.stage_of(root)} RECIPE --force`"
         )
-    refuse_other_meanings(worker, info)
     return store, info

@@ -20,6 +20,7 @@ from trainer.objectives.next_item import NextItemInputs
 from trainer.policy import Say, Worker, start_worker
 from trainer.trainer import Limits, TrainerState
 from trainer.training_stage import OneUpdate, TrainingStage
+from trainer.warm_start import WarmStart
 
 
 class NextItemInputsMaker:
@@ -87,6 +88,7 @@ def train_worker(settings: dict[str, Any], say: Say) -> dict[str, Any]:
         sparse_lr=recipe.sharding.optimizer.lr,
         loss=loss,
         steps_per_epoch=steps_per_epoch,
+        before=WarmStart(worker, settings["start"]),
         loader_at=lambda state: training_loader(worker, state),
         updates=OneUpdate(lambda step: make_inputs(step.micro_batches, step.step)),
         validator=lambda policy: validation_ranker(worker, policy, max_users),

@@ -28,6 +28,7 @@ from trainer.ranking import (
 )
 from trainer.trainer import Limits, TrainerState
 from trainer.training_stage import OneUpdate, TrainingStage
+from trainer.warm_start import WarmStart
 
 
 def train_worker(settings: dict[str, Any], say: Say) -> dict[str, Any]:
@@ -53,6 +54,7 @@ def train_worker(settings: dict[str, Any], say: Say) -> dict[str, Any]:
         sparse_lr=recipe.sharding.optimizer.lr,
         loss=loss,
         steps_per_epoch=steps_per_epoch,
+        before=WarmStart(worker, settings["start"]),
         loader_at=lambda state: _loader(worker, state),
         updates=OneUpdate(lambda step: make_inputs(step.micro_batches, step.step)),
         validator=lambda policy: (

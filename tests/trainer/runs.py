@@ -50,7 +50,7 @@ def settings_of(root: Path, fingerprint: str, blocks: dict[str, Any], **more: An
     }
     recipe = Recipe.model_validate(_merged(recipe, blocks)).model_dump(mode="json")
     settings = {"recipe": recipe, "output": str(root), "fingerprint": fingerprint}
-    return settings | {"semantic_ids": None} | more
+    return settings | {"semantic_ids": None, "start": None} | more
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
