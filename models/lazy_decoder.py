@@ -15,14 +15,12 @@ from models.batch import JaggedBatch
 from models.generation.kv_cache import BeamCache
 from models.layers.code_embedding import EventFeatures, last_request_times
 from models.layers.code_writer import BlockShape, CodeWriter, drop
-from models.layers.decoder_attention import ContextKeys
+from models.layers.decoder_attention import ContextKeys, context_keys
 from models.layers.experts import expert_load, update_balance
 from models.layers.norms import RMSNorm
 from models.layers.pathways import PathwayNetwork, check_windows
 from models.ops.dropout import sub_keys, token_keys
-from models.ops.jagged import jagged_to_padded
 from models.ops.jagged_select import concatenate, longest_sequence, recency, repeated_offsets
-from models.ops.masked_attention import visible_tokens
 
 
 @dataclass(frozen=True)
@@ -51,17 +49,12 @@ class ContextProcessor(nn.Module):
         self.norms = nn.ModuleList(RMSNorm(chunk) for _ in range(chunks))
 
     def forward(self, tokens: Tensor, offsets: Tensor, longest: int) -> tuple[ContextKeys, ...]:
-        """L_kv sets for the contexts tokens [T, D], offsets [N + 1], padded to `longest`."""
-        size = max(longest, 1)
+        """L_kv sets for the contexts tokens [T, D], offsets [N + 1], none beyond `longest`."""
         vectors = self.network(tokens).chunk(len(self.norms), dim=-1)
         normed = [norm(vector.float()) for norm, vector in zip(self.norms, vectors, strict=True)]
-        heads = [
-            jagged_to_padded(x, offsets, size).unflatten(-1, (self.groups, -1)).transpose(1, 2)
-            for x in normed
-        ]
-        visible = visible_tokens(offsets.diff(), size)
+        heads = [x.unflatten(-1, (self.groups, -1)) for x in normed]
         return tuple(
-            ContextKeys(heads[at * self.split], heads[(at + 1) * self.split - 1], visible)
+            context_keys(heads[at * self.split], heads[(at + 1) * self.split - 1], offsets, longest)
             for at in range(self.layers)
         )
 
@@ -130,8 +123,8 @@ class LazyDecoder(CodeDecoder):
         return logits
 
     def new_cache(self, context: LazyContext) -> BeamCache:
-        keys = context.sets[0].keys
-        return BeamCache(self.config.num_layers, keys.shape[0], keys.device)
+        keys = context.sets[0]
+        return BeamCache(self.config.num_layers, keys.num_requests, keys.keys.device)
 
     def step(
         self, context: LazyContext, cache: BeamCache, level: int, tokens: Tensor | None

@@ -186,8 +186,8 @@ class OneRec(CodeDecoder):
         return logits
 
     def new_cache(self, context: OneRecContext) -> BeamCache:
-        keys = context.reads[0].keys
-        return BeamCache(len(context.reads), keys.shape[0], keys.device)
+        keys = context.reads[0]
+        return BeamCache(len(context.reads), keys.num_requests, keys.keys.device)
 
     def step(
         self, context: OneRecContext, cache: BeamCache, level: int, tokens: Tensor | None

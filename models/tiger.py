@@ -48,7 +48,7 @@ class TIGERContext:
     @property
     def num_requests(self) -> int:
         """N."""
-        return self.layers[0].keys.shape[0]
+        return self.layers[0].num_requests
 
 
 class TIGER(CodeDecoder):

@@ -169,7 +169,7 @@ class CodeWriter(nn.Module):
             place: 0 … P-1.
             tokens: [N, W] int64 codes at place - 1; None at place 0.
         """
-        requests = reads[0].keys.shape[0]
+        requests = reads[0].num_requests
         own = torch.full((1, 1), place, device=reads[0].keys.device)
         x = self.places(own).expand(requests, -1, -1)
         if tokens is not None:

@@ -4,8 +4,9 @@ A decoder writes few positions (one per code level) for many requests, so its pr
 its context is shared: keys and values of a history exist once per request, however many beams,
 positions or grouped heads read them.
 
-Shape legend: N requests, P code positions, W beams, Q queries of a request (P or W), S context
-tokens, D width, H query heads, G kv heads (G divides H), Dh width of a head.
+Shape legend: N requests, P code positions, W beams, Q queries of a request (P or W), T tokens of
+all contexts, S tokens of the longest one, D width, H query heads, G kv heads (G divides H), Dh
+width of a head.
 """
 
 import math
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from models.ops.beam_attention import Written, beam_attention
+from models.ops.context_attention import context_attention, reads_jagged
 from models.ops.jagged import jagged_to_padded
 from models.ops.masked_attention import masked_attention, visible_tokens
 
@@ -35,8 +37,34 @@ class SelfAttentionCache(Protocol):
 
 
 @dataclass(frozen=True)
-class ContextKeys:
-    """Keys and values of N contexts, read by all queries of a request."""
+class JaggedKeys:
+    """Keys and values of N contexts as they lie side by side, for the CPU's kernel."""
+
+    keys: Tensor
+    """[T, G, Dh]."""
+    values: Tensor
+    """[T, G, Dh]."""
+    offsets: Tensor
+    """[N + 1] int64."""
+
+    @property
+    def num_requests(self) -> int:
+        """N."""
+        return self.offsets.numel() - 1
+
+    @property
+    def num_groups(self) -> int:
+        """G."""
+        return self.keys.shape[1]
+
+    def attend(self, q: Tensor) -> Tensor:
+        """Queries [N, G, Q, Dh] over their contexts: like `q`."""
+        return context_attention(q, self.keys, self.values, self.offsets)
+
+
+@dataclass(frozen=True)
+class PaddedKeys:
+    """Keys and values of N contexts, padded once and read by all queries of a request."""
 
     keys: Tensor
     """[N, G, S, Dh]; zero where padding."""
@@ -46,17 +74,37 @@ class ContextKeys:
     """[N, 1, 1, S] bool. Of an empty context one zero row is visible, so that reading it gives 0
     instead of NaN."""
 
+    @property
+    def num_requests(self) -> int:
+        """N."""
+        return self.keys.shape[0]
+
+    @property
+    def num_groups(self) -> int:
+        """G."""
+        return self.keys.shape[1]
+
+    def attend(self, q: Tensor) -> Tensor:
+        """Queries [N, G, Q, Dh] over their contexts: like `q`."""
+        return masked_attention(q, self.keys, self.values, self.visible)
+
+
+ContextKeys = JaggedKeys | PaddedKeys
+
 
 def context_keys(keys: Tensor, values: Tensor, offsets: Tensor, longest: int) -> ContextKeys:
-    """Pads jagged keys and values [T, G, Dh] of N contexts to `longest` tokens, at least 1.
+    """Jagged keys and values [T, G, Dh] of N contexts, ready to be read.
 
-    `offsets` int64 [N + 1].
+    `offsets` int64 [N + 1]; no context is longer than `longest` tokens.
     """
+    if reads_jagged(keys, values):
+        return JaggedKeys(keys, values, offsets)
     size = max(longest, 1)
-    padded_keys, padded_values = (
-        jagged_to_padded(x, offsets, size).transpose(1, 2) for x in (keys, values)
-    )
-    return ContextKeys(padded_keys, padded_values, visible_tokens(offsets.diff(), size))
+    padded_keys = jagged_to_padded(keys, offsets, size).transpose(1, 2)
+    padded_values = padded_keys
+    if values is not keys:
+        padded_values = jagged_to_padded(values, offsets, size).transpose(1, 2)
+    return PaddedKeys(padded_keys, padded_values, visible_tokens(offsets.diff(), size))
 
 
 class KeyValueProjection(nn.Module):
@@ -91,12 +139,11 @@ class ContextAttention(nn.Module):
 
     def forward(self, x: Tensor, context: ContextKeys) -> Tensor:
         """[N, Q, D] → [N, Q, D]; every query sees its whole context."""
-        queries, groups = x.shape[1], context.keys.shape[1]
+        queries, groups = x.shape[1], context.num_groups
         q = self.query(x).unflatten(-1, (groups, self.num_heads // groups, -1))
         # Heads of a group become further queries: keys are neither repeated per head nor per beam.
         q = q.permute(0, 2, 1, 3, 4).flatten(2, 3)
-        attended = masked_attention(q, context.keys, context.values, context.visible)
-        attended = attended.unflatten(2, (queries, -1)).permute(0, 2, 1, 3, 4)
+        attended = context.attend(q).unflatten(2, (queries, -1)).permute(0, 2, 1, 3, 4)
         return self.output(attended.flatten(2))
 
     def flops(self, context_tokens: float) -> float:
