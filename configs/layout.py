@@ -1,8 +1,21 @@
 """Where the files of a run lie below its output directory."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from configs import storage
+
+
+def read_record(url: str) -> dict[str, Any]:
+    """What a stage that finished says of itself (`RunLayout.stage_record`).
+
+    Raises:
+        ValueError: it is damaged, or something else lies there; the sentence names the mend.
+    """
+    record = storage.read_sealed(url)
+    if not isinstance(record.get("outputs"), dict):
+        raise ValueError(f"{url} is no record of a stage; delete it, and the stage runs again")
+    return record
 
 
 @dataclass(frozen=True)

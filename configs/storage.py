@@ -151,9 +151,9 @@ def list_names(url: str) -> list[str]:
             entries = patiently(lambda: fs.ls(path, detail=False))
     except (FileNotFoundError, NotADirectoryError):
         return []
-    own = path.strip("/")  # some stores list a directory's own marker
-    names = (entry.strip("/") for entry in entries)
-    return sorted(name.rsplit("/", 1)[-1] for name in names if name != own)
+    marker = path.strip("/") + "/"  # some stores list a directory's own
+    names = (entry.rstrip("/") for entry in entries if entry.lstrip("/") != marker)
+    return sorted(name.rsplit("/", 1)[-1] for name in names)
 
 
 def sha256_bytes(data: bytes) -> str:
@@ -181,24 +181,19 @@ def fingerprint(value: Any) -> str:
     return sha256_bytes(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())
 
 
-@contextmanager
-def open_to_read(url: str) -> Iterator[IO[bytes]]:
-    """A binary file to read and seek in; on other machines' storage one that reads on where a
-    connection broke.
+def open_to_read(url: str) -> IO[bytes]:
+    """A binary file to read and seek in, and to close; on other machines' storage it reads on
+    where a connection broke.
 
     Raises:
         FileNotFoundError: it is not there.
         StorageError: there is no right to read it.
     """
     fs, path = filesystem(url)
-    if isinstance(fs, LocalFileSystem):
-        with explained(url, "read"):
-            stream: IO[bytes] = open(path, "rb")  # noqa: SIM115 - closed below
-    else:
-        with explained(url, "read"):
-            stream = io.BufferedReader(_PatientFile(fs, path))
-    with stream:
-        yield stream
+    with explained(url, "read"):
+        if isinstance(fs, LocalFileSystem):
+            return open(path, "rb")
+        return io.BufferedReader(_PatientFile(fs, path))
 
 
 class _PatientFile(io.RawIOBase):

@@ -23,6 +23,12 @@ _RESOLVERS = (
 )
 
 
+LONGEST_TEXT = 1 << 20
+MOST_VALUES = 20_000
+"""Of one text, each as often as aliases repeat it: a few lines could stand for billions."""
+DEEPEST = 50
+
+
 class YamlError(ValueError):
     """Text that is not YAML of the allowed kind; the message names file and line."""
 
@@ -31,6 +37,22 @@ class _Loader(yaml.SafeLoader):
     """Plain scalars as YAML 1.2 reads them: `1e-3` is a number, `no` and `2020-01-01` are text."""
 
     yaml_implicit_resolvers: dict[str, list[Any]] = {}  # noqa: RUF012 - a table of the base class
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._levels = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """As the base class, which would go as deep as its stack allows."""
+        self._levels += 1
+        if self._levels > DEEPEST:
+            raise yaml.MarkedYAMLError(
+                problem=f"it is nested too deep, {DEEPEST} levels are allowed",
+                problem_mark=self.peek_event().start_mark,
+            )
+        node: yaml.Node | None = super().compose_node(parent, index)
+        self._levels -= 1
+        return node
 
     def construct_yaml_float(self, node: yaml.ScalarNode) -> float:
         text = str(self.construct_scalar(node)).replace("_", "").lower()
@@ -107,23 +129,63 @@ def dump_value(value: Any) -> str:
 
 
 def _read(text: str, origin: Any, name: str) -> Node:
+    if len(text) > LONGEST_TEXT:
+        raise YamlError(
+            f"{name} has {len(text):,} characters, and a recipe {LONGEST_TEXT:,} at most"
+        )
     try:
         loader = _Loader(text)
         root = loader.get_single_node()
-        return Node(None, name) if root is None else _convert(loader, root, origin, ())
+        if root is not None:
+            _refuse_bombs(root, origin)
+        return Node(None, name) if root is None else _convert(loader, root, origin)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = origin(mark) if mark else name
         raise YamlError(f"{place} is not valid YAML: {error.problem or error.context}") from error
     except YamlError:
         raise
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError) as error:
         raise YamlError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from error
 
 
-def _convert(loader: _Loader, node: yaml.Node, origin: Any, parents: tuple[yaml.Node, ...]) -> Node:
+def _refuse_bombs(root: yaml.Node, origin: Any) -> None:
+    """Refuse what is too large or too deep once its aliases are written out.
+
+    Raises:
+        YamlError: names the limit and the place.
+    """
+    values, levels = _extent(root, origin, {}, ())
+    if values > MOST_VALUES or levels > 2 * DEEPEST:
+        raise YamlError(
+            f"{origin(root.start_mark)}: written out, its aliases included, it has {values:,} "
+            f"values on {levels} levels; {MOST_VALUES:,} on {2 * DEEPEST} are allowed"
+        )
+
+
+def _extent(
+    node: yaml.Node,
+    origin: Any,
+    known: dict[yaml.Node, tuple[int, int]],
+    parents: tuple[yaml.Node, ...],
+) -> tuple[int, int]:
+    """Values of a node and levels below it; each node is visited once."""
+    if node in known:
+        return known[node]
     if node in parents:
         raise YamlError(f"{origin(node.start_mark)}: an alias contains itself")
+    below: list[yaml.Node] = []
+    if isinstance(node, yaml.MappingNode):
+        below = [each for pair in node.value for each in pair]
+    elif isinstance(node, yaml.SequenceNode):
+        below = node.value
+    found = [_extent(each, origin, known, (*parents, node)) for each in below]
+    values = 1 + sum(values for values, _ in found)
+    known[node] = values, 1 + max((levels for _, levels in found), default=0)
+    return known[node]
+
+
+def _convert(loader: _Loader, node: yaml.Node, origin: Any) -> Node:
     if not isinstance(node, yaml.MappingNode):
         return Node(loader.construct_object(node, deep=True), origin(node.start_mark))
     _refuse_duplicates(node, origin)
@@ -133,7 +195,7 @@ def _convert(loader: _Loader, node: yaml.Node, origin: Any, parents: tuple[yaml.
         key = loader.construct_object(key_node, deep=True)
         if not isinstance(key, str):
             raise YamlError(f"{origin(key_node.start_mark)}: key {key!r} must be text; quote it")
-        child = _convert(loader, value_node, origin, (*parents, node))
+        child = _convert(loader, value_node, origin)
         children[key] = Node(child.value, origin(key_node.start_mark))
     return Node(children, origin(node.start_mark))
 

@@ -30,8 +30,7 @@ def check_copy(url: str, found: Sequence[str], mend: str) -> None:
         path = storage.join(url, file)
         if not storage.exists(path):
             raise ValueError(f"{path} is gone; {mend}")
-        fs, inner = storage.filesystem(path)
-        have = fs.size(inner)
+        have = storage.size(path)
         if have != size:
             raise ValueError(
                 f"{path} is damaged: it has {have:,} bytes instead of {size:,}; {mend}"
@@ -92,7 +91,6 @@ def _recorded(url: str, mend: str) -> dict[str, Any]:
 
 def column_names(url: str) -> list[str]:
     """Columns of a Parquet file."""
-    fs, path = storage.filesystem(url)
-    with fs.open(path, "rb") as stream:
+    with storage.open_to_read(url) as stream:
         names: list[str] = pq.ParquetFile(stream).schema_arrow.names
         return names

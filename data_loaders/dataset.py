@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from configs import storage
+from configs.storage_faults import first_line
 from data_loaders.manifest import (
     MEND,
     DatasetManifest,
@@ -25,6 +26,7 @@ from data_loaders.manifest import (
 )
 from data_loaders.poison import check_values
 from data_loaders.sampler import expand_ranges
+from data_loaders.shards import DAMAGE
 
 OPEN_FILES = 32
 """Shards whose footers are kept parsed."""
@@ -181,11 +183,11 @@ class ShardReader:
         return [(g, local[p], p) for g, p in zip(groups[first].tolist(), places, strict=True)]
 
     def _open(self, shard: int) -> pq.ParquetFile:
-        path = storage.join(self._url, self._shards[shard].path)
-        fs, inner = storage.filesystem(path)
+        path = storage.inside(self._url, self._shards[shard].path)
         if storage.is_local(path):
+            inner = storage.filesystem(path)[1]
             return pq.ParquetFile(inner, memory_map=True, page_checksum_verification=True)
-        return pq.ParquetFile(fs.open(inner, "rb"), page_checksum_verification=True)
+        return pq.ParquetFile(storage.open_to_read(path), page_checksum_verification=True)
 
     def _read(self, number: int, names: Sequence[str], verify: bool) -> dict[str, pa.Array]:
         """Columns of a row group."""
@@ -198,10 +200,9 @@ class ShardReader:
             try:
                 table = self._file(shard).read_row_group(index, columns=list(names))
                 columns = {name: table[name].combine_chunks() for name in names}
-            except (pa.ArrowException, OSError, KeyError) as error:
-                reason = str(error).splitlines()[0]
+            except DAMAGE as error:
                 raise ValueError(
-                    f"{path} is missing or damaged ({reason}); {self._mend}"
+                    f"{path} is missing or damaged ({first_line(error)}); {self._mend}"
                 ) from error
         if any(len(column) != self.row_group_sizes[number] for column in columns.values()):
             raise ValueError(

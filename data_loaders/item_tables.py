@@ -143,9 +143,8 @@ class NpyTable:
         Raises:
             ValueError: no file is there, or it is no matrix of numbers in row order.
         """
-        fs, path = storage.filesystem(embedding.url)
         try:
-            with fs.open(path, "rb") as stream:
+            with storage.open_to_read(embedding.url) as stream:
                 version = np.lib.format.read_magic(stream)
                 read = {(1, 0): np.lib.format.read_array_header_1_0}.get(
                     version, np.lib.format.read_array_header_2_0
@@ -174,8 +173,7 @@ class NpyTable:
         last = min(first + NPY_ROWS, self.rows)
         dtype = np.dtype(self.dtype)
         row_bytes = self.width * dtype.itemsize
-        fs, path = storage.filesystem(self.url)
-        with fs.open(path, "rb") as stream:
+        with storage.open_to_read(self.url) as stream:
             stream.seek(self.data_offset + first * row_bytes)
             data = stream.read((last - first) * row_bytes)
         if len(data) != (last - first) * row_bytes:

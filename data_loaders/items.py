@@ -40,7 +40,7 @@ def item_parts(dataset_url: str) -> list[ItemPart]:
     """The parts of the items table, in the order of ids; empty ones are among them."""
     parts, first = [], 1
     for entry in read_manifest(dataset_url).items:
-        url = storage.join(dataset_url, entry.path)
+        url = storage.inside(dataset_url, entry.path)
         parts.append(ItemPart(url, first, entry.rows, entry.sha256))
         first += entry.rows
     return parts
@@ -116,7 +116,7 @@ def vocabulary(dataset_url: str, name: str) -> tuple[str, ...]:
     if not found:  # no value was ever read
         return ()
     [entry] = found
-    url = storage.join(dataset_url, entry.path)
+    url = storage.inside(dataset_url, entry.path)
     values = read_table(url, ["value"], sha256=entry.sha256)["value"]
     return tuple(str(value) for value in values.to_pylist())
 
@@ -136,7 +136,7 @@ def find_users(dataset_url: str, raw_ids: Sequence[str]) -> np.ndarray:
     likely = partition_of(pa.chunked_array([wanted]), len(manifest.shards))
     for shard in np.unique(likely):
         entry = manifest.shards[int(shard)]
-        verify_once(storage.join(dataset_url, entry.path), entry.sha256)
+        verify_once(storage.inside(dataset_url, entry.path), entry.sha256)
         _find_in_shard(dataset_url, entry, wanted, found)
     for entry in manifest.shards:
         if found.all():
@@ -155,7 +155,7 @@ def _find_in_shard(dataset_url: str, entry: FileEntry, wanted: pa.Array, found: 
     """Fill in the dense ids of the wanted users [n] that live in this shard."""
     if not entry.rows:
         return
-    url = storage.join(dataset_url, entry.path)
+    url = storage.inside(dataset_url, entry.path)
     low, high = pc.min_max(wanted).as_py().values()
     with open_part(url) as parquet:
         column = parquet.schema_arrow.get_field_index("user")

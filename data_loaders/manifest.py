@@ -13,6 +13,7 @@ from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, Validat
 from configs import storage
 from configs.base import Config
 from configs.data import Split
+from configs.storage_faults import first_line
 
 MANIFEST = "manifest.json"
 MEND = "run `tandem prepare RECIPE --force` to write the data set anew"
@@ -20,6 +21,8 @@ MEND = "run `tandem prepare RECIPE --force` to write the data set anew"
 
 def _confined(path: str) -> str:
     storage.join("", path)
+    if not all(path.split("/")):
+        raise ValueError(f"path {path!r} names no file")
     return path
 
 
@@ -59,6 +62,12 @@ class Sealed(Config):
 
     fingerprint: str
     """Hash of `content`."""
+
+    def files(self) -> tuple[FileEntry, ...]:
+        """All files that it names."""
+        values = (getattr(self, name) for name in type(self).model_fields)
+        members = (member for value in values if isinstance(value, tuple) for member in value)
+        return tuple(member for member in members if isinstance(member, FileEntry))
 
     def content(self) -> dict[str, Any]:
         """JSON-able, what the fingerprint covers: all other fields but `name`, so that two recipes
@@ -106,10 +115,6 @@ class DatasetManifest(Sealed):
     items: tuple[FileEntry, ...]
     vocabularies: tuple[FileEntry, ...]
     quarantine: tuple[FileEntry, ...]
-
-    def files(self) -> tuple[FileEntry, ...]:
-        """All files of the data set."""
-        return (*self.shards, *self.items, *self.vocabularies, *self.quarantine)
 
     def content(self) -> dict[str, Any]:
         """As `Sealed.content`; paths are without the version's directory, and quarantine files are
@@ -185,6 +190,8 @@ def read_sealed(url: str, kind: type[SealedT], *, absent: str, mend: str) -> Sea
         raise ValueError(f"{path} is damaged at {place!r} ({first['msg']}); {mend}") from error
     except ValueError as error:
         raise ValueError(f"{path} is damaged (not valid JSON); {mend}") from error
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({first_line(error)}); {mend}") from error
     if manifest.fingerprint != _fingerprint(manifest):
         raise ValueError(f"{path} is damaged (its fingerprint does not match); {mend}")
     return manifest
@@ -198,7 +205,7 @@ def verify_shard(url: str, entry: FileEntry, mend: str = MEND) -> None:
     Raises:
         ValueError: the file is missing or differs from the manifest.
     """
-    verify_file(storage.join(url, entry.path), entry.sha256, mend)
+    verify_file(storage.inside(url, entry.path), entry.sha256, mend)
 
 
 def verify_file(path: str, sha256: str, mend: str = MEND) -> None:
@@ -208,7 +215,7 @@ def verify_file(path: str, sha256: str, mend: str = MEND) -> None:
     except FileNotFoundError as error:
         raise ValueError(f"{path} is missing; {mend}") from error
     except OSError as error:
-        reason = error.strerror or str(error) or type(error).__name__
+        reason = error.strerror or first_line(error)
         raise ValueError(f"{path} cannot be read ({reason}); mend the storage or {mend}") from error
     if digest != sha256:
         raise ValueError(f"{path} is damaged (its sha256 differs from the manifest's); {mend}")

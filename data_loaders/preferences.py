@@ -226,8 +226,7 @@ def _reference_path(rank: int) -> str:
 def _reference_part(url: str, path: str) -> tuple[ReferencePart, int | None]:
     """A part's entry, and its first pair id (None if it is empty)."""
     place = storage.join(url, path)
-    fs, inner = storage.filesystem(place)
-    with fs.open(inner, "rb") as stream:
+    with storage.open_to_read(place) as stream:
         file = pq.ParquetFile(stream)
         groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
         rows = tuple(group.num_rows for group in groups if group.num_rows)
@@ -235,7 +234,7 @@ def _reference_part(url: str, path: str) -> tuple[ReferencePart, int | None]:
     part = ReferencePart(
         path=path,
         rows=sum(rows),
-        bytes=int(fs.size(inner)),
+        bytes=storage.size(place),
         sha256=storage.sha256_file(place),
         row_group_rows=rows,
     )

@@ -11,10 +11,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from configs import storage
+from configs.storage_faults import first_line
 from data_loaders.manifest import MEND, FileEntry, verify_file
 
 STAGED_GROUP_ROWS = 1 << 18
 _VERIFIED_FILES = 1 << 14
+DAMAGE = (pa.ArrowException, OSError, KeyError)
+"""What reading a part raises where it is not what was written."""
 
 
 def write_table(
@@ -65,13 +68,11 @@ def open_part(url: str, sha256: str | None = None, mend: str = MEND) -> Iterator
     """A part to read some of, as `read_table` reads all; what damage raises becomes a sentence."""
     if sha256 is not None:
         verify_once(url, sha256)
-    fs, path = storage.filesystem(url)
     try:
-        with fs.open(path, "rb") as stream:
+        with storage.open_to_read(url) as stream:
             yield pq.ParquetFile(stream, page_checksum_verification=True)
-    except (pa.ArrowException, OSError, KeyError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{url} is missing or damaged ({reason}); {mend}") from error
+    except DAMAGE as error:
+        raise ValueError(f"{url} is missing or damaged ({first_line(error)}); {mend}") from error
 
 
 @lru_cache(maxsize=_VERIFIED_FILES)

@@ -18,10 +18,13 @@ from typing import IO, Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fsspec.compression import compr
+from fsspec.core import get_compression
 from fsspec.implementations.memory import MemoryFileSystem
 
 from configs import storage
 from configs.data import Source
+from configs.storage_faults import StorageError
 from data_loaders import delimited, jsonl
 from data_loaders.matching import matching_files
 
@@ -151,6 +154,8 @@ def readable(files: TableFiles, chunk: Chunk) -> Iterator[None]:
     """Turns what a bad file raises into a plain ValueError of one sentence with its name."""
     try:
         yield
+    except StorageError:
+        raise
     except FileNotFoundError as error:
         raise ValueError(
             f"{chunk.url} is not to be seen on {socket.gethostname()}; put the files of "
@@ -278,8 +283,9 @@ def _plan_parquet(files: TableFiles, whole: Chunk) -> list[Chunk]:
 def _open(chunk: Chunk, compressed: bool) -> IO[bytes]:
     if chunk.content is not None:
         return io.BytesIO(chunk.content)
-    fs, path = storage.filesystem(chunk.url)
-    return fs.open(path, "rb", compression="infer" if compressed else None)
+    stream = storage.open_to_read(chunk.url)
+    kind = get_compression(chunk.url, "infer") if compressed else None
+    return stream if kind is None else compr[kind](stream, mode="r")
 
 
 def _read_parquet(files: TableFiles, chunk: Chunk, stream: IO[bytes]) -> Iterator[RawRows]:

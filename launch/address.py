@@ -2,6 +2,7 @@
 
 import ipaddress
 import os
+import secrets
 import socket
 import stat
 from pathlib import Path
@@ -69,3 +70,35 @@ def answers(address: str) -> bool:
             return True
     except OSError:
         return False
+
+
+def make_token() -> None:
+    """Make the token of this user, if there is none, before Ray does and others could read it."""
+    path = token_file()
+    if path.exists() or os.environ.get("RAY_AUTH_TOKEN"):
+        return
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    draft = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
+    handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with os.fdopen(handle, "w") as stream:
+            stream.write(secrets.token_hex(32))
+        os.link(draft, path)  # whole or not at all, whoever else makes one now
+    except FileExistsError:
+        pass
+    finally:
+        draft.unlink()
+
+
+def refuse_open_embedded() -> None:
+    """Refuse to start a Ray without token authentication: it listens on every address of the host.
+
+    Raises:
+        ValueError: one sentence with the mend.
+    """
+    mode = os.environ.get("RAY_AUTH_MODE", "token")
+    if mode.lower() != "token":
+        raise ValueError(
+            f"RAY_AUTH_MODE={mode!r} would let anyone who reaches this machine run code in the "
+            "embedded Ray, which listens on all its addresses: unset it, or set it to token"
+        )

@@ -105,7 +105,7 @@ def render_inspection(url: str) -> str:
     manifest = tensors.manifest
     recipe = tensors.recipe()
     lines = [place, _summary(manifest), ""]
-    if recipe:
+    if "model" in recipe:
         lines += [
             f"recipe {recipe['name']}, model {recipe['model']['kind']}, seed {recipe['seed']}"
         ]

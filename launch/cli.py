@@ -1,13 +1,16 @@
 """The `tandem` command. Heavy libraries are imported by the commands that need them."""
 
 import sys
+import traceback
 from collections.abc import Callable
+from types import TracebackType
 from typing import Any, Literal
 
 import click
 
 from configs.load import load_recipe
 from configs.recipe import STAGES, StageName
+from configs.redaction import redacted
 from launch.bench import add_commands
 
 USER_ERRORS = (ValueError, FileNotFoundError, PermissionError)
@@ -32,7 +35,7 @@ class _Command(click.Command):
         except USER_ERRORS as error:
             if debug:
                 raise
-            click.secho(f"error: {error}", fg="red", err=True)
+            click.secho(f"error: {redacted(str(error))}", fg="red", err=True)
             ctx.exit(2)
 
 
@@ -114,8 +117,8 @@ for _stage, _about in {
 @main.command("show-config", epilog=RECIPE_HELP)
 @_takes_recipe
 def show_config(recipe: str, overrides: tuple[str, ...]) -> None:
-    """Print the resolved recipe with each value's origin."""
-    click.echo(load_recipe(recipe, overrides).dump(), nl=False)
+    """Print the resolved recipe with each value's origin; credentials are hidden."""
+    click.echo(redacted(load_recipe(recipe, overrides).dump()), nl=False)
 
 
 @main.command(epilog=RECIPE_HELP)
@@ -160,7 +163,7 @@ def compare(before: str, after: str, part: Literal["test", "validation"]) -> Non
 
 @main.group(cls=_Group)
 def data() -> None:
-    """Named public data sets."""
+    """Named public data sets, and whether prepared data are whole."""
 
 
 @data.command("list")
@@ -190,6 +193,16 @@ def get_data(name: str, url: str) -> None:
     storage.refuse_memory("--to", url)
     for file in get(name, url, say=click.echo):
         click.echo(file)
+
+
+@data.command("verify")
+@click.argument("url")
+def verify_data(url: str) -> None:
+    """Hash every file of the prepared data, semantic ids or pairs at URL; exit 2 on damage."""
+    from configs import storage
+    from data_loaders.verification import verify_directory
+
+    verify_directory(storage.absolute(url), click.echo)
 
 
 @main.group(cls=_Group)
@@ -300,6 +313,14 @@ def submit(
     click.echo(f"submitted {job.job_id} to {address}", err=True)
     ctx.exit(0 if no_follow else job.follow(on_interrupt))
 
+
+def _tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """The traceback of what no user's mistake explains, without credentials."""
+    text = "".join(traceback.format_exception(kind, error, trace))
+    print(redacted(text), end="", file=sys.stderr, flush=True)
+
+
+sys.excepthook = _tell
 
 if __name__ == "__main__":
     main()

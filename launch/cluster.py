@@ -32,7 +32,14 @@ from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from launch.address import answers, protect_token, refuse_open, token_file
+from launch.address import (
+    answers,
+    make_token,
+    protect_token,
+    refuse_open,
+    refuse_open_embedded,
+    token_file,
+)
 from launch.console import Console, Line
 from launch.failures import (
     Failure,
@@ -78,6 +85,10 @@ def connect(cluster: ClusterConfig) -> Iterator[None]:
     options: dict[str, Any] = {}
     if embedded:
         options = {"num_cpus": cluster.data_cpus, "include_dashboard": False}
+    if embedded:
+        refuse_open_embedded()
+        make_token()
+    protect_token()
     try:
         if not embedded and not in_ray_job:  # a job is there already; `submit` checked the door
             _refuse_open_cluster(cluster.address)
@@ -99,7 +110,6 @@ def connect(cluster: ClusterConfig) -> Iterator[None]:
             f"Ray did not start within cluster.start_timeout_s={cluster.start_timeout_s}: "
             f"{error}; the machine is busy: raise it, or run again later"
         ) from error
-    protect_token()
     _quiet_data_progress()
     try:
         yield

@@ -15,6 +15,8 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from configs.redaction import redacted
+
 POLL_S = 0.3
 
 
@@ -106,7 +108,7 @@ class Console:
         except (RayError, TimeoutError):  # the cluster goes away; the run itself reports why
             return False
         for line in lines:
-            print(line, flush=True)
+            print(redacted(line), flush=True)
         sys.stdout.flush()
         return True
 

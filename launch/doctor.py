@@ -24,6 +24,7 @@ GIB = 1 << 30
 LEAST_DISK = 5 * GIB
 LEAST_SHARED_MEMORY = 1 * GIB
 STALE_LOCK_S = 600
+DASHBOARD_PORT = 8265
 PACKAGES = ("configs", "models", "data_loaders", "sharding", "trainer", "launch")
 REINSTALL = f"rm -f .venv/{install.STAMP} && make install"
 
@@ -253,6 +254,11 @@ def check_ray() -> Iterator[Finding]:
         yield Finding(
             "ray", f"RAY_ADDRESS={os.environ['RAY_ADDRESS']} is what cluster.address=auto joins"
         )
+    host = head.rpartition(":")[0]
+    if head and not address.is_loopback(head) and answers(f"{host}:{DASHBOARD_PORT}"):
+        restart = "ray stop && RAY_AUTH_MODE=token ray start --head --dashboard-host=127.0.0.1"
+        detail = f"the dashboard answers on {host}:{DASHBOARD_PORT}, beyond this machine"
+        yield Finding("ray", detail, restart)
     if address.token_is_exposed():
         path = address.token_file()
         yield Finding("ray token", f"{path} can be read by other users", f"chmod 600 {path}")

@@ -6,9 +6,10 @@ from typing import Any
 
 from configs import storage
 from configs.alignment import rewards_of
-from configs.layout import RunLayout
+from configs.layout import RunLayout, read_record
 from configs.load import LoadedRecipe
 from configs.recipe import Recipe, StageName
+from configs.redaction import refuse_credentials
 from configs.rewards import FunctionReward
 from launch.output_lock import OutputLock
 from launch.stages import GRAPH, Outputs, Stage, StageContext
@@ -39,6 +40,7 @@ def run(
             run is at work on the same output.
     """
     recipe = loaded.recipe
+    refuse_credentials("output", recipe.output)
     storage.refuse_memory("output", recipe.output)
     _check_functions(recipe)
     names = recipe.stages()
@@ -149,7 +151,7 @@ class _Run:
             "outputs": outputs,
             "seconds": round(seconds, 3),
         }
-        storage.write_json(self._layout.stage_record(stage.name), record)
+        storage.write_sealed(self._layout.stage_record(stage.name), record)
         self._done[stage.name] = outputs
         print(f"{label}: done in {_clock(seconds)}", flush=True)
 
@@ -157,9 +159,7 @@ class _Run:
         url = self._layout.stage_record(stage.name)
         if not storage.exists(url):
             return None
-        record: dict[str, Any] = storage.read_json(url)
-        if not isinstance(record, dict):
-            raise ValueError(f"{url} is no record of a stage; delete it, and the stage runs again")
+        record = read_record(url)
         if record.get("format") != RECORD_FORMAT or record.get("fingerprint") != fingerprint:
             return None
         whole = all(storage.exists(file) for file in stage.files(record["outputs"]))

@@ -8,7 +8,7 @@ from typing import Any
 from configs import storage
 from configs.alignment import rewards_of
 from configs.base import Config
-from configs.layout import RunLayout
+from configs.layout import RunLayout, read_record
 from configs.recipe import Recipe
 from configs.rewards import ModelReward
 from configs.sharding import Placement, ShardingConfig
@@ -180,7 +180,7 @@ def _reward_models(recipe: Recipe) -> dict[str, Any]:
     for run in sorted(runs):
         record = RunLayout(storage.absolute(run)).stage_record("train")
         there = storage.exists(record)
-        found[run] = storage.read_json(record)["outputs"]["checkpoint"]["hash"] if there else None
+        found[run] = read_record(record)["outputs"]["checkpoint"]["hash"] if there else None
     return {"reward_models": found} if found else {}
 
 

@@ -225,7 +225,7 @@ def _evaluate(context: StageContext) -> Outputs:
 def _recommend(context: StageContext) -> Outputs:
     policy = list(policies_of(context.done).values())[-1]
     answer = context.run_workers("trainer.recommend:recommend_worker", policy=policy)
-    storage.write_json(context.layout.recommendations, answer)
+    storage.write_sealed(context.layout.recommendations, answer)
     return {"recommendations": context.layout.recommendations}
 
 

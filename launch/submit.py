@@ -7,7 +7,6 @@ project's folder does, and no credentials.
 import asyncio
 import logging
 import os
-import re
 import shlex
 import shutil
 import sys
@@ -29,6 +28,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from configs import storage
 from configs.load import LoadedRecipe
 from configs.recipe import Recipe
+from configs.redaction import SECRET_NAME, redacted
 from launch.address import protect_token, refuse_open, token_file
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,7 +36,6 @@ PACKAGES = ("configs", "models", "data_loaders", "sharding", "trainer", "launch"
 RECIPE_FILE = "submitted.yaml"
 ADDRESS_VARIABLES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
 """Ray prefers these to the address it is given."""
-SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|(^|_)KEY($|_)", re.IGNORECASE)
 CHATTY = (
     "ray._private.runtime_env.packaging",
     "ray.dashboard.modules.dashboard_sdk",
@@ -156,6 +155,7 @@ def start(
     Raises:
         ValueError: open address, bad variable, or no job server there.
     """
+    _refuse_credentials(loaded)
     storage.refuse_memory("output", loaded.recipe.output)
     refuse_open(address, "--address")
     variables = _parse_environment(environment)
@@ -172,6 +172,21 @@ def start(
             "metadata": {"recipe": loaded.recipe.name},
         }
         return Job(client, _submit(client, submission, address))
+
+
+def _refuse_credentials(loaded: LoadedRecipe) -> None:
+    """Refuse a recipe with credentials, as it travels to where everybody on the cluster reads it.
+
+    Raises:
+        ValueError: names the setting and the mend.
+    """
+    for line in loaded.dump().splitlines():
+        setting, _, origin = line.rpartition("  # ")
+        if redacted(setting) != setting:
+            raise ValueError(
+                f"{redacted(setting).strip()} ({origin}) holds credentials, which everybody on the "
+                "cluster could read: leave them out, and set them in the environment of the nodes"
+            )
 
 
 def _submit(client: JobSubmissionClient, submission: dict[str, Any], address: str) -> str:
@@ -226,7 +241,7 @@ def _parse_environment(environment: Sequence[str]) -> dict[str, str]:
         name, equals, value = text.partition("=")
         if not equals or not name.isidentifier():
             raise ValueError(f"--env {text!r} must read NAME=VALUE")
-        if SECRET.search(name):
+        if SECRET_NAME.search(name):
             raise ValueError(
                 f"--env {name} looks like a credential, and a job's variables are no secret on the "
                 "cluster: set it in the environment of the nodes instead"

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from configs import storage
-from configs.layout import RunLayout
+from configs.layout import RunLayout, read_record
 from configs.tokenize import (
     CollaborativeEmbedding,
     ItemEmbedding,
@@ -251,8 +251,8 @@ class _Staging:
         """What staging reported; it is not done again where it had finished."""
         url = storage.join(self.staging_url, f"{name}.json")
         if not storage.exists(url):
-            storage.write_json(url, stage())
-        report: Report = storage.read_json(url)
+            storage.write_sealed(url, stage())
+        report: Report = storage.read_sealed(url)
         return report
 
     def _stage_vectors(self, name: str, embedding: VectorEmbedding) -> Report:
@@ -287,7 +287,7 @@ def selected_checkpoint(layout: RunLayout, stage: str, place: str) -> tuple[str,
             f"{place}.run={layout.root!r} has no finished stage {stage!r}; run it with "
             f"`tandem run RECIPE --until {stage}` first"
         )
-    checkpoint = storage.read_json(record)["outputs"]["checkpoint"]
+    checkpoint = read_record(record)["outputs"]["checkpoint"]
     return checkpoint["url"], checkpoint["hash"]
 
 

@@ -78,8 +78,9 @@ class ReferencePolicy:
         store = self._store(beside)
         info = store.newest(step=step)
         if info is None:
+            why = f" ({'; '.join(store.skipped)})" if store.skipped else ""
             raise ValueError(
-                f"{store.root} has no reference policy of step {step}, which the stage's "
+                f"{store.root} has no reference policy of step {step}{why}, which the stage's "
                 "checkpoint of that step was trained with; run `tandem align RECIPE --force`"
             )
         store.load_weights(self.policy, info)

@@ -7,6 +7,7 @@ from typing import Any
 
 from configs import storage
 from configs.layout import RunLayout
+from configs.redaction import redacted
 from configs.tokenize import CollaborativeEmbedding, TextEmbedding, TokenizerConfig, VectorEmbedding
 from data_loaders import cold_start
 from data_loaders.collisions import Resolved, resolve
@@ -18,9 +19,11 @@ from data_loaders.manifest import (
     FileEntry,
     read_manifest,
     seal,
+    verify_shard,
     write_manifest,
 )
 from data_loaders.semantic_ids import (
+    MEND,
     ColdStart,
     SemanticIdManifest,
     read_semantic_id_manifest,
@@ -174,6 +177,8 @@ class _Tokenization:
                 f"tokenizer.frozen={url!r} reads embeddings of width {earlier.manifest.width}, and "
                 f"these have {embeddings.width}; describe the items as they were described then"
             )
+        for entry in earlier.manifest.quantizer:
+            verify_shard(url, entry, MEND)
         for name in (TENSORS, DESCRIPTION):
             data = storage.read_bytes(storage.join(url, QUANTIZER, name))
             storage.write_bytes(storage.join(self._root, QUANTIZER, name), data)
@@ -261,11 +266,11 @@ class _Tokenization:
         ]
         report = usage_report(resolved.usage) | measured
         report |= {"collisions": resolved.collisions, "embeddings": described}
-        settings = self._config.model_dump(mode="json")
+        settings = redacted(self._config.model_dump(mode="json"))
         return seal(
             SemanticIdManifest,
             data=self._data.fingerprint,
-            settings=self._config,
+            settings=TokenizerConfig.model_validate(settings),
             request=self._request,
             quantizer=files,
             width=embeddings.width,

@@ -304,7 +304,12 @@ class Trainer:
         on, at lower learning rates."""
         self.saver.wait()
         good, step = self.good.newest(), self.model.step
-        assert good is not None and self.watch is not None, "one was kept at the start"
+        assert self.watch is not None, "only guardrails roll back"
+        if good is None or self.good.skipped:
+            raise ValueError(
+                f"the policy to roll back to is damaged ({'; '.join(self.good.skipped)}): mend "
+                "the storage and run the same command again, which resumes before the alarm"
+            )
         self.good.load(self.model, good)
         self.model.step = step
         self.restore(self.good, good.step)

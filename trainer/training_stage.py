@@ -7,6 +7,8 @@ from typing import Any, Protocol
 import torch
 
 from configs.alignment import AlignmentBase
+from configs.layout import RunLayout
+from configs.redaction import redacted
 from configs.training import TrainingConfig
 from data_loaders.loader import StepLoader
 from data_loaders.poison import read_quarantined
@@ -187,7 +189,7 @@ class TrainingStage:
     def _saver(self, policy: ParallelModel, returned_to: tuple[CheckpointStore, ...]) -> StageSaver:
         return StageSaver(
             policy,
-            self.worker.recipe.model_dump(mode="json"),
+            redacted(self.worker.recipe.model_dump(mode="json")),
             provenance(self.worker, stage=self.fingerprint, **self.hashes),
             returned_to,
             self.updates.save,
@@ -250,17 +252,29 @@ def _watch(config: TrainingConfig | AlignmentBase, state: TrainerState) -> Watch
     return Watch(guardrails, state.watch)
 
 
+def _damaged(store: CheckpointStore, mend: str) -> str:
+    """Of a checkpoint that the stage ends with; a sentence."""
+    return f"the stage's outcome in {store.root} is damaged ({'; '.join(store.skipped)}); {mend}"
+
+
 def _outcome(
     state: TrainerState, newest: CheckpointStore, best: CheckpointStore, good: CheckpointStore
 ) -> dict[str, Any]:
     """A training stage's outputs: the checkpoint that later stages start from. Collective."""
     last = newest.newest()
     selected, selected_on = last, "last step"
+    store = newest
+    if last is None or newest.skipped:  # run again, the stage resumes before the damaged one
+        raise ValueError(_damaged(newest, "run the same command again"))
     if state.best_value is not None:
-        selected, selected_on = best.newest(), "validation"
+        store, selected_on = best, "validation"
+        selected = best.newest(step=state.best_step)
     elif any(alarm["action"] != "warn" for alarm in state.watch.alarms):
-        selected, selected_on = good.newest(), "guardrails"
-    assert last is not None and selected is not None, "a finished stage has saved"
+        store, selected_on = good, "guardrails"
+        selected = good.newest()
+    if selected is None or (store is good and good.skipped):
+        stage = RunLayout.stage_of(store.root)
+        raise ValueError(_damaged(store, f"begin again with `tandem {stage} RECIPE --force`"))
     return {
         "checkpoint": checkpoint_reference(selected),
         "last_checkpoint": checkpoint_reference(last),

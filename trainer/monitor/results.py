@@ -14,7 +14,8 @@ from configs.base import Config
 from configs.guardrails import Action
 from configs.objectives import MultiTaskConfig
 from configs.recipe import Recipe
-from configs.storage import fingerprint, read_json, write_json
+from configs.redaction import redacted
+from configs.storage import fingerprint, read_sealed, write_sealed
 from trainer.monitor.reward_report import reward_layout
 
 RESULTS_FILE = "results.json"
@@ -177,7 +178,7 @@ def write_results(
         name=recipe.name,
         seed=recipe.seed,
         protocol=measured["protocol"],
-        recipe=recipe.model_dump(mode="json"),
+        recipe=redacted(recipe.model_dump(mode="json")),
         versions=library_versions(),
         models=measured["models"],
         preferences=None
@@ -186,7 +187,7 @@ def write_results(
         alarms=tuple(AlarmRecord.model_validate(alarm) for alarm in alarms),
         semantic_ids=measured["semantic_ids"],
     )
-    write_json(url, results.model_dump(mode="json"))
+    write_sealed(url, results.model_dump(mode="json"))
     return results
 
 
@@ -238,7 +239,7 @@ def read_recommendations(url: str) -> Recommendations:
 
 def _parsed(kind: type[C], url: str) -> C:
     try:
-        return kind.model_validate(read_json(url))
+        return kind.model_validate(read_sealed(url))
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "the top"

@@ -1,8 +1,9 @@
 """Numbers of a training stage over its steps: TensorBoard event files and `metrics.jsonl`.
 
-A row is one JSON object a line: `{"step", "time", "values": {tag: number or null}}`; null stands
-for a number that was not finite. Tags are `<group>/<name>`: `train/…` at each log interval (loss,
-lr, the objective's metrics), `validation/…`, `speed/…` and `memory/…`.
+A row is one JSON object a line: `{"step", "time", "values": {tag: number or null}, "crc32"}`; null
+stands for a number that was not finite, and the last tells damage. Tags are `<group>/<name>`:
+`train/…` at each log interval (loss, lr, the objective's metrics), `validation/…`, `speed/…` and
+`memory/…`.
 """
 
 import json
@@ -11,6 +12,7 @@ import os
 import shutil
 import tempfile
 import time
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -20,7 +22,6 @@ from torch.utils.tensorboard import SummaryWriter
 from configs.storage import (
     absolute,
     exists,
-    filesystem,
     is_local,
     join,
     make_directory,
@@ -31,6 +32,7 @@ from configs.storage import (
 
 METRICS_FILE = "metrics.jsonl"
 EVENTS_DIRECTORY = "tensorboard"
+CHECK = "crc32"
 
 
 @dataclass(frozen=True)
@@ -124,9 +126,8 @@ class Tracker:
         write_bytes(join(self._url, METRICS_FILE), read_bytes(join(self._local, METRICS_FILE)))
         target = join(self._url, EVENTS_DIRECTORY)
         make_directory(target)
-        fs, path = filesystem(target)
         for name in sorted(os.listdir(join(self._local, EVENTS_DIRECTORY))):
-            fs.put_file(join(self._local, EVENTS_DIRECTORY, name), f"{path}/{name}")
+            write_bytes(join(target, name), read_bytes(join(self._local, EVENTS_DIRECTORY, name)))
 
 
 def read_rows(directory_url: str) -> list[MetricRow]:
@@ -151,6 +152,9 @@ def _rows_until(directory_url: str, step: int) -> list[MetricRow]:
 def _decode(line: bytes, url: str, number: int) -> MetricRow:
     try:
         row = json.loads(line)
+        check = row.pop(CHECK, None)
+        if check is not None and check != _check(row):
+            raise ValueError("its numbers were changed since")
         values = {k: math.nan if v is None else float(v) for k, v in row["values"].items()}
         return MetricRow(int(row["step"]), float(row["time"]), values)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -160,7 +164,13 @@ def _decode(line: bytes, url: str, number: int) -> MetricRow:
 
 
 def _encode(rows: Sequence[MetricRow]) -> bytes:
-    return b"".join(json.dumps(_object(row)).encode() + b"\n" for row in rows)
+    objects = (_object(row) for row in rows)
+    return b"".join(json.dumps(o | {CHECK: _check(o)}).encode() + b"\n" for o in objects)
+
+
+def _check(row: dict[str, object]) -> int:
+    """Changes with the content of a row; a flipped bit is noticed."""
+    return zlib.crc32(json.dumps(row, sort_keys=True).encode())
 
 
 def _object(row: MetricRow) -> dict[str, object]:

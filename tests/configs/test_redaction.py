@@ -1,0 +1,78 @@
+"""Credentials are hidden wherever they stand, and what is none comes back as it was."""
+
+import json
+
+import pytest
+
+from configs.load import load_recipe, shipped_recipes
+from configs.redaction import redacted, refuse_credentials
+
+SECRET = "wJalrXUtnFEMI/K7MDENG"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"s3://AKIAEXAMPLE:{SECRET}@bucket/run cannot be read",
+        f"ftp://me:{SECRET}@host/x",
+        f"https://{SECRET.replace('/', '')}@github.com/x",
+        f"https://host/data.csv?sv=1&sig={SECRET}&x=2",
+        f"https://b.s3.amazonaws.com/k?X-Amz-Credential=a&X-Amz-Signature={SECRET}",
+        f"https://host/x?api_key={SECRET}",
+        f"aws_secret_access_key={SECRET}",
+        f"{{'secret': '{SECRET}', 'anon': False}}",
+        f'{{"aws_session_token": "{SECRET}"}}',
+        f"Authorization: Bearer {SECRET}",
+        f"'Authorization': 'Basic {SECRET}'",
+        f"account_key = {SECRET}",
+    ],
+)
+def test_credentials_are_hidden(text: str) -> None:
+    shown = redacted(text)
+    assert SECRET not in shown and SECRET.replace("/", "") not in shown and "***" in shown
+    assert redacted(shown) == shown
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "s3://bucket/run/data",
+        "abfs://container@account.dfs.core.windows.net/run",
+        "ssh://user@host/x",
+        "http://127.0.0.1:8265/x@y",
+        "data.loader.token_budget=16384",
+        "tokenizer: residual_kmeans",
+        "put the cluster's token into /root/.ray/auth_token (mode 0600)",
+        "RAY_AUTH_MODE=token",
+        "https://host/x?version=2&name=secretary",
+        "a key: 'data.source.columns.user'",
+    ],
+)
+def test_other_text_is_left_alone(text: str) -> None:
+    assert redacted(text) == text
+
+
+def test_nested_values_and_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    value = {
+        "url": f"s3://a:{SECRET}@b",
+        "storage_options": {"secret": SECRET, "key": "x", "client_kwargs": {"token": "short"}},
+        "rows": [1, None, ("x", f"x?sig={SECRET}")],
+    }
+    assert SECRET not in json.dumps(redacted(value)) and "short" not in json.dumps(redacted(value))
+    monkeypatch.setenv("MY_ACCESS_KEY", "correcthorsebattery")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/root/.aws/credentials")
+    told = redacted("the store says correcthorsebattery is no key; see /root/.aws/credentials")
+    assert told == "the store says *** is no key; see /root/.aws/credentials"
+
+
+def test_shipped_recipes_hold_none() -> None:
+    for name in shipped_recipes():
+        recipe = load_recipe(name).recipe.model_dump(mode="json")
+        assert redacted(recipe) == recipe
+        refuse_credentials("output", recipe["output"])
+
+
+def test_an_output_with_credentials_is_refused_without_telling_them() -> None:
+    with pytest.raises(ValueError, match=r"output='s3://\*\*\*@bucket/run' holds cred") as error:
+        refuse_credentials("output", f"s3://AKIA:{SECRET}@bucket/run")
+    assert SECRET not in str(error.value)

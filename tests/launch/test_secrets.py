@@ -1,0 +1,113 @@
+"""No command prints, records or ships credentials; the token of Ray is its user's alone."""
+
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from configs.cluster import ClusterConfig
+from configs.load import load_recipe
+from data_loaders.synthetic import write_synthetic
+from launch import address, submit
+from launch.cli import main
+from launch.cluster import connect
+from sharding.checkpoint import CheckpointStore
+from sharding.process_group import current_context
+from tests.harness import run_ranks
+from tests.integration.jobs import ROOT
+from tests.trainer.monitor import invented
+from tests.trainer.runs import ITEMS, USERS, quiet, settings_of
+from trainer.monitor.results import write_results
+
+SECRET = "wJalrXUtnFEMIK7MDENG"
+URL = f"s3://AKIAEXAMPLE:{SECRET}@bucket"
+
+
+def invoke(*arguments: str) -> str:
+    result = CliRunner().invoke(main, list(arguments))
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.output + result.stderr
+
+
+def test_commands_do_not_print_them(tmp_path: Path) -> None:
+    url = f"data.source.url={URL}/log.csv"
+    recipe = tmp_path / "secret.yaml"
+    source = {"kind": "csv", "url": "x", "columns": {"user": "u", "item": "i", "timestamp": "t"}}
+    content = {"extends": "quickstart", "alignment": None, "data": {"source": source}}
+    recipe.write_text(yaml.safe_dump(content))
+    shown = invoke("show-config", str(recipe), url)
+    assert "s3://***@bucket/log.csv" in shown and SECRET not in shown
+    told = invoke("run", str(recipe), f"output={URL}/run")
+    assert "holds credentials" in told and SECRET not in told
+    told = invoke("show-config", str(recipe), f"seed={URL}")
+    assert "error: " in told and SECRET not in told
+    loaded = load_recipe(recipe, [url])
+    with pytest.raises(ValueError, match=r"s3://\*\*\*@bucket/log.csv.*holds credentials") as error:
+        submit.start(loaded, "http://127.0.0.1:1")
+    assert SECRET not in str(error.value)
+
+
+def test_a_traceback_does_not_print_them() -> None:
+    code = f"import launch.cli\nraise RuntimeError('no connection to {URL}/x')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1 and "RuntimeError" in done.stderr and SECRET not in done.stderr
+
+
+def test_results_and_reports_do_not_hold_them(tmp_path: Path) -> None:
+    table = {"url": f"{URL}/t.csv", "format": "csv", "item": "i", "title": "t"}
+    source = {"kind": "csv", "url": f"{URL}/log.csv", "item_text": table}
+    source["columns"] = {"user": "u", "item": "i", "timestamp": "t"}  # type: ignore[assignment]
+    recipe = invented.recipe(data={"source": source}, alignment=None)
+    old = invented.results().model_dump(mode="json")
+    measured = {"protocol": old["protocol"], "models": old["models"], "semantic_ids": None}
+    write_results(str(tmp_path / "results.json"), recipe, measured, None)
+    text = (tmp_path / "results.json").read_text()
+    assert "s3://***@bucket/log.csv" in text and SECRET not in text
+
+
+def recipe_of_checkpoint(root: str) -> dict[str, Any]:
+    from trainer.pretrain import train_worker
+
+    blocks = {"data": {"source": {"kind": "public", "name": "ml-100k", "url": f"{URL}/copy"}}}
+    train_worker(settings_of(Path(root), "f", {**blocks, "training": {"max_steps": 1}}), quiet)
+    store = CheckpointStore(f"{root}/checkpoints/train-f/newest", 2, current_context("cpu"))
+    info = store.newest()
+    assert info is not None
+    return store.recipe(info)
+
+
+def test_checkpoints_do_not_hold_them(tmp_path: Path) -> None:
+    write_synthetic(str(tmp_path / "data"), USERS, ITEMS, 9, 3, rows_per_group=16)
+    [recipe] = run_ranks(1, recipe_of_checkpoint, str(tmp_path))
+    assert recipe["data"]["source"]["url"] == "s3://***@bucket/copy"
+    for file in (tmp_path / "checkpoints").rglob("*"):
+        assert not file.is_file() or SECRET.encode() not in file.read_bytes(), file
+
+
+def test_the_token_is_made_for_its_user_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = tmp_path / "deep" / "auth_token"
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    address.make_token()
+    assert stat.S_IMODE(token.stat().st_mode) == 0o600
+    assert stat.S_IMODE(token.parent.stat().st_mode) == 0o700
+    content = token.read_text()
+    assert len(content) == 64 and list(token.parent.iterdir()) == [token]
+    address.make_token()
+    assert token.read_text() == content, "a token that is there stays"
+
+
+def test_an_open_embedded_ray_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    joined = connect(ClusterConfig(address="local"))
+    with pytest.raises(ValueError, match="RAY_AUTH_MODE='disabled' would let anyone"):
+        joined.__enter__()
