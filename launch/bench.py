@@ -10,6 +10,7 @@ def add_commands(group: click.Group) -> None:
     _add_beam(group)
     _add_decoders(group)
     _add_rollout(group)
+    _add_checkpoint(group)
 
 
 def _add_beam(group: click.Group) -> None:
@@ -104,3 +105,27 @@ def _add_rollout(group: click.Group) -> None:
 
         with measure.threads(threads):
             bench_rollout(output, **sizes, say=click.echo)
+
+
+def _add_checkpoint(group: click.Group) -> None:
+    @group.command("checkpoint")
+    @click.option("--output", required=True, help="Directory (any URL) for checkpoint.json.")
+    @click.option("--items", type=click.IntRange(min=100), default=400_000, show_default=True)
+    @click.option("--width", type=click.IntRange(min=8), default=256, show_default=True)
+    @click.option("--batch", type=click.IntRange(min=1), default=256, show_default=True)
+    @click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True)
+    @click.option("--seed", type=int, default=0, show_default=True)
+    @click.option(
+        "--threads",
+        type=click.IntRange(min=1),
+        default=None,
+        help="Threads of every contestant.  [default: the machine's cores]",
+    )
+    def checkpoint(output: str, threads: int | None, **sizes: int) -> None:
+        """Saving and loading against plain sequential writing and reading of as many bytes, and
+        what training waits for a save behind it."""
+        from trainer.bench import measure
+        from trainer.bench.checkpoint import bench_checkpoint
+
+        with measure.threads(threads):
+            bench_checkpoint(output, **sizes, say=click.echo)

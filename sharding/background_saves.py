@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
 
@@ -40,6 +41,7 @@ class BackgroundSaves:
         self._ctx = ctx.apart()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._copies = _Copies()
         self.times = SaveTimes()
 
     def save(
@@ -59,7 +61,7 @@ class BackgroundSaves:
         self._join()
         tensors = checkpoint_state.training_state(model)
         tensors |= checkpoint_state.random_state(self._ctx)
-        copies = {name: _copied(value) for name, value in tensors.items()}
+        copies = {name: self._copies.of(name, value) for name, value in tensors.items()}
         documents = {"state.json": state, "recipe.json": recipe_json}
         arguments = (store.apart(self._ctx), model.step, copies, documents, fingerprints)
         self._thread = threading.Thread(target=self._write, args=arguments, daemon=True)
@@ -76,6 +78,10 @@ class BackgroundSaves:
         started = time.monotonic()
         self._join()
         self.times.stalled += time.monotonic() - started
+
+    def in_flight(self) -> bool:
+        """Whether a save of this rank is being written."""
+        return self._thread is not None and self._thread.is_alive()
 
     def close(self) -> None:
         """Give what is in flight some time to be committed after training failed; never raises."""
@@ -107,14 +113,31 @@ class BackgroundSaves:
         self.times.written += time.monotonic() - started
 
 
-def _copied(value: Tensor) -> Tensor:
-    """A copy on the CPU that training does not touch; of a sharded tensor, of its local shards."""
-    if not isinstance(value, ShardedTensor):
-        return value.detach().to("cpu", copy=True)
-    shards = [
-        Shard(shard.tensor.detach().to("cpu", copy=True), shard.metadata)
-        for shard in value.local_shards()
-    ]
-    return ShardedTensor._init_from_local_shards_and_global_metadata(
-        shards, sharded_tensor_metadata=value.metadata(), process_group=value._process_group
-    )
+class _Copies:
+    """Memory on the CPU that the model's state is copied to, kept from save to save.
+
+    Memory that is touched for the first time takes a copy several times as long as memory that was
+    touched before, and training waits for the copy.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Tensor] = {}
+
+    def of(self, name: str, value: Tensor) -> Tensor:
+        """A copy that training does not touch; of a sharded tensor, of its local shards."""
+        if not isinstance(value, ShardedTensor):
+            return self._copy(name, value)
+        shards = [
+            Shard(self._copy(f"{name}#{number}", shard.tensor), shard.metadata)
+            for number, shard in enumerate(value.local_shards())
+        ]
+        return ShardedTensor._init_from_local_shards_and_global_metadata(
+            shards, sharded_tensor_metadata=value.metadata(), process_group=value._process_group
+        )
+
+    def _copy(self, key: str, value: Tensor) -> Tensor:
+        kept = self._kept.get(key)
+        if kept is None or (kept.size(), kept.dtype) != (value.size(), value.dtype):
+            kept = torch.empty(value.size(), dtype=value.dtype, pin_memory=value.is_cuda)
+            self._kept[key] = kept
+        return kept.copy_(value.detach())

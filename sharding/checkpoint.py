@@ -74,6 +74,7 @@ class CheckpointStore:
         self._ctx = ctx
         self._agree = Agreement(ctx)
         self._damaged: set[str] = set()
+        self._index = storage.join(self.root, "committed.json")
 
     def save(
         self,
@@ -121,6 +122,7 @@ class CheckpointStore:
                 f"checkpoint of step {step} could not be written to {self.root} ({error}); "
                 "earlier ones are intact: check space and permissions there, then run it again"
             ) from error
+        self._agree.on_first_rank(lambda: self._remember(name))
         self._agree.on_first_rank(self._prune)
         return info_of(url, manifest)
 
@@ -136,12 +138,18 @@ class CheckpointStore:
         Every byte of its files is hashed once, by one rank or another. `skipped` says why newer
         ones were passed over, for the caller to tell. Unfinished saves do not count.
         """
+        of_step = "" if step is None else f"step-{step:08d}-"
+        names = self._agree.on_first_rank(self._committed)
+        return self._first_whole([name for name in names if name.startswith(of_step)])
+
+    def at(self, name: str) -> CheckpointInfo | None:
+        """The checkpoint of this name, as `newest`, if it verifies."""
+        return self._first_whole([name] if CHECKPOINT_NAME.fullmatch(name) else [])
+
+    def _first_whole(self, names: list[str]) -> CheckpointInfo | None:
         skipped: list[str] = []
         chosen = None
-        of_step = "" if step is None else f"step-{step:08d}-"
-        for name in self._agree.on_first_rank(self._committed):
-            if not name.startswith(of_step):
-                continue
+        for name in names:
             url = storage.join(self.root, name)
             try:
                 chosen = info_of(url, self._verify(url, name))
@@ -327,7 +335,8 @@ class CheckpointStore:
 
     def _newest_first(self) -> list[str]:
         """Names of all checkpoints, finished or not, in the order of their saves."""
-        names = [name for name in storage.list_names(self.root) if CHECKPOINT_NAME.fullmatch(name)]
+        listed = {*storage.list_names(self.root), *self._remembered()}
+        names = [name for name in listed if CHECKPOINT_NAME.fullmatch(name)]
         return sorted(names, key=lambda name: name.rsplit("-", 1)[1], reverse=True)
 
     def _fresh_name(self, step: int) -> str:
@@ -351,6 +360,20 @@ class CheckpointStore:
         for name in self._newest_first():
             if name not in committed:
                 self._remove(name)
+
+    def _remembered(self) -> list[str]:
+        """Names that `_remember` wrote; what is damaged tells nothing, and the listing has it."""
+        if storage.is_local(self.root):
+            return []
+        try:
+            return [str(name) for name in storage.read_sealed(self._index)["names"]]
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return []
+
+    def _remember(self, name: str) -> None:
+        """Write down what is committed, as a store of objects may list it only later."""
+        if not storage.is_local(self.root):
+            storage.write_sealed(self._index, {"names": [name, *self._committed()]})
 
     def _prune(self) -> None:
         """Keep the newest checkpoints; damaged ones do not count."""

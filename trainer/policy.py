@@ -198,9 +198,9 @@ def named_checkpoint(
     Raises:
         ValueError: it is gone, damaged, or another one lies there now.
     """
-    root = reference["url"].rsplit("/", 1)[0]
+    root, name = reference["url"].rsplit("/", 1)
     store = CheckpointStore(root, keep=2, ctx=worker.ctx)
-    info = store.newest()
+    info = store.at(name)
     if info is None or info.hash != reference["hash"]:
         why = f" ({'; '.join(store.skipped)})" if store.skipped else ""
         raise ValueError(

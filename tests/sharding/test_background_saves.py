@@ -86,7 +86,7 @@ def test_what_is_written_is_the_model_at_the_copy(tmp_path: Path, world: int) ->
 
 def test_a_copy_shares_no_memory() -> None:
     value = torch.arange(3.0)
-    copy = background_saves._copied(value)
+    copy = background_saves._Copies().of("any", value)
     value += 1
     assert copy.tolist() == [0.0, 1.0, 2.0]
 

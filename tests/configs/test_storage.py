@@ -1,0 +1,206 @@
+"""Storage: what passes is tried again, what does not is a sentence, and object stores suffice."""
+
+import errno
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from configs import storage, storage_faults
+from configs.storage_faults import StorageError, is_passing, patiently
+from tests.object_store import BREAKS, bucket
+
+
+@pytest.fixture(autouse=True)
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage_faults, "WAITS_S", (0.0,) * 6)
+
+
+class NoCredentialsError(Exception):
+    """As botocore's, which is no OSError."""
+
+
+class HttpError(Exception):
+    """As gcsfs's."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"HTTP {code}")
+        self.code = code
+
+
+class ClientError(Exception):
+    """As botocore's."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"HTTP {code}")
+        self.response = {"ResponseMetadata": {"HTTPStatusCode": code}}
+
+
+def translated(cause: Exception) -> OSError:
+    error = OSError(errno.EIO, "internal error")
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "passing"),
+    [
+        (ConnectionResetError(), True),
+        (TimeoutError(), True),
+        (OSError(errno.EBUSY, "slow down"), True),
+        (HttpError(503), True),
+        (HttpError(429), True),
+        (translated(ClientError(500)), True),
+        (translated(ClientError(403)), False),
+        (OSError(errno.EIO, "a disk"), False),
+        (OSError(errno.ENOSPC, "full"), False),
+        (FileNotFoundError(), False),
+        (PermissionError(), False),
+        (ValueError("503"), False),
+    ],
+)
+def test_what_passes_is_tried_again_and_nothing_else(error: Exception, passing: bool) -> None:
+    calls = []
+
+    def fails_twice() -> int:
+        calls.append(1)
+        if len(calls) < 3:
+            raise error
+        return 7
+
+    assert is_passing(error) == passing
+    if passing:
+        assert patiently(fails_twice) == 7 and len(calls) == 3
+    else:
+        with pytest.raises(type(error)):
+            patiently(fails_twice)
+        assert len(calls) == 1
+
+
+def test_patience_ends() -> None:
+    calls = []
+
+    def fails() -> None:
+        calls.append(1)
+        raise TimeoutError("never")
+
+    with pytest.raises(TimeoutError, match="never"):
+        patiently(fails)
+    assert len(calls) == len(storage_faults.WAITS_S) + 1
+
+
+class FailingStore(MemoryFileSystem):
+    """Memory whose every request fails in one way."""
+
+    protocol = "failing"
+    store: dict[str, Any] = {}  # noqa: RUF012 - as the base class has it
+    pseudo_dirs = [""]  # noqa: RUF012
+    error: Exception = OSError()
+
+    def _fail(self, *args: Any, **kwargs: Any) -> Any:
+        raise self.error
+
+    _open = pipe_file = ls = info = exists = _fail
+
+
+CALLS: dict[str, Callable[[str], Any]] = {
+    "read": storage.read_bytes,
+    "list": storage.list_names,
+    "look": storage.exists,
+    "write": lambda url: storage.write_bytes(url, b"x"),
+    "stream": lambda url: storage.open_to_write(url).__enter__(),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (NoCredentialsError("Unable to locate credentials"), "takes no credentials.*AWS_PROFILE"),
+        (HttpError(401), "takes no credentials.*every node, never in the URL"),
+        (PermissionError(errno.EACCES, "Access Denied"), r"\(Access Denied\); grant rights"),
+        (HttpError(403), "grant rights there"),
+        (OSError(errno.ENOSPC, "No space left on device"), "free space there, or put `output`"),
+        (HttpError(507), "free space there"),
+    ],
+)
+def test_what_the_user_must_mend_is_one_sentence(call: str, error: Exception, said: str) -> None:
+    fsspec.register_implementation("failing", FailingStore, clobber=True)
+    FailingStore.error = error
+    with pytest.raises(StorageError, match=said) as told:
+        CALLS[call]("failing://bucket/x")
+    assert "failing://bucket/x cannot be" in str(told.value) and "\n" not in str(told.value)
+
+
+def test_a_local_file_without_rights_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(*args: Any, **kwargs: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", denied)
+    for call in (storage.read_bytes, lambda url: storage.write_bytes(url, b"x")):
+        with pytest.raises(StorageError, match="Permission denied.*grant rights"):
+            call(str(tmp_path / "x"))
+
+
+@pytest.mark.parametrize("breaks", [0, 9, 4])
+def test_an_object_store_with_broken_connections_suffices(
+    breaks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(BREAKS, str(breaks))
+    root = bucket(tmp_path / "bucket")
+    data = bytes(range(256)) * 100_000
+    url = storage.join(root, "a", "b.bin")
+    storage.write_bytes(url, data)
+    assert storage.exists(url) and storage.size(url) == len(data)
+    assert storage.read_bytes(url) == data
+    assert storage.sha256_file(url) == storage.sha256_bytes(data)
+    with storage.open_to_read(url) as stream:
+        stream.seek(-256, 2)
+        assert stream.read() == bytes(range(256))
+        assert stream.seek(256_001) and stream.read(3) == b"\x01\x02\x03"
+    with storage.open_to_write(storage.join(root, "c")) as out:
+        out.write(data)
+    assert storage.read_bytes(storage.join(root, "c")) == data
+    storage.write_sealed(storage.join(root, "d"), {"x": 1})
+    assert storage.read_sealed(storage.join(root, "d")) == {"x": 1}
+    storage.remove(url)
+    assert not storage.exists(url)
+    storage.remove(url)
+
+
+def test_seals_tell_changes(tmp_path: Path) -> None:
+    url = str(tmp_path / "sealed.json")
+    storage.write_sealed(url, {"b": (1, 2.5), "a": None, "10": 1, "9": float("nan")})
+    assert storage.read_sealed(url)["b"] == [1, 2.5]
+    text = (tmp_path / "sealed.json").read_text()
+    (tmp_path / "sealed.json").write_text(text.replace("2.5", "2.6"))
+    with pytest.raises(ValueError, match=r"sealed.json is damaged \(it was changed since\)"):
+        storage.read_sealed(url)
+    (tmp_path / "sealed.json").write_text('{"old": 1}')
+    assert storage.read_sealed(url) == {"old": 1}
+    (tmp_path / "sealed.json").write_text("[]")
+    with pytest.raises(ValueError, match="holds no object"):
+        storage.read_sealed(url)
+
+
+def test_links_do_not_lead_out(tmp_path: Path) -> None:
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    (root / "real").mkdir(parents=True)
+    outside.mkdir()
+    (outside / "file").write_text("x")
+    (root / "real" / "file").write_text("y")
+    (root / "within").symlink_to(root / "real")
+    (root / "out").symlink_to(outside)
+    (tmp_path / "alias").symlink_to(root)
+    assert storage.read_bytes(storage.inside(str(root), "within/file")) == b"y"
+    assert storage.read_bytes(storage.inside(str(tmp_path / "alias"), "real/file")) == b"y"
+    with pytest.raises(ValueError, match="outside .*root: nothing is read"):
+        storage.inside(str(root), "out/file")
+    for path in ("../outside/file", "/etc/passwd", "a::memory", "s3://b/c"):
+        with pytest.raises(ValueError, match="leaves"):
+            storage.inside(str(root), path)
