@@ -5,8 +5,6 @@ and rank 0 writes `MANIFEST.json` last. Until then the directory is debris, whic
 removes. Loading takes the newest directory whose manifest and files verify, agreed by all ranks.
 """
 
-import logging
-import re
 import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
@@ -21,6 +19,7 @@ from configs import storage
 from configs.storage_faults import first_line
 from sharding import checkpoint_state
 from sharding.agreement import Agreement, CheckpointError
+from sharding.checkpoint_directory import CHECKPOINT_NAME, CheckpointDirectory
 from sharding.checkpoint_files import (
     METADATA,
     CheckpointReader,
@@ -28,7 +27,6 @@ from sharding.checkpoint_files import (
     TensorLoadPlanner,
 )
 from sharding.checkpoint_manifest import (
-    MANIFEST,
     CheckpointFile,
     CheckpointInfo,
     CheckpointManifest,
@@ -46,10 +44,7 @@ from sharding.safe_metadata import read_metadata
 
 __all__ = ["CHECKPOINT_NAME", "CheckpointError", "CheckpointInfo", "CheckpointStore"]
 
-_log = logging.getLogger(__name__)
 _LIBRARIES = ("torch", "torchrec", "deepspeed")
-CHECKPOINT_NAME = re.compile(r"step-\d{8,}-([0-9a-f]{16})")
-"""Of a checkpoint's directory: the step, and when it was saved."""
 T = TypeVar("T")
 
 
@@ -74,7 +69,7 @@ class CheckpointStore:
         self._ctx = ctx
         self._agree = Agreement(ctx)
         self._damaged: set[str] = set()
-        self._index = storage.join(self.root, "committed.json")
+        self._directory = CheckpointDirectory(self.root)
 
     def save(
         self,
@@ -109,7 +104,7 @@ class CheckpointStore:
         fingerprints: Mapping[str, str],
     ) -> CheckpointInfo:
         """As `save`, of tensors and JSON documents at hand."""
-        name = self._agree.on_first_rank(lambda: self._fresh_name(step))
+        name = self._agree.on_first_rank(lambda: self._directory.fresh_name(step))
         url = storage.join(self.root, name)
         try:
             files = self._write_tensors(url, tensors)
@@ -117,12 +112,12 @@ class CheckpointStore:
                 lambda: self._commit(name, step, files, documents, fingerprints)
             )
         except CheckpointError as error:
-            self._agree.on_first_rank(self._remove_debris)
+            self._agree.on_first_rank(self._directory.remove_debris)
             raise CheckpointError(
                 f"checkpoint of step {step} could not be written to {self.root} ({error}); "
                 "earlier ones are intact: check space and permissions there, then run it again"
             ) from error
-        self._agree.on_first_rank(lambda: self._remember(name))
+        self._agree.on_first_rank(lambda: self._directory.remember(name))
         self._agree.on_first_rank(self._prune)
         return info_of(url, manifest)
 
@@ -139,7 +134,7 @@ class CheckpointStore:
         ones were passed over, for the caller to tell. Unfinished saves do not count.
         """
         of_step = "" if step is None else f"step-{step:08d}-"
-        names = self._agree.on_first_rank(self._committed)
+        names = self._agree.on_first_rank(self._directory.committed)
         return self._first_whole([name for name in names if name.startswith(of_step)])
 
     def at(self, name: str) -> CheckpointInfo | None:
@@ -333,62 +328,9 @@ class CheckpointStore:
         except ValueError as error:
             raise CheckpointError(f"checkpoint {info.url} cannot be loaded: {error}") from error
 
-    def _newest_first(self) -> list[str]:
-        """Names of all checkpoints, finished or not, in the order of their saves."""
-        listed = {*storage.list_names(self.root), *self._remembered()}
-        names = [name for name in listed if CHECKPOINT_NAME.fullmatch(name)]
-        return sorted(names, key=lambda name: name.rsplit("-", 1)[1], reverse=True)
-
-    def _fresh_name(self, step: int) -> str:
-        """A name that sorts before all others, whatever the clocks say; also tidies up."""
-        self._remove_debris()
-        names = self._newest_first()
-        last = int(names[0].rsplit("-", 1)[1], 16) if names else 0
-        return f"step-{step:08d}-{max(time.time_ns(), last + 1):016x}"
-
-    def _committed(self) -> list[str]:
-        """Names of the checkpoints whose save finished, newest first."""
-        return [
-            name
-            for name in self._newest_first()
-            if storage.exists(storage.join(self.root, name, MANIFEST))
-        ]
-
-    def _remove_debris(self) -> None:
-        """Remove what saves that failed or were killed left behind."""
-        committed = set(self._committed())
-        for name in self._newest_first():
-            if name not in committed:
-                self._remove(name)
-
-    def _remembered(self) -> list[str]:
-        """Names that `_remember` wrote; what is damaged tells nothing, and the listing has it."""
-        if storage.is_local(self.root):
-            return []
-        try:
-            return [str(name) for name in storage.read_sealed(self._index)["names"]]
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
-            return []
-
-    def _remember(self, name: str) -> None:
-        """Write down what is committed, as a store of objects may list it only later."""
-        if not storage.is_local(self.root):
-            storage.write_sealed(self._index, {"names": [name, *self._committed()]})
-
     def _prune(self) -> None:
         """Keep the newest checkpoints; damaged ones do not count."""
-        committed = self._committed()
-        kept = [name for name in committed if name not in self._damaged][: self.keep]
-        for name in committed[committed.index(kept[-1]) + 1 :]:
-            self._remove(name)
-
-    def _remove(self, name: str) -> None:
-        """Remove a checkpoint, its commit first; a failure is no reason to stop training."""
-        try:
-            storage.remove(storage.join(self.root, name, MANIFEST))
-            storage.remove(storage.join(self.root, name))
-        except Exception as error:  # noqa: BLE001 - each storage back end raises its own kinds
-            _log.warning("%s/%s cannot be removed: %s", self.root, name, error)
+        self._directory.prune(self.keep, self._damaged)
 
 
 def _parse_metadata(url: str, manifest: CheckpointManifest) -> Metadata:

@@ -65,12 +65,12 @@ def save_and_go_on(root: str) -> None:
         assert store.load(other, info) == {"at": "later"}
         assert differing(whole_state(other), later) == [], settings
 
-        [first] = [name for name in store._committed() if name.startswith("step-00000002-")]
+        [first] = [
+            name for name in store._directory.committed() if name.startswith("step-00000002-")
+        ]
         again = CheckpointStore(f"{root}/{at}", 2, policy.ctx)
-        assert (
-            again._agree.on_first_rank(lambda again=again, info=info: again._remove(info.name))
-            is None
-        )
+        agree, remove = again._agree, again._directory.remove
+        assert agree.on_first_rank(lambda remove=remove, info=info: remove(info.name)) is None
         info = again.newest()
         assert info is not None and info.name == first and info.fingerprints == {"data": "abc"}
         other = make_policy(current_context("cpu"), replace(settings, seed=2))

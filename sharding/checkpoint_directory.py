@@ -1,0 +1,81 @@
+"""Which checkpoints lie below a directory: their names, their order, and what may be removed.
+
+For one process at a time, which is rank 0; a checkpoint is there once its manifest is.
+"""
+
+import logging
+import re
+import time
+from collections.abc import Collection
+
+from configs import storage
+from sharding.checkpoint_manifest import MANIFEST
+
+_log = logging.getLogger(__name__)
+CHECKPOINT_NAME = re.compile(r"step-\d{8,}-([0-9a-f]{16})")
+"""Of a checkpoint's directory: the step, and when it was saved."""
+
+
+class CheckpointDirectory:
+    """The checkpoints directly below one directory."""
+
+    def __init__(self, root: str) -> None:
+        self._root = root
+        self._index = storage.join(root, "committed.json")
+
+    def newest_first(self) -> list[str]:
+        """Names of all checkpoints, finished or not, in the order of their saves."""
+        listed = {*storage.list_names(self._root), *self._remembered()}
+        names = [name for name in listed if CHECKPOINT_NAME.fullmatch(name)]
+        return sorted(names, key=lambda name: name.rsplit("-", 1)[1], reverse=True)
+
+    def fresh_name(self, step: int) -> str:
+        """A name that sorts before all others, whatever the clocks say; also tidies up."""
+        self.remove_debris()
+        names = self.newest_first()
+        last = int(names[0].rsplit("-", 1)[1], 16) if names else 0
+        return f"step-{step:08d}-{max(time.time_ns(), last + 1):016x}"
+
+    def committed(self) -> list[str]:
+        """Names of the checkpoints whose save finished, newest first."""
+        return [
+            name
+            for name in self.newest_first()
+            if storage.exists(storage.join(self._root, name, MANIFEST))
+        ]
+
+    def remove_debris(self) -> None:
+        """Remove what saves that failed or were killed left behind."""
+        committed = set(self.committed())
+        for name in self.newest_first():
+            if name not in committed:
+                self.remove(name)
+
+    def _remembered(self) -> list[str]:
+        """Names that `remember` wrote; what is damaged tells nothing, and the listing has it."""
+        if storage.is_local(self._root):
+            return []
+        try:
+            return [str(name) for name in storage.read_sealed(self._index)["names"]]
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return []
+
+    def remember(self, name: str) -> None:
+        """Write down what is committed, as a store of objects may list it only later."""
+        if not storage.is_local(self._root):
+            storage.write_sealed(self._index, {"names": [name, *self.committed()]})
+
+    def prune(self, keep: int, damaged: Collection[str]) -> None:
+        """Keep the `keep` newest checkpoints; damaged ones do not count."""
+        committed = self.committed()
+        kept = [name for name in committed if name not in damaged][:keep]
+        for name in committed[committed.index(kept[-1]) + 1 :]:
+            self.remove(name)
+
+    def remove(self, name: str) -> None:
+        """Remove a checkpoint, its commit first; a failure is no reason to stop training."""
+        try:
+            storage.remove(storage.join(self._root, name, MANIFEST))
+            storage.remove(storage.join(self._root, name))
+        except Exception as error:  # noqa: BLE001 - each storage back end raises its own kinds
+            _log.warning("%s/%s cannot be removed: %s", self._root, name, error)
