@@ -20,7 +20,7 @@ Kind = Literal["worker", "node", "preemption", "hang", "out_of_memory", "poisone
 NAMES: dict[Kind, str] = {
     "worker": "worker group failed",
     "node": "a node was lost",
-    "preemption": "the worker group was asked to end",
+    "preemption": "the worker group ended",
     "hang": "a rank hung",
     "out_of_memory": "out of memory",
     "poisoned_sample": "a sample raised",

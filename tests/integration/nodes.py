@@ -9,9 +9,11 @@ import secrets
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from tests.integration.jobs import ROOT, workers_below
 
@@ -22,6 +24,8 @@ class Nodes:
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
         self.address, self.job_server = self._answer().split()
+        self.others: list[int] = []
+        """Nodes that were added, and neither killed nor drained."""
 
     def workers(self) -> set[int]:
         """Processes that are ranks of a worker group."""
@@ -29,11 +33,18 @@ class Nodes:
 
     def add(self, directory: Path) -> int:
         """Start a node of one CPU whose processes stand in `directory`; its number."""
-        return int(self._ask(f"add {directory}"))
+        self.others.append(int(self._ask(f"add {directory}")))
+        return self.others[-1]
 
     def remove(self, node: int) -> None:
         """Kill a node and all its processes."""
         self._ask(f"remove {node}")
+        self.others.remove(node)
+
+    def drain(self, node: int, seconds: float) -> None:
+        """Have Ray tell that a node will be taken away, as an autoscaler does."""
+        self._ask(f"drain {node}:{seconds}")
+        self.others.remove(node)
 
     def _ask(self, line: str) -> str:
         assert self._process.stdin is not None
@@ -76,6 +87,18 @@ def cluster(environment: dict[str, str], directory: Path) -> Iterator[Nodes]:
         process.communicate(timeout=60)  # the end of its input ends it
 
 
+def _drain(node: Any, seconds: float) -> None:
+    from ray.core.generated import autoscaler_pb2
+
+    accepted, why = node.get_gcs_client().drain_node(
+        node.node_id,
+        autoscaler_pb2.DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION,
+        "taken away by a test",
+        int((time.time() + seconds) * 1000),
+    )
+    assert accepted, why
+
+
 def _serve() -> None:
     from ray.cluster_utils import Cluster
 
@@ -98,6 +121,10 @@ def _serve() -> None:
             os.chdir(argument)
             nodes.append(held.add_node(num_cpus=1))
             answer = len(nodes) - 1
+        elif verb == "drain":
+            number, _, seconds = argument.partition(":")
+            answer = int(number)
+            _drain(nodes[answer], float(seconds))
         else:
             held.remove_node(nodes[int(argument)], allow_graceful=False)
             answer = int(argument)

@@ -135,3 +135,23 @@ def test_what_one_node_does_not_see_is_refused(
         )
         assert re.match(f"{key}='{here}/.*' {where}", sentence), sentence
     assert list((place / "run").iterdir()) == []  # the probe is gone
+
+
+def test_a_node_that_will_be_taken_away_costs_no_step(
+    nodes: Nodes, place: Path, token: dict[str, str], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    training = {"epochs": 60, "log_every_steps": 1, "checkpoint": {"every_steps": 4}}
+    training["validation"] = None
+    cluster = {"num_workers": 2, "address": "auto", "placement_strategy": "STRICT_SPREAD"}
+    recipe = write_recipe(tmp_path, cluster=cluster, training=training, alignment=None)
+    inside = {**token, "RAY_ADDRESS": nodes.address}
+    job = start("run", str(recipe), "--until", "train", variables=inside)
+    wait_for(lambda: checkpoints(run, "train"), job=job)
+    [other] = nodes.others
+    nodes.drain(other, 120)
+    nodes.add(place)
+    output = finish(job)
+    told = re.search(r"asked to end \(.* is saved at step (\d+); .* attempt 2 of 101", output)
+    assert told is not None, output
+    assert f"resuming from step {told[1]}" in output.split("attempt 2 of 101")[1]
