@@ -80,9 +80,12 @@ class LeftOut:
 
 
 def blame(error: Exception, sample_ids: Sequence[int]) -> Exception:
-    """What a step raised on this rank, as an error of its samples, if those are to blame."""
+    """What a step raised on this rank, as an error of its samples, if those are to blame.
+
+    A ValueError says already what is wrong, and an assertion that we are.
+    """
     text = str(error)
-    if isinstance(error, MemoryError | torch.OutOfMemoryError | PoisonedSampleError):
+    if isinstance(error, ValueError | AssertionError | MemoryError | torch.OutOfMemoryError):
         return error
     if any(sign in text for sign in _NOT_THE_SAMPLES):
         return error

@@ -23,6 +23,8 @@ from configs.failures import HangConfig
 
 EXIT_STATUS = 70
 """Of a rank that its watchdog ended."""
+LONGEST_PAUSE_S = 60.0
+"""Between two looks at the last sign of life."""
 SETTLE_S = 5.0
 """From a rank's report to its end, so that all others report, too."""
 Phase = Literal["loading", "updating", "validating", "saving"]
@@ -92,15 +94,18 @@ class Watchdog:
         return self._config.step_timeout_s
 
     def _watch(self) -> None:
+        limits = (self._config.step_timeout_s, self._config.validation_timeout_s)
+        pause = min([limit / 4 for limit in limits if limit is not None] + [LONGEST_PAUSE_S])
         while True:
             sign = self._sign
             limit = self._limit(sign.phase)
-            left = 1.0 if limit is None else sign.at + limit - time.monotonic()
+            left = pause if limit is None else sign.at + limit - time.monotonic()
             if left <= 0:
                 break
             if limit is not None and sys.__stderr__ is not None:  # for a thread that cannot run
-                faulthandler.dump_traceback_later(left + SETTLE_S, file=sys.__stderr__)
-            if self._closed.wait(min(left, 60.0) if limit is None else left / 2 + 0.01):
+                late = left + pause + SETTLE_S
+                faulthandler.dump_traceback_later(late, file=sys.__stderr__)
+            if self._closed.wait(min(left, pause)):
                 return
         faulthandler.cancel_dump_traceback_later()
         try:

@@ -11,17 +11,23 @@ import pytest
 from configs.cluster import ClusterConfig
 from configs.failures import FailuresConfig, RestartConfig
 from configs.layout import RunLayout
+from data_loaders.poison import PoisonedSampleError
 from launch.cluster import connect, run_workers
 from launch.failures import Place
+from trainer.stop_notice import StoppedError
 
 CLUSTER = ClusterConfig(num_workers=1, data_cpus=2)
 FAILURES = FailuresConfig(worker=RestartConfig(max_restarts=1))
 
 
-def run(settings: dict[str, Any], cluster: ClusterConfig = CLUSTER) -> Any:
+def run(
+    settings: dict[str, Any],
+    cluster: ClusterConfig = CLUSTER,
+    failures: FailuresConfig = FAILURES,
+) -> Any:
     """`work` on a group, whose traces would lie beside its attempts."""
     place = Place.of(RunLayout(settings["attempts"] + "-run"), "train", "0" * 12)
-    return run_workers(f"{__name__}:work", settings, cluster, FAILURES, place)
+    return run_workers(f"{__name__}:work", settings, cluster, failures, place)
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +46,10 @@ def work(settings: dict[str, Any], say: Callable[[str], None]) -> str:
             os.kill(os.getpid(), signal.SIGKILL)
         case "mistake":
             raise ValueError("the recipe asks for the moon; ask for less")
+        case "saved":
+            raise StoppedError("train", 8)
+        case "poison":
+            raise PoisonedSampleError([7], "collating it", "KeyError: 'x'")
     return "done"
 
 
@@ -59,6 +69,22 @@ def test_a_dead_worker_is_replaced_and_a_mistake_is_not(
         run_anew("mistake", "done")
     assert attempts.read_text() == "x"
     assert list(tmp_path.iterdir()) == [attempts]  # Ray Train leaves nothing beside the run
+
+
+def test_what_the_recipe_says_to_preemption_and_poison(
+    embedded: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"attempts": str(tmp_path / "attempts"), "then": ("saved", "poison", "done")}
+    lenient = FailuresConfig.model_validate({"poisoned_sample": {"action": "skip"}})
+    assert run(settings, failures=lenient) == "done"
+    told = capfd.readouterr().out
+    assert "saved at step 8" in told and "attempt 2 of 101" in told
+    assert "sample 7 cannot be trained on" in told and "1 of 100 that may be left out" in told
+    (tmp_path / "attempts").unlink()
+    strict = FailuresConfig.model_validate({"preemption": {"action": "stop"}})
+    with pytest.raises(SystemExit) as ended:
+        run(settings, failures=strict)
+    assert ended.value.code == 143 and "saved at step 8" in capfd.readouterr().out
 
 
 def test_a_group_that_can_never_fit_is_refused_at_once(embedded: None, tmp_path: Path) -> None:
