@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
 from configs.failures import FailuresConfig
 from configs.layout import RunLayout
@@ -33,7 +32,7 @@ from trainer.watchdog import EXIT_STATUS, diagnose_hang
 
 def test_a_rank_that_hangs_is_named_with_its_stack(calm: Course, tmp_path: Path) -> None:
     write_data(tmp_path)
-    failures = {"hang": {"step_timeout_s": 15.0}}
+    failures = {"hang": {"step_timeout_s": 12.0}}
     since = time.time()
     told = settings(tmp_path, EPOCHS, failures=failures)
     assert attempt(told, Fault("hang", 1, 5)) == [EXIT_STATUS] * 2
@@ -102,13 +101,9 @@ def test_a_poisoned_sample_is_named_and_the_run_goes_on_without_it(
     assert found.losses.keys() == calm.losses.keys()
 
 
-@pytest.mark.parametrize("kind", ["raises", "no peer"])
-def test_an_update_that_raises_names_its_samples(tmp_path: Path, kind: str) -> None:
+def test_an_update_that_raises_names_its_samples(tmp_path: Path) -> None:
     write_data(tmp_path)
-    outcomes = attempt(settings(tmp_path, 1), Fault(f"the update {kind}", 0, 2))
-    if kind == "no peer":  # what a lost connection looks like is nobody's sample
-        assert not isinstance(outcomes[0], PoisonedSampleError)
-        return
+    outcomes = attempt(settings(tmp_path, 1), Fault("the update raises", 0, 2))
     assert isinstance(outcomes[0], PoisonedSampleError)
     assert len(outcomes[0].sample_ids) == 8 and "IndexError: far out" in str(outcomes[0])
     assert not isinstance(outcomes[1], PoisonedSampleError)  # it only lost its peer

@@ -1,4 +1,4 @@
-"""The run as a user starts it, under Ray: its driver told to end, killed, and a worker told to end.
+"""The run as a user starts it: told to end, its driver killed, then one of its workers told to end.
 
 Beside it lies what an older Ray Train left, cut short; nothing reads it.
 """
@@ -32,13 +32,21 @@ def alive(pids: set[int]) -> bool:
     return any(Path(f"/proc/{pid}/cmdline").exists() for pid in pids)
 
 
+def driver_of(supervisor: int) -> int:
+    """The process that the supervisor started."""
+    [driver] = Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text().split()
+    return int(driver)
+
+
 def newest_step(run: Path) -> int:
     return max(int(path.parent.name.split("-")[1]) for path in checkpoints(run, "train"))
 
 
 def test_told_to_end_killed_and_told_again(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    recipe = str(write_recipe(tmp_path, training=TRAINING, alignment=None))
+    failures = {"driver": {"max_restarts": 1}}
+    path = write_recipe(tmp_path, training=TRAINING, alignment=None, failures=failures)
+    recipe = str(path)
     stale = run / "ray-train" / "pretrain-train_worker" / "checkpoint_manager_snapshot.json"
     stale.parent.mkdir(parents=True)
     stale.write_text('{"version": 1, "latest_check')
@@ -58,17 +66,17 @@ def test_told_to_end_killed_and_told_again(tmp_path: Path) -> None:
     job = start("run", recipe, "--until", "train")
     wait_for(lambda: checkpoints(run, "train") - before, job=job)
     workers = workers_below(job.pid)
-    os.kill(job.pid, signal.SIGKILL)  # the driver alone
-    output, _ = job.communicate(timeout=300)
-    assert f"resuming from step {step}" in output
+    os.kill(driver_of(job.pid), signal.SIGKILL)  # the driver alone
     assert len(workers) == 2
     wait_for(lambda: not alive(workers), timeout=120)
 
     before = checkpoints(run, "train")
-    job = start("run", recipe, "--until", "train")
     wait_for(lambda: checkpoints(run, "train") - before, job=job)
     os.kill(max(workers_below(job.pid)), signal.SIGTERM)
     output = finish(job, timeout=600)
+    assert f"resuming from step {step}" in output
+    again = "the driver died (SIGKILL); starting the driver again, attempt 2 of 2"
+    assert again in output and "resuming from step" in output.split(again)[1], output
     told = re.search(r"asked to end \(.* saved at step (\d+)", output)
     assert told is not None and "attempt 2 of 101" in output, output
     assert f"resuming from step {told[1]}" in output.split("attempt 2 of 101")[1]

@@ -127,8 +127,6 @@ def _bring_about(fault: Fault, model: ParallelModel) -> None:
             _once(model._loss, "forward", _not_finite)
         case "the update raises":
             _once(model._loss, "forward", _raise(IndexError("far out")))
-        case "the update no peer":
-            _once(model._loss, "forward", _raise(RuntimeError("Connection closed by peer")))
 
 
 def _once(owner: Any, name: str, change: Callable[[Any], Any]) -> None:

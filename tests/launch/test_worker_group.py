@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,16 @@ from typing import Any
 import pytest
 
 from configs.cluster import ClusterConfig
-from configs.failures import FailuresConfig, RestartConfig
+from configs.failures import FailuresConfig, HangConfig, RestartConfig
 from configs.layout import RunLayout
 from data_loaders.poison import PoisonedSampleError
 from launch.cluster import connect, run_workers
 from launch.failures import Place
 from trainer.stop_notice import StoppedError
+from trainer.watchdog import Watchdog
 
 CLUSTER = ClusterConfig(num_workers=1, data_cpus=2)
+RANK: Any = {"stage": "train", "rank": 0}
 FAILURES = FailuresConfig(worker=RestartConfig(max_restarts=1))
 
 
@@ -26,8 +29,11 @@ def run(
     failures: FailuresConfig = FAILURES,
 ) -> Any:
     """`work` on a group, whose traces would lie beside its attempts."""
-    place = Place.of(RunLayout(settings["attempts"] + "-run"), "train", "0" * 12)
-    return run_workers(f"{__name__}:work", settings, cluster, failures, place)
+    return run_workers(f"{__name__}:work", settings, cluster, failures, place_of(settings))
+
+
+def place_of(settings: dict[str, Any]) -> Place:
+    return Place.of(RunLayout(settings["attempts"] + "-run"), "train", "0" * 12)
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +52,9 @@ def work(settings: dict[str, Any], say: Callable[[str], None]) -> str:
             os.kill(os.getpid(), signal.SIGKILL)
         case "mistake":
             raise ValueError("the recipe asks for the moon; ask for less")
+        case "hang":
+            with Watchdog(HangConfig(step_timeout_s=0.5), place_of(settings).failures, **RANK):
+                time.sleep(600)
         case "saved":
             raise StoppedError("train", 8)
         case "poison":
@@ -71,14 +80,16 @@ def test_a_dead_worker_is_replaced_and_a_mistake_is_not(
     assert list(tmp_path.iterdir()) == [attempts]  # Ray Train leaves nothing beside the run
 
 
-def test_what_the_recipe_says_to_preemption_and_poison(
+def test_what_the_recipe_says_to_hangs_preemption_and_poison(
     embedded: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    settings = {"attempts": str(tmp_path / "attempts"), "then": ("saved", "poison", "done")}
+    settings = {"attempts": str(tmp_path / "attempts"), "then": ("saved", "hang", "poison", "done")}
     lenient = FailuresConfig.model_validate({"poisoned_sample": {"action": "skip"}})
     assert run(settings, failures=lenient) == "done"
     told = capfd.readouterr().out
     assert "saved at step 8" in told and "attempt 2 of 101" in told
+    assert "a rank hung (rank 0 (host" in told and "at `time.sleep(600)`" in told
+    assert "attempt 2 of 3" in told
     assert "sample 7 cannot be trained on" in told and "1 of 100 that may be left out" in told
     (tmp_path / "attempts").unlink()
     strict = FailuresConfig.model_validate({"preemption": {"action": "stop"}})
