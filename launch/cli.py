@@ -2,13 +2,13 @@
 
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Literal
 
 import click
 
-from configs.load import load_recipe
+from configs.load import LoadedRecipe, load_recipe
 from configs.recipe import STAGES, StageName
 from configs.redaction import redacted
 from launch.bench import add_commands
@@ -75,31 +75,41 @@ def run(
 ) -> None:
     """Run all stages, skipping what is unchanged."""
     loaded = load_recipe(recipe, overrides)
+    arguments = ["run", recipe, *overrides, *([] if until is None else ["--until", until])]
+    first = ([] if from_ is None else ["--from", from_]) + (["--force"] if force else [])
+    _drive(ctx, loaded, arguments, first, until=until, from_=from_, force=force)
+
+
+def _drive(
+    ctx: click.Context,
+    loaded: LoadedRecipe,
+    arguments: Sequence[str],
+    first: Sequence[str],
+    **selection: Any,
+) -> None:
+    """Run stages here, or where the recipe wants a lost driver restarted, in a process below.
+
+    `first` are arguments of the first attempt alone: what begins stages anew would do so again.
+    """
     from launch.supervisor import supervise, wants_supervisor
 
     if wants_supervisor(loaded.recipe):
-        command = [sys.executable, "-m", "launch.cli", "run", recipe, *overrides]
-        command += [] if until is None else ["--until", until]
-        ctx.exit(supervise(command, loaded.recipe, first=_again_from(from_, force)))
+        command = [sys.executable, "-m", "launch.cli", *arguments]
+        ctx.exit(supervise(command, loaded.recipe, first))
     from launch.run import run as run_stages
 
-    run_stages(loaded, until=until, from_=from_, force=force)
-
-
-def _again_from(from_: StageName | None, force: bool) -> list[str]:
-    """Options that begin stages anew: for the first attempt alone, or the next one would, too."""
-    return ([] if from_ is None else ["--from", from_]) + (["--force"] if force else [])
+    run_stages(loaded, **selection)
 
 
 def _add_stage(stage: StageName, about: str) -> None:
     @main.command(stage, help=about, epilog=RECIPE_HELP)
     @_takes_recipe
     @click.option("--force", is_flag=True, help="Discard what this stage did before.")
-    def command(recipe: str, overrides: tuple[str, ...], force: bool) -> None:
+    @click.pass_context
+    def command(ctx: click.Context, recipe: str, overrides: tuple[str, ...], force: bool) -> None:
         loaded = load_recipe(recipe, overrides)
-        from launch.run import run as run_stages
-
-        run_stages(loaded, only=stage, force=force)
+        first = ["--force"] if force else []
+        _drive(ctx, loaded, [stage, recipe, *overrides], first, only=stage, force=force)
 
 
 for _stage, _about in {
