@@ -85,7 +85,8 @@ def blame(error: Exception, sample_ids: Sequence[int]) -> Exception:
     A ValueError says already what is wrong, and an assertion that we are.
     """
     text = str(error)
-    if isinstance(error, ValueError | AssertionError | MemoryError | torch.OutOfMemoryError):
+    of_others = (ValueError, AssertionError, OSError, MemoryError, torch.OutOfMemoryError)
+    if isinstance(error, of_others):
         return error
     if any(sign in text for sign in _NOT_THE_SAMPLES):
         return error

@@ -18,6 +18,7 @@ from tests.faults.trainings import (
     course,
     saved_steps,
     settings,
+    steps_of,
     train,
     write_data,
 )
@@ -75,19 +76,19 @@ def test_sigterm_to_one_rank_saves_at_one_step_of_all(
     outcomes = attempt(told, Fault("SIGTERM", 1, 7))  # when step 7 has begun
     assert [type(outcome) for outcome in outcomes] == [StoppedError] * 2, outcomes
     assert [outcome.step for outcome in outcomes] == [8, 8] == saved_steps(tmp_path) * 2
-    steps = len((tmp_path / "steps-0.jsonl").read_text().splitlines())
+    steps = len(list(steps_of(tmp_path, 0).iterdir()))
     finished = course(tmp_path, attempt(told))
     assert finished == calm
-    again = len((tmp_path / "steps-0.jsonl").read_text().splitlines())
+    again = len(list(steps_of(tmp_path, 0).iterdir()))
     assert steps == 8 and again == len(calm.losses)  # no step was done twice
 
 
 def test_sigterm_from_outside(calm: Course, tmp_path: Path) -> None:
     write_data(tmp_path)
-    record = tmp_path / "steps-0.jsonl"
+    record = steps_of(tmp_path, 0)
     with Ranks(2, partial(train, settings(tmp_path, EPOCHS))) as ranks:
         limit = time.monotonic() + 120
-        while not (record.exists() and record.read_text()) and time.monotonic() < limit:
+        while not (record.exists() and any(record.iterdir())) and time.monotonic() < limit:
             time.sleep(0.01)
         for process in ranks.processes:  # as a machine that shuts down tells everybody
             process.terminate()

@@ -83,7 +83,8 @@ def train(settings: dict[str, Any], fault: Fault | None = None) -> dict[str, str
     """On one rank: the stage's own worker; what became of the model, hashed by tensor."""
     rank = int(os.environ["RANK"])
     trained: list[ParallelModel] = []
-    record = Path(settings["output"]) / f"steps-{rank}.jsonl"
+    record = steps_of(Path(settings["output"]), rank)
+    record.mkdir(exist_ok=True)
     _record(trained, record, fault if fault is not None and fault.rank == rank else None)
     if fault is not None and fault.rank == rank and "save" in fault.kind:
         _break_save(fault, trained)
@@ -106,8 +107,8 @@ def _record(trained: list[ParallelModel], record: Path, fault: Fault | None) -> 
             _bring_about(fault, self)
         result = train_step(self, inputs, sample_ids, stop)
         line = {"step": self.step, "loss": result.loss, "samples": [int(s) for s in sample_ids]}
-        with record.open("a") as stream:
-            stream.write(json.dumps(line) + "\n")
+        # A file a step: small enough for a disk that is full.
+        (record / f"{time.time_ns()}.json").write_text(json.dumps(line))
         return result
 
     ParallelModel.train_step = recorded  # type: ignore[method-assign]
@@ -215,14 +216,19 @@ def course(root: Path, outcomes: list[dict[str, str]]) -> Course:
     losses: dict[int, float] = {}
     by_rank: dict[tuple[int, int], list[int]] = {}
     for rank in range(len(outcomes)):
-        for line in (root / f"steps-{rank}.jsonl").read_text().splitlines():
-            row = json.loads(line)
+        for file in sorted(steps_of(root, rank).iterdir()):
+            row = json.loads(file.read_text())
             losses[row["step"]] = row["loss"]
             by_rank[row["step"], rank] = row["samples"]
     samples: dict[int, list[int]] = {}
     for (step, _), ids in by_rank.items():
         samples[step] = sorted([*samples.get(step, []), *ids])
     return Course(outcomes[0], losses, samples)
+
+
+def steps_of(root: Path, rank: int) -> Path:
+    """The directory of a rank's records, one file for each time that it did a step."""
+    return root / f"steps-{rank}"
 
 
 def saved_steps(root: Path) -> list[int]:

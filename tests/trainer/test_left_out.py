@@ -17,6 +17,7 @@ PEER = "[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:4
         RuntimeError("CUDA error: device-side assert triggered"),
         torch.OutOfMemoryError("CUDA out of memory."),
         MemoryError(),
+        OSError(28, "No space left on device"),
         ValueError("table 'item' has rows 0 to 5, but ids 0 to 9 were looked up"),
         AssertionError("one of ours"),
     ],
