@@ -247,10 +247,15 @@ class Restarts:
                 f"{failure.sentence}; mend or remove it, or leave it out by "
                 "failures.poisoned_sample.action=skip"
             ) from error
-        already = len(read_quarantined(self.place.quarantined))
-        if already + len(error.sample_ids) > config.max_samples:
+        already = read_quarantined(self.place.quarantined).tolist()
+        if set(error.sample_ids) <= set(already):
             raise ValueError(
-                f"{failure.sentence}; {already} samples are left out already, and "
+                f"{failure.sentence}; this stage reads it although it was to be left out: mend or "
+                "remove it"
+            ) from error
+        if len(already) + len(error.sample_ids) > config.max_samples:
+            raise ValueError(
+                f"{failure.sentence}; {len(already)} samples are left out already, and "
                 f"failures.poisoned_sample.max_samples={config.max_samples}: see "
                 f"{self.place.quarantined}"
             ) from error
