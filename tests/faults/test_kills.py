@@ -36,21 +36,21 @@ def test_the_calm_run_trains_every_sample_once_an_epoch(calm: Course) -> None:
 @pytest.mark.parametrize(
     ("fault", "kept"),
     [
-        (Fault("kill", 1, 8), 6),
-        (Fault("kill before the files of a save", 1, 6), 3),
-        (Fault("kill between the files of a save", 0, 6), 3),
-        (Fault("kill within the file of a save", 1, 6), 3),
-        (Fault("kill before the commit of a save", 0, 6), 3),
-        (Fault("kill after the commit of a save", 0, 6), 6),
+        (Fault("kill", 1, 10), (6, 9)),  # the save of step 9 may or may not be committed
+        (Fault("kill before the files of a save", 1, 6), (3,)),
+        (Fault("kill between the files of a save", 0, 6), (3,)),
+        (Fault("kill within the file of a save", 1, 6), (3,)),
+        (Fault("kill before the commit of a save", 0, 6), (3,)),
+        (Fault("kill after the commit of a save", 0, 6), (6,)),
     ],
     ids=str,
 )
-def test_a_killed_rank(calm: Course, tmp_path: Path, fault: Fault, kept: int) -> None:
+def test_a_killed_rank(calm: Course, tmp_path: Path, fault: Fault, kept: tuple[int, ...]) -> None:
     write_data(tmp_path)
     outcomes = attempt(settings(tmp_path, EPOCHS), fault)
     assert outcomes[fault.rank] == -signal.SIGKILL
     assert isinstance(outcomes[1 - fault.rank], Exception)  # it says so, and does not hang
-    assert saved_steps(tmp_path)[-1] == kept
+    assert saved_steps(tmp_path)[-1] in kept
     assert course(tmp_path, attempt(settings(tmp_path, EPOCHS))) == calm
 
 
@@ -58,11 +58,12 @@ def test_a_full_disk_is_a_sentence_and_costs_nothing_that_was_committed(
     calm: Course, tmp_path: Path
 ) -> None:
     write_data(tmp_path)
-    outcomes = attempt(settings(tmp_path, EPOCHS), Fault("full disk", 1, 5))
+    outcomes = attempt(settings(tmp_path, EPOCHS), Fault("full disk", 1, 7))
     assert all(isinstance(outcome, CheckpointError) for outcome in outcomes), outcomes
     assert str(outcomes[0]) == str(outcomes[1])
-    assert re.search("step 6 could not be written to .* check space", str(outcomes[0]))
-    assert saved_steps(tmp_path) == [3]
+    # The save of step 6 may have been written by then.
+    told = re.search("step (6|9) could not be written to .* check space", str(outcomes[0]))
+    assert told is not None and saved_steps(tmp_path) == ([3] if told[1] == "6" else [3, 6])
     assert course(tmp_path, attempt(settings(tmp_path, EPOCHS))) == calm
 
 
