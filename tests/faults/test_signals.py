@@ -89,5 +89,6 @@ def test_told_to_end_killed_and_told_again(tmp_path: Path) -> None:
         "output": str(calm),
         "fingerprint": "calm",
         "semantic_ids": None,
+        "start": None,
     }
     assert losses(run, "train") == course(calm, attempt(settings)).losses
