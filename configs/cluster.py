@@ -13,6 +13,11 @@ class ClusterConfig(Config):
     address: str = "local"
     """`local` starts an embedded Ray; `auto` joins the cluster of this node; or host:port."""
     num_workers: PositiveInt = 2
+    min_workers: PositiveInt | None = None
+    """Elastic: where nodes leave, training goes on with as few workers as this, and with up to
+    `num_workers` once nodes join, in sizes that divide the batches; null: always `num_workers`."""
+    resize_check_s: PositiveFloat = 60
+    """How often an elastic group looks for room to grow, which it does after a checkpoint."""
     device: Literal["cpu", "cuda"] = "cpu"
     cpus_per_worker: PositiveFloat = 1
     threads_per_worker: PositiveInt = 1
@@ -30,6 +35,20 @@ class ClusterConfig(Config):
                 " and failures.node.max_restarts"
             )
         return data
+
+    @property
+    def least_workers(self) -> int:
+        """Workers without which a stage does not run."""
+        return self.num_workers if self.min_workers is None else self.min_workers
+
+    @model_validator(mode="after")
+    def _elastic_range_is_one(self) -> "ClusterConfig":
+        if self.least_workers > self.num_workers:
+            raise ValueError(
+                f"min_workers={self.min_workers} exceeds num_workers={self.num_workers}, which is "
+                "the most that an elastic group has; swap them"
+            )
+        return self
 
     @model_validator(mode="after")
     def _embedded_ray_holds_the_workers(self) -> "ClusterConfig":

@@ -94,6 +94,12 @@ class Recipe(Config):
         """Whether the model says what users would do with given candidates (a reward model)."""
         return isinstance(self.model, HSTURankingConfig)
 
+    def worker_sizes(self) -> tuple[int, ...]:
+        """Numbers of workers that may run a stage, ascending: those that divide every batch."""
+        sizes = range(self.cluster.least_workers, self.cluster.num_workers + 1)
+        batches = _batches(self).values()
+        return tuple(w for w in sizes if not any(size % w for size in batches))
+
     def table_names(self) -> tuple[str, ...]:
         """Embedding tables that the model will describe: item (a model that writes codes may have
         none), user_<f>, side_<f>."""
@@ -296,21 +302,23 @@ def _placed_tables_exist(recipe: Recipe) -> None:
         raise ValueError("\n".join(sentences))
 
 
-def _batch_deals(recipe: Recipe) -> None:
-    batch, workers = recipe.data.loader.global_batch, recipe.cluster.num_workers
-    if batch % workers:
-        raise ValueError(
-            f"data.loader.global_batch={batch} must be a multiple of cluster.num_workers={workers}"
-        )
-    name, size = "", 0
+def _batches(recipe: Recipe) -> dict[str, int]:
+    """What is dealt over the workers: recipe key → samples."""
+    batches = {"data.loader.global_batch": recipe.data.loader.global_batch}
     if isinstance(recipe.alignment, OfflineBase):
-        name, size = "pairs_per_step", recipe.alignment.pairs_per_step
+        batches["alignment.pairs_per_step"] = recipe.alignment.pairs_per_step
     elif isinstance(recipe.alignment, OnlineBase | GeneratedPairsBase):
-        name, size = "prompts.per_step", recipe.alignment.prompts.per_step
-    if size % workers:
-        raise ValueError(
-            f"alignment.{name}={size} must be a multiple of cluster.num_workers={workers}"
-        )
+        batches["alignment.prompts.per_step"] = recipe.alignment.prompts.per_step
+    return batches
+
+
+def _batch_deals(recipe: Recipe) -> None:
+    cluster = recipe.cluster
+    ends = {"cluster.num_workers": cluster.num_workers, "cluster.min_workers": cluster.min_workers}
+    for name, size in _batches(recipe).items():
+        for key, workers in ends.items():
+            if workers is not None and size % workers:
+                raise ValueError(f"{name}={size} must be a multiple of {key}={workers}")
 
 
 def _rollouts_are_possible(recipe: Recipe) -> None:

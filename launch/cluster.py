@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -27,7 +28,7 @@ from ray._private.services import get_ray_address_from_environment
 from ray._private.state import state
 from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchConfig
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -41,6 +42,7 @@ from launch.address import (
     token_file,
 )
 from launch.console import Console, Line
+from launch.elastic import ElasticGroup, GroupTrainer
 from launch.failures import (
     Failure,
     Place,
@@ -153,11 +155,23 @@ def run_workers(
     cluster: ClusterConfig,
     failures: FailuresConfig,
     place: Place,
+    sizes: tuple[int, ...] = (),
+    *,
+    grows: bool = False,
 ) -> Any:
     """Run `module:function(settings, say)` on every rank of a worker group; rank 0's answer.
 
     What fails costs a restart of the group, which resumes from the newest checkpoint, where
     `failures` says so. An error of the user's making is not tried again.
+
+    Args:
+        entry: what to run.
+        settings: handed to it.
+        cluster: how many workers there are, and of what.
+        failures: what to do about each.
+        place: where it leaves its traces.
+        sizes: numbers of workers that may run it, ascending; empty: `cluster.num_workers` alone.
+        grows: whether it can be asked to save, and goes on from there with more workers.
 
     Raises:
         ValueError: the worker's own sentence, when the mistake is the user's; or that the recipe
@@ -166,6 +180,8 @@ def run_workers(
         SystemExit: the run was asked to end, and is saved where it was.
     """
     _check_resources(cluster)
+    grows = grows and failures.preemption.action == "restart"
+    group = _elastic(cluster, sizes, grows) if len(sizes) > 1 else None
     termination = current_termination()
     restarts = Restarts(failures, place, lambda line: print(line, flush=True))
     with (
@@ -175,7 +191,7 @@ def run_workers(
         while True:
             started = time.time()
             try:
-                return _run_group(entry, settings, cluster, console)
+                return _run_group(entry, settings, cluster, console, group)
             except TrainingFailedError as error:
                 failure = _diagnose(error, cluster, place, started, console)
             if termination.asked or (
@@ -195,14 +211,14 @@ def _diagnose(
             f"{cluster.start_timeout_s} ({summary([error])}); {_needs(cluster)}: see "
             "`ray status`, or lower cluster.num_workers"
         ) from error
-    placed = console.placed()
+    placed, ranks = console.placed()
     alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
     lost = [node for node in placed if node not in alive]
     return diagnose(
         _causes(error),
         place,
         since,
-        cluster.num_workers,
+        ranks or cluster.num_workers,
         lost_memory=lambda: any(
             _killed_for_memory(node) > count for node, count in placed.items() if node in alive
         ),
@@ -227,18 +243,19 @@ def _check_resources(cluster: ClusterConfig) -> None:
         ValueError: the embedded Ray, which does not grow, lacks a resource.
     """
     has = ray.cluster_resources()
-    wanted = _resources(cluster)
+    wanted, workers = _resources(cluster), cluster.least_workers
+    key = "num_workers" if cluster.min_workers is None else "min_workers"
     lacking = [
-        f"{count * cluster.num_workers:g} {name}s, and the cluster has {has.get(name, 0):g}"
+        f"{count * workers:g} {name}s, and the cluster has {has.get(name, 0):g}"
         for name, count in wanted.items()
-        if has.get(name, 0) < count * cluster.num_workers
+        if has.get(name, 0) < count * workers
     ]
     if not lacking:
         return
-    sentence = f"cluster.num_workers={cluster.num_workers} with cluster.device={cluster.device!r} "
+    sentence = f"cluster.{key}={workers} with cluster.device={cluster.device!r} "
     sentence += f"needs {'; '.join(lacking)}"
     if cluster.address == "local":
-        raise ValueError(f"{sentence}; join a larger one by cluster.address, or lower num_workers")
+        raise ValueError(f"{sentence}; join a larger one by cluster.address, or lower {key}")
     print(f"{sentence}: waiting for nodes to join", flush=True)
 
 
@@ -247,29 +264,44 @@ def _resources(cluster: ClusterConfig) -> dict[str, float]:
     return {"CPU": cluster.cpus_per_worker} | ({"GPU": 1.0} if cluster.device == "cuda" else {})
 
 
+def _elastic(cluster: ClusterConfig, sizes: tuple[int, ...], grows: bool) -> ElasticGroup:
+    return ElasticGroup(
+        sizes=sizes,
+        needed=_resources(cluster),
+        placement=cluster.placement_strategy,
+        start_timeout_s=cluster.start_timeout_s,
+        grows_every_s=cluster.resize_check_s if grows else None,
+    )
+
+
 def _needs(cluster: ClusterConfig) -> str:
     nodes = [node for node in ray.nodes() if node["Alive"]]
     each = " and ".join(f"{count:g} {name}" for name, count in _resources(cluster).items())
     return (
-        f"{cluster.num_workers} workers of {each} each, placed by {cluster.placement_strategy}, "
+        f"{cluster.least_workers} workers of {each} each, placed by {cluster.placement_strategy}, "
         f"are wanted of a cluster with {ray.cluster_resources().get('CPU', 0):g} CPUs and "
         f"{ray.cluster_resources().get('GPU', 0):g} GPUs on {len(nodes)} nodes"
     )
 
 
 def _run_group(
-    entry: str, settings: dict[str, Any], cluster: ClusterConfig, console: Console
+    entry: str,
+    settings: dict[str, Any],
+    cluster: ClusterConfig,
+    console: Console,
+    group: ElasticGroup | None,
 ) -> Any:
     line = console.line()
-    line.place({})  # of an earlier group
-    trainer = TorchTrainer(
+    line.place({}, 0)  # of an earlier group
+    trainer = GroupTrainer(
         _enter,
-        train_loop_config={"entry": entry, "settings": settings, "line": line},
+        group=group,
+        train_loop_config={"entry": entry, "settings": settings, "line": line, "group": group},
         torch_config=TorchConfig(
             backend="cpu:gloo,cuda:nccl" if cluster.device == "cuda" else "gloo"
         ),
         scaling_config=ScalingConfig(
-            num_workers=cluster.num_workers,
+            num_workers=cluster.num_workers if group is None else (group.sizes[0], group.sizes[-1]),
             use_gpu=cluster.device == "cuda",
             resources_per_worker=_resources(cluster),
             placement_strategy=cluster.placement_strategy,
@@ -308,21 +340,29 @@ def _enter(config: dict[str, Any]) -> Any:
     line: Line = config["line"]
     if dist.get_rank() == 0:
         nodes = dict(places)
-        line.place(nodes)
+        line.place(nodes, len(places))
         line(f"{len(places)} workers on {len(nodes)} node{'s' if len(nodes) > 1 else ''}")
-        listener = threading.Thread(target=_listen, args=(line, set(nodes)), daemon=True)
+        held = Counter(node for node, _ in places)
+        arguments = (line, held, config["group"])
+        listener = threading.Thread(target=_listen, args=arguments, daemon=True)
         listener.start()
     module, function = config["entry"].split(":")
     return getattr(import_module(module), function)(config["settings"], line)
 
 
-def _listen(line: Line, nodes: set[str]) -> None:
-    """Have this rank told, as by SIGTERM, that the driver or a node's end asks the group to end."""
-    asked = line.stop_asked()
+def _listen(line: Line, held: Counter[str], group: ElasticGroup | None) -> None:
+    """Have this rank told, as by SIGTERM, that the group shall save and end: the driver asks for
+    it, a node that holds ranks is taken away, or there is room for more ranks."""
+    asked, looked = line.stop_asked(), time.monotonic()
     while True:
         try:
             ready, _ = ray.wait([asked], timeout=DRAIN_POLL_S)
-            taken = nodes & set(state.get_draining_nodes())
+            taken = set(held) & set(state.get_draining_nodes())
+            if group is not None and group.due(looked):
+                room, looked = group.room(held), time.monotonic()
+                if room > held.total():
+                    line(f"there is room for {room} workers instead of {held.total()}")
+                    taken = set(held)
         except RayError:  # the driver is gone, and with it this group
             return
         if ready or taken:

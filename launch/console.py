@@ -26,7 +26,7 @@ class _Exchange:
 
     def __init__(self) -> None:
         self._lines: list[str] = []
-        self._nodes: dict[str, int] = {}
+        self._placed: tuple[dict[str, int], int] = ({}, 0)
         self._stop = asyncio.Event()
 
     async def put(self, line: str) -> None:
@@ -36,11 +36,11 @@ class _Exchange:
         lines, self._lines = self._lines, []
         return lines
 
-    async def place(self, nodes: dict[str, int]) -> None:
-        self._nodes = nodes
+    async def place(self, nodes: dict[str, int], ranks: int) -> None:
+        self._placed = (nodes, ranks)
 
-    async def placed(self) -> dict[str, int]:
-        return self._nodes
+    async def placed(self) -> tuple[dict[str, int], int]:
+        return self._placed
 
     async def stop(self) -> None:
         self._stop.set()
@@ -84,13 +84,13 @@ class Console:
         """Have the group save and end; a handler of signals may call this."""
         self._stop.set()
 
-    def placed(self) -> dict[str, int]:
-        """What rank 0 told of its group's nodes; empty if it did not come that far."""
+    def placed(self) -> tuple[dict[str, int], int]:
+        """What rank 0 told of its group: its nodes and its size; nothing if it came not so far."""
         try:
-            nodes: dict[str, int] = ray.get(self._exchange.placed.remote(), timeout=30)
+            nodes, ranks = ray.get(self._exchange.placed.remote(), timeout=30)
         except (RayError, TimeoutError):
-            return {}
-        return nodes
+            return {}, 0
+        return nodes, ranks
 
     def _pump(self) -> None:
         told = False
@@ -125,9 +125,10 @@ class Line:
     def __call__(self, line: str) -> None:
         self._exchange.put.remote(line)
 
-    def place(self, nodes: dict[str, int]) -> None:
-        """Tell where the group runs: processes killed for memory so far, by node id."""
-        self._exchange.place.remote(nodes)
+    def place(self, nodes: dict[str, int], ranks: int) -> None:
+        """Tell where the group of so many ranks runs: processes killed for memory so far, by node
+        id."""
+        self._exchange.place.remote(nodes, ranks)
 
     def stop_asked(self) -> ObjectRef:
         """Is ready once the driver asks the group to end."""

@@ -50,12 +50,27 @@ class StageContext:
 
     def run_workers(self, entry: str, **more: Any) -> Any:
         """Run `module:function` on the recipe's worker group."""
+        return self._run(entry, False, more)
+
+    def run_training(self, entry: str, **more: Any) -> Any:
+        """As `run_workers`, of what goes on from its checkpoints with another number of workers."""
+        return self._run(entry, True, more)
+
+    def _run(self, entry: str, grows: bool, more: dict[str, Any]) -> Any:
         from launch.cluster import run_workers
         from launch.failures import Place
 
         recipe = self.recipe
         place = Place.of(self.layout, self.name, self.fingerprint)
-        return run_workers(entry, self.settings(**more), recipe.cluster, recipe.failures, place)
+        return run_workers(
+            entry,
+            self.settings(**more),
+            recipe.cluster,
+            recipe.failures,
+            place,
+            recipe.worker_sizes(),
+            grows=grows,
+        )
 
 
 @dataclass(frozen=True)
@@ -143,7 +158,7 @@ def _tokenize(context: StageContext) -> Outputs:
 def _train(context: StageContext) -> Outputs:
     module = "reward_model" if context.recipe.ranks_candidates else "pretrain"
     start = context.recipe.training.start
-    outputs: Outputs = context.run_workers(
+    outputs: Outputs = context.run_training(
         f"trainer.{module}:train_worker",
         start=None if start is None else trained_checkpoint(start.run, "training.start.run"),
     )
@@ -158,7 +173,7 @@ def _align(context: StageContext) -> Outputs:
     assert config is not None, "the align stage exists only with an alignment block"
     pairs = _pairs(context, config)
     start = done["train"]["checkpoint"]
-    outputs: Outputs = context.run_workers(
+    outputs: Outputs = context.run_training(
         "trainer.align:align_worker",
         start=start,
         pairs=None if pairs is None else pairs["url"],
@@ -212,7 +227,7 @@ def _evaluate(context: StageContext) -> Outputs:
     done = context.done
     pairs = done["align"]["pairs"] if "align" in done else None
     module = "reward_model" if context.recipe.ranks_candidates else "evaluate"
-    measured = context.run_workers(
+    measured = context.run_training(
         f"trainer.{module}:evaluate_worker",
         policies=policies_of(done),
         pairs=None if pairs is None else pairs["url"],

@@ -68,6 +68,7 @@ def start_worker(settings: dict[str, Any], say: Say) -> Worker:
     recipe = Recipe.model_validate(settings["recipe"])
     torch.set_num_threads(recipe.cluster.threads_per_worker)
     ctx = current_context(recipe.cluster.device)
+    recipe = _fewer_workers(recipe, ctx.world_size)
     torch.manual_seed(recipe.seed)
     layout = RunLayout(settings["output"])
     dataset = SequenceDataset(layout.data, recipe.data.loader.cached_row_groups)
@@ -76,6 +77,17 @@ def start_worker(settings: dict[str, Any], say: Say) -> Worker:
     if codes_url is not None:
         semantic_ids = read_semantic_ids(codes_url, data_fingerprint=dataset.manifest.fingerprint)
     return Worker(recipe, layout, ctx, dataset, semantic_ids, say)
+
+
+def _fewer_workers(recipe: Recipe, world_size: int) -> Recipe:
+    """The recipe with micro batches as large as the whole group's have, where fewer workers run."""
+    loader = recipe.data.loader
+    accumulation = -(-loader.accumulation * recipe.cluster.num_workers // world_size)
+    if recipe.cluster.min_workers is None or accumulation == loader.accumulation:
+        return recipe
+    loader = loader.model_copy(update={"accumulation": accumulation})
+    data = recipe.data.model_copy(update={"loader": loader})
+    return recipe.model_copy(update={"data": data})
 
 
 def build_sequence_model(worker: Worker) -> SequenceModel:

@@ -76,7 +76,12 @@ def cluster(environment: dict[str, str], directory: Path) -> Iterator[Nodes]:
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.integration.nodes"],
         cwd=directory,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "RAY_raylet_start_wait_time_s": "300",  # of a machine that tests something else as well
+            **environment,
+        },
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
