@@ -127,14 +127,16 @@ def make_directory(url: str) -> None:
         raise ValueError(
             f"directory {url!r} cannot be created: {reason}; choose another"
         ) from error
+    except Exception as error:  # as drivers raise for want of credentials
+        with explained(url, "written"):
+            raise error
 
 
 def remove(url: str) -> None:
     """Delete a file or a directory tree; absent is fine."""
-    fs, path = filesystem(url)
-    fs.invalidate_cache(path)
-    if not fs.exists(path):
+    if not exists(url):
         return
+    fs, path = filesystem(url)
     try:
         with explained(url, "removed"):
             patiently(lambda: fs.rm(path, recursive=True))

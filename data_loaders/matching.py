@@ -5,6 +5,7 @@ from typing import Any
 from fsspec.implementations.memory import MemoryFileSystem
 
 from configs import storage
+from configs.storage_faults import explained, patiently
 
 
 def matching_files(url: str, place: str) -> list[tuple[Any, str, str]]:
@@ -18,15 +19,9 @@ def matching_files(url: str, place: str) -> list[tuple[Any, str, str]]:
         ValueError: there is no file, or only hidden ones.
     """
     fs, path = storage.filesystem(url)
-    many = True
-    if any(sign in path for sign in "*?["):
-        paths, root = fs.glob(path), path[: min(path.find(s) for s in "*?[" if s in path)]
-    elif fs.isdir(path):
-        paths, root = fs.find(path), path.rstrip("/") + "/"
-    else:
-        paths, root, many = [path] if fs.exists(path) else [], path, False
-    root = root.rpartition("/")[0] + "/"
-    named = sorted((p.removeprefix(root), p) for p in paths if not fs.isdir(p))
+    with explained(url, "read"):
+        paths, root, many = patiently(lambda: _named(fs, path))
+    named = sorted((p.removeprefix(root), p) for p in paths)
     visible = [(n, p) for n, p in named if not (many and any(s[:1] in "_." for s in n.split("/")))]
     if named and not visible:
         raise ValueError(
@@ -42,3 +37,15 @@ def matching_files(url: str, place: str) -> list[tuple[Any, str, str]]:
             )
         raise ValueError(f"{place}={url!r} names no file; {mend}")
     return [(fs, path, name) for name, path in visible]
+
+
+def _named(fs: Any, path: str) -> tuple[list[str], str, bool]:
+    """Paths of files, the directory that their names are relative to, and whether many may be."""
+    many = True
+    if any(sign in path for sign in "*?["):
+        paths, root = fs.glob(path), path[: min(path.find(s) for s in "*?[" if s in path)]
+    elif fs.isdir(path):
+        paths, root = fs.find(path), path.rstrip("/") + "/"
+    else:
+        paths, root, many = [path] if fs.exists(path) else [], path, False
+    return [p for p in paths if not fs.isdir(p)], root.rpartition("/")[0] + "/", many

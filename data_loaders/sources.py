@@ -5,6 +5,7 @@ CSV, TSV, JSON lines and Parquet on any fsspec URL; a directory or a glob names 
 """
 
 import difflib
+import functools
 import io
 import socket
 import zlib
@@ -24,7 +25,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from configs import storage
 from configs.data import Source
-from configs.storage_faults import StorageError
+from configs.storage_faults import StorageError, patiently
 from data_loaders import delimited, jsonl
 from data_loaders.matching import matching_files
 
@@ -110,7 +111,7 @@ def files_signature(url: str, place: str) -> list[Any]:
     """
     signature = []
     for fs, path, name in matching_files(url, place):
-        info = fs.info(path)
+        info = patiently(functools.partial(fs.info, path))
         version = next(
             (info[k] for k in ("ETag", "etag", "md5", "mtime", "created") if k in info), ""
         )
@@ -187,7 +188,7 @@ def _plan_file(files: TableFiles, file: int, fs: Any, path: str, name: str) -> l
     url = fs.unstrip_protocol(path).removeprefix("file://")
     content = fs.cat_file(path) if isinstance(fs, MemoryFileSystem) else None
     whole = Chunk(url=url, name=name, file=file, content=content)
-    if not fs.size(path):
+    if not patiently(lambda: fs.size(path)):
         return []
     if files.format == "parquet":
         return _plan_parquet(files, whole)

@@ -11,6 +11,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from configs import storage, storage_faults
 from configs.storage_faults import StorageError, is_passing, patiently
+from data_loaders.matching import matching_files
 from tests.object_store import BREAKS, bucket
 
 
@@ -103,7 +104,7 @@ class FailingStore(MemoryFileSystem):
     def _fail(self, *args: Any, **kwargs: Any) -> Any:
         raise self.error
 
-    _open = pipe_file = ls = info = exists = _fail
+    _open = pipe_file = ls = info = exists = isdir = _fail
 
 
 CALLS: dict[str, Callable[[str], Any]] = {
@@ -111,6 +112,7 @@ CALLS: dict[str, Callable[[str], Any]] = {
     "list": storage.list_names,
     "look": storage.exists,
     "write": lambda url: storage.write_bytes(url, b"x"),
+    "match": lambda url: matching_files(url, "data.source.url"),
     "stream": lambda url: storage.open_to_write(url).__enter__(),
 }
 
