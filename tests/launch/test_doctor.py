@@ -136,3 +136,18 @@ def test_loopback(where: str, loopback: bool, monkeypatch: pytest.MonkeyPatch) -
             address.refuse_open(where, "--address")
         monkeypatch.setenv("RAY_AUTH_MODE", "token")
         address.refuse_open(where, "--address")
+
+
+def test_a_dashboard_beyond_this_machine_is_a_problem(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "none"))
+    (tmp_path / "ray").mkdir()
+    session = tmp_path / "ray" / "ray_current_cluster"
+    monkeypatch.setattr(doctor, "answers", lambda head: True)
+    session.write_text("192.0.2.1:6379")
+    [problem] = [finding for finding in doctor.check_ray() if finding.is_problem]
+    assert "192.0.2.1:8265" in problem.detail and "--dashboard-host=127.0.0.1" in str(problem.mend)
+    session.write_text("127.0.0.1:6379")
+    assert not [finding for finding in doctor.check_ray() if finding.is_problem]
