@@ -8,6 +8,8 @@ import re
 import signal
 from pathlib import Path
 
+import pytest
+
 from configs.load import load_recipe
 from tests.faults.trainings import attempt, course
 from tests.integration.jobs import (
@@ -42,6 +44,7 @@ def newest_step(run: Path) -> int:
     return max(int(path.parent.name.split("-")[1]) for path in checkpoints(run, "train"))
 
 
+@pytest.mark.slow
 def test_told_to_end_killed_and_told_again(tmp_path: Path) -> None:
     run = tmp_path / "run"
     failures = {"driver": {"max_restarts": 1}}
