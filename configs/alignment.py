@@ -15,6 +15,7 @@ from configs.policy_gradient import (
     Ratio,
     Reduction,
     ReferenceConfig,
+    RolloutActorsConfig,
 )
 from configs.preferences import PreferenceRule, RatingRule
 from configs.rewards import HitReward, Reward
@@ -91,6 +92,8 @@ class OnlineBase(AlignmentBase):
     """null holds none: half the memory of weights, and no divergence is measured."""
     inner_epochs: PositiveInt = 1
     """Updates with one rollout; the probabilities that generated it stay those of the ratio."""
+    rollout_actors: RolloutActorsConfig | None = None
+    """null: the training workers generate themselves, with the policy as it is."""
 
     @model_validator(mode="after")
     def _divergence_has_a_reference(self) -> "OnlineBase":
@@ -154,6 +157,7 @@ _OF_GROUPS = (
     "entropy_weight",
     "reference",
     "inner_epochs",
+    "rollout_actors",
 )
 """Options of generated groups and of their reference."""
 

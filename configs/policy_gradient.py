@@ -5,7 +5,14 @@ Formulas: algorithms reference §6; the functions are in `trainer/objectives/pol
 
 from typing import Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from configs.base import Config
 from configs.preferences import PreferenceRule
@@ -58,6 +65,36 @@ class LoggedConfig(Config):
     alone: bool = False
     """Learn from nothing else: nothing is generated, rewarded, or compared with a reference."""
     rule: PreferenceRule
+
+
+class RolloutActorsConfig(Config):
+    """Groups come from Ray actors beside the worker group, which run free of training.
+
+    Each holds the whole policy, with the newest snapshot that training left on the shared storage.
+    A group knows which; the ratios of the loss make up for what has changed since. A run of it
+    cannot be repeated number by number: which snapshot a group comes from is a matter of time.
+    """
+
+    count: PositiveInt = 1
+    """Actors, of as many CPUs (or one GPU) as a worker takes."""
+    ahead: PositiveInt = 2
+    """Batches of prompts that are asked for before they are trained on."""
+    snapshot_every: PositiveInt = 1
+    """Batches of prompts between snapshots of the policy."""
+    max_staleness: PositiveInt = 4
+    """Batches of prompts since a group's snapshot, at most; what is older is dropped."""
+    max_restarts: NonNegativeInt = 3
+    """Times that an actor whose process died is started anew, its groups asked for again."""
+
+    @model_validator(mode="after")
+    def _some_groups_are_young(self) -> "RolloutActorsConfig":
+        if self.snapshot_every > self.max_staleness:
+            raise ValueError(
+                f"snapshot_every={self.snapshot_every} is more than max_staleness="
+                f"{self.max_staleness}, so that all groups between two snapshots would be dropped: "
+                "lower it, or allow for older groups"
+            )
+        return self
 
 
 Ratio = Literal["token", "sequence", "item"]

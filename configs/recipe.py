@@ -322,8 +322,17 @@ def _batch_deals(recipe: Recipe) -> None:
 
 
 def _rollouts_are_possible(recipe: Recipe) -> None:
-    """Options of generation and rewards that need a model that writes semantic ids."""
-    config = recipe.alignment
+    """Room for rollout actors; options of generation that need a model that writes codes."""
+    config, cluster = recipe.alignment, recipe.cluster
+    if isinstance(config, OnlineBase) and config.rollout_actors is not None:
+        count = config.rollout_actors.count
+        needed = (cluster.num_workers + count) * cluster.cpus_per_worker
+        if cluster.address == "local" and cluster.device == "cpu" and needed > cluster.data_cpus:
+            raise ValueError(
+                f"alignment.rollout_actors.count={count} beside cluster.num_workers="
+                f"{cluster.num_workers} needs {needed:g} CPUs of the embedded Ray, which has "
+                f"cluster.data_cpus={cluster.data_cpus}: raise those"
+            )
     if recipe.writes_codes:
         return
     if not isinstance(config, OnlineBase | GeneratedPairsBase):

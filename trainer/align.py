@@ -1,6 +1,7 @@
 """Alignment: preference optimisation from a pretrained checkpoint, on the same worker group."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from data_loaders.preferences import (
 )
 from models.base import TableModel
 from sharding.parallelize import ParallelModel
+from trainer.align_actors import ActorUpdates
 from trainer.align_generated import GeneratedPairs
 from trainer.align_online import LoggedInputsMaker, OnlineUpdates, prompt_loader
 from trainer.evaluate import load_policy, preference_accuracy, validation_ranker
@@ -33,9 +35,10 @@ from trainer.objectives.logged import LoggedLoss
 from trainer.objectives.online import OnlineLoss
 from trainer.policy import Say, Worker, open_checkpoint, start_worker
 from trainer.reference_policy import ReferencePolicy
+from trainer.rollout_actors import RolloutActors, snapshots_url
 from trainer.scoring import Likelihood, build_scorer, pair_candidates
 from trainer.supervised import SupervisedTargets
-from trainer.trainer import Limits, TrainerState
+from trainer.trainer import Limits, StepLoader, TrainerState
 from trainer.training_stage import OneUpdate, TrainingStage
 
 
@@ -98,11 +101,18 @@ def online_stage(
         )
     with prompt_loader(worker, config, TrainerState()) as probe:
         batches = probe.steps_per_epoch
+    updates = OnlineUpdates(worker, config, loss, reference)
+    loader_at: Callable[[TrainerState], StepLoader] = partial(prompt_loader, worker, config)
+    if config.rollout_actors is not None:
+        url = snapshots_url(worker.layout.checkpoints("align", settings["fingerprint"]))
+        actors = RolloutActors(worker, config.rollout_actors, settings, url)
+        updates = from_actors = ActorUpdates(worker, config, loss, reference, actors)
+        loader_at = from_actors.loader
     return TrainingStage(
         loss=loss,
         steps_per_epoch=batches * config.inner_epochs,
-        loader_at=lambda state: prompt_loader(worker, config, state),
-        updates=OnlineUpdates(worker, config, loss, reference),
+        loader_at=loader_at,
+        updates=updates,
         before=lambda policy, afresh: load_pretrained(worker, policy, settings, afresh),
         **shared_settings(worker, config, settings),
     )

@@ -143,7 +143,11 @@ class OnlineUpdates:
     def __call__(self, step: Any) -> Iterator[Sequence[OnlineInputs]]:
         """Inputs of each update, the same for all inner epochs. Collective."""
         assert self._policy is not None, "attach comes first"
-        inputs = self.prepared(step)
+        yield from self.trained(self.prepared(step))
+
+    def trained(self, inputs: Sequence[OnlineInputs]) -> Iterator[Sequence[OnlineInputs]]:
+        """The same inputs for each inner epoch; then the reference moves, if it is due."""
+        assert self._policy is not None, "attach comes first"
         for _ in range(self._config.inner_epochs):
             yield inputs
         if self._reference is not None:

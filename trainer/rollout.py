@@ -46,6 +46,11 @@ class Rollout:
     """[N, G, L] float32, log π of each code (L = 1 of items) under the policy that generated;
     anything where there is no candidate."""
 
+    def to(self, device: torch.device | str) -> "Rollout":
+        """Copy on `device`."""
+        log_probs = self.log_probs.to(device)
+        return Rollout(self.group.to(device), self.candidates.to(device), log_probs)
+
 
 class RolloutEngine:
     """Generates with a policy."""

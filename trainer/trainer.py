@@ -5,6 +5,8 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
+
 from configs.training import CheckpointConfig, ValidationConfig
 from sharding.checkpoint import CheckpointStore
 from sharding.loss_module import NonFiniteLossError
@@ -51,6 +53,7 @@ class StepLoader(Protocol):
     """An endless, resumable stream of steps."""
 
     def __iter__(self) -> Iterator[Any]: ...
+    def leave_out(self, sample_ids: np.ndarray) -> None: ...
     def state(self) -> Any: ...
     def close(self) -> None: ...
 
@@ -101,9 +104,9 @@ class Limits:
 class Trainer:
     """Runs a loader through a model until the limits, an early stop, a notice, or a failure.
 
-    `updates` turns a step into updates, mostly one; an update is the loss module's inputs, one per
-    micro batch. Checkpoints fall between steps, never between the updates of one. `validate`
-    returns metrics that are equal on all ranks.
+    `updates` turns a step into updates, mostly one, maybe none; an update is the loss module's
+    inputs, one per micro batch. Checkpoints fall between steps, never between the updates of one.
+    `validate` returns metrics that are equal on all ranks.
     """
 
     stage: str
@@ -189,7 +192,7 @@ class Trainer:
         self.state.finished = last
         self._heed(alarm)
         with self.monitor.paused() if self.monitor is not None else nullcontext():
-            if last or (batches.last_of_epoch and self._validates_after(epoch)):
+            if last or (batches.last_of_epoch and self._validates_after(step, epoch)):
                 self._validate(step, epoch)
             due = self._saves_after(before, step, epoch, batches.last_of_epoch)
             if self.state.finished or stop or due:
@@ -217,8 +220,11 @@ class Trainer:
             self.monitor.log_alarm(sentence)
         return None
 
-    def _validates_after(self, epoch: int) -> bool:
-        return self.validation is not None and (epoch + 1) % self.validation.every_epochs == 0
+    def _validates_after(self, step: int, epoch: int) -> bool:
+        """Whether an epoch is validated that ended at `step`, which brought no update maybe."""
+        if self.validation is None or (epoch + 1) % self.validation.every_epochs:
+            return False
+        return step != (self.state.validations[-1]["step"] if self.state.validations else 0)
 
     def _saves_after(self, before: int, step: int, epoch: int, epoch_ends: bool) -> bool:
         every_steps, every_epochs = self.checkpoint.every_steps, self.checkpoint.every_epochs

@@ -10,7 +10,6 @@ from configs.alignment import AlignmentBase
 from configs.layout import RunLayout
 from configs.redaction import redacted
 from configs.training import TrainingConfig
-from data_loaders.loader import StepLoader
 from data_loaders.poison import read_quarantined
 from sharding.checkpoint import CheckpointInfo, CheckpointStore
 from sharding.parallelize import ParallelModel
@@ -32,7 +31,7 @@ from trainer.policy import (
 )
 from trainer.stage_saver import StageSaver
 from trainer.stop_notice import StopNotice, attended
-from trainer.trainer import Limits, Trainer, TrainerState
+from trainer.trainer import Limits, StepLoader, Trainer, TrainerState
 from trainer.watchdog import Watchdog
 
 
@@ -85,7 +84,7 @@ class TrainingStage:
     sparse_lr: float
     loss: NextItemLoss | NextCodeLoss | PreferenceLoss | MultiTaskLoss | OnlineLoss | LoggedLoss
     steps_per_epoch: int
-    loader_at: Callable[[TrainerState], StepLoader[Any]]
+    loader_at: Callable[[TrainerState], StepLoader]
     """The stage's loader at the position of a state."""
     updates: Updates
     validator: Callable[[ParallelModel], Callable[[], dict[str, float]]]

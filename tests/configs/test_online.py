@@ -45,6 +45,8 @@ def test_defaults_need_no_preferences() -> None:
         ({"kind": "gbpo", "clip_high": 0.2}, "clip_high"),
         ({"kind": "gbpo", "logged": {"rule": {"kind": "watch_time"}}}, "columns.dwell"),
         ({"kind": "grpo", "rewards": [{"kind": "quota", "feature": "kind"}]}, "does not provide"),
+        ({"kind": "grpo", "rollout_actors": {}}, "needs 3 CPUs of the embedded Ray, which has"),
+        ({"kind": "grpo", "rollout_actors": {"snapshot_every": 5}}, "more than max_staleness=4"),
         ({"kind": "gbpo", "logged": {"alone": True}}, "rule"),
         (
             {"kind": "gbpo", "logged": ALONE, "inner_epochs": 2, "kl": {"weight": 0.1}},

@@ -123,7 +123,7 @@ def run(root: str, values: list[float], changes: dict[str, Any]) -> dict[str, An
         "validation": ValidationConfig(),
         "measure_start": False,
     }
-    guardrails = changes.pop("guardrails", None)
+    guardrails, skipped = changes.pop("guardrails", None), changes.pop("skipped", ())
     state = TrainerState()
     settings |= changes
     said = Heard()
@@ -135,7 +135,10 @@ def run(root: str, values: list[float], changes: dict[str, Any]) -> dict[str, An
         sign=lambda step, phase: None,
         left_out=LeftOut(NonFiniteConfig(), f"{root}/failures", "train", ctx),
         model=policy,
-        updates=lambda step: [[NextItemInputs(make_batch(step.step, ctx), None, None, 0)]],
+        updates=lambda step: [
+            [NextItemInputs(make_batch(step.step, ctx), None, None, 0)]
+            for _ in range(step.step not in skipped)
+        ],
         state=state,
         watch=None if guardrails is None else Watch(guardrails, state.watch),
         saver=AtOnce(policy),
@@ -176,6 +179,11 @@ def test_the_best_validation_is_kept_apart_and_the_last_step_saved(tmp_path: Pat
     assert done["validated_at"] == [2, 4, 6, 8]
     assert (done["best"], done["newest"], done["steps"]) == (4, 8, 8)
     assert (done["state"]["best_value"], done["state"]["best_epoch"]) == (0.4, 1)
+
+
+def test_an_epoch_that_brought_no_update_is_not_validated_again(tmp_path: Path) -> None:
+    done = train(tmp_path, [0.1, 0.2, 0.3, 0.4], skipped=(0, 1, 3, 4, 5, 7), total_steps=4)
+    assert done["validated_at"] == [1, 2, 4] and done["steps"] == 4
 
 
 def test_every_other_epoch_is_validated_and_always_the_last(tmp_path: Path) -> None:

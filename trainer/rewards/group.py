@@ -3,8 +3,9 @@
 Shape legend: N prompts, G candidates of a prompt (its group), L code levels.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from models.batch import JaggedBatch
@@ -34,6 +35,23 @@ class Group:
         assert self.valid.shape == shape and self.log_probs.shape == shape
         assert self.target_ids.shape == shape[:1]
         assert (self.codes is None) == (self.target_codes is None)
+
+    def to(self, device: torch.device | str) -> "Group":
+        """Copy on `device`."""
+
+        def moved(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values.to(device)
+
+        return replace(
+            self,
+            items=self.items.to(device),
+            codes=moved(self.codes),
+            valid=self.valid.to(device),
+            log_probs=self.log_probs.to(device),
+            target_ids=self.target_ids.to(device),
+            target_codes=moved(self.target_codes),
+            contexts=self.contexts.to(device),
+        )
 
     @property
     def legal(self) -> Tensor:
