@@ -22,6 +22,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from configs.storage_faults import explained, patiently
 
 CHUNK = 4 << 20
+HASHED_AT_ONCE = 16 << 20
 SEAL = "sha256"
 """Key of a sealed JSON object: the fingerprint of all its others."""
 DRIVERS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs"}
@@ -167,12 +168,12 @@ def sha256_file(url: str) -> str:
     """Hex digest of a file; the next chunk is read while one is hashed."""
     digest = hashlib.sha256()
     with open_to_read(url) as stream:
-        chunk = stream.read(CHUNK)
-        if len(chunk) < CHUNK:
+        chunk = stream.read(HASHED_AT_ONCE)
+        if len(chunk) < HASHED_AT_ONCE:
             return sha256_bytes(chunk)
         with ThreadPoolExecutor(1) as ahead:
             while chunk:
-                following = ahead.submit(stream.read, CHUNK)
+                following = ahead.submit(stream.read, HASHED_AT_ONCE)
                 digest.update(chunk)
                 chunk = following.result()
     return digest.hexdigest()

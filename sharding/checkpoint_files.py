@@ -13,7 +13,6 @@ import math
 import pickle
 from collections import defaultdict
 from collections.abc import Iterator
-from concurrent.futures import Future as LocalFuture
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import IO, Any
@@ -49,33 +48,29 @@ BLOCK_BYTES = 8 << 20
 
 
 class _HashingStream:
-    """Passes bytes on; a thread hashes a block while the next is written."""
+    """Passes bytes on, while a thread hashes them."""
 
     def __init__(self, stream: IO[bytes], hashing: ThreadPoolExecutor) -> None:
         self._stream, self._hashing = stream, hashing
         self._digest = hashlib.sha256()
-        self._pending: LocalFuture[None] | None = None
         self.size = 0
 
     def write(self, data: Any) -> None:
         """All of `data`, bytes, which stay as they are until this returns."""
         view = memoryview(data)
-        for begin in range(0, len(view), BLOCK_BYTES):
-            block = view[begin : begin + BLOCK_BYTES]
-            self._wait()
-            self._pending = self._hashing.submit(self._digest.update, block)
-            self._pass_on(block)
+        if len(view) < BLOCK_BYTES:  # not worth a thread's time
+            self._digest.update(view)
+            self._pass_on(view)
+        else:
+            hashed = self._hashing.submit(self._digest.update, view)
+            for begin in range(0, len(view), BLOCK_BYTES):
+                self._pass_on(view[begin : begin + BLOCK_BYTES])
+            hashed.result()
         self.size += len(view)
-        self._wait()
 
     def _pass_on(self, block: memoryview) -> None:
         while len(block):  # a raw file may take less than it was given
             block = block[self._stream.write(block) :]
-
-    def _wait(self) -> None:
-        if self._pending is not None:
-            self._pending.result()
-            self._pending = None
 
     def entry(self, name: str) -> CheckpointFile:
         """What the manifest says of this file."""
