@@ -111,6 +111,8 @@ class OneRecConfig(FeatureInputs):
         _heads_divide_width(self.num_heads, self.width)
         if self.positive_actions and self.positive_history is None:
             raise ValueError("positive_actions says what positive_history reads, which is null")
+        if self.positive_from != 4.0 and self.positive_history is None:
+            raise ValueError("positive_from says what positive_history reads, which is null")
         return self
 
 
@@ -131,7 +133,7 @@ class LazyDecoderConfig(FeatureInputs):
     kv_heads: PositiveInt = 1
     """G_kv: key-value heads (grouped queries)."""
     dense_layers: int = Field(2, ge=0)
-    """First blocks whose feed-forward is dense even with experts."""
+    """First blocks whose feed-forward is dense even with experts; without, all are."""
     experts: ExpertsConfig | None = None
 
     @model_validator(mode="after")

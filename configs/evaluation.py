@@ -4,6 +4,9 @@ from pydantic import Field, PositiveInt, field_validator
 
 from configs.base import Config
 
+DEFAULT_CHUNK = 65536
+"""Items."""
+
 
 class EvaluationConfig(Config):
     """Full-catalogue ranking metrics."""
@@ -22,7 +25,7 @@ class EvaluationConfig(Config):
     head_share: float = Field(0.2, gt=0, lt=1)
     """The most popular share of items is the head, the rest the tail."""
     users_per_batch: PositiveInt = 256
-    catalogue_chunk: int = Field(65536, ge=1, le=1 << 23)
+    catalogue_chunk: int = Field(DEFAULT_CHUNK, ge=1, le=1 << 23)
     """Items scored at once by one rank."""
 
 

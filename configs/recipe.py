@@ -15,8 +15,15 @@ from configs.alignment import (
 from configs.base import Config
 from configs.cluster import ClusterConfig
 from configs.data import ColumnMap, DataConfig, LeaveLastOut
-from configs.decoders import Decoder, FeatureInputs, OneRecConfig
-from configs.evaluation import EvaluationConfig, RecommendConfig
+from configs.decoders import (
+    Decoder,
+    FeatureInputs,
+    HSTUDecoderConfig,
+    LazyDecoderConfig,
+    OneRecConfig,
+    TIGERConfig,
+)
+from configs.evaluation import DEFAULT_CHUNK, EvaluationConfig, RecommendConfig
 from configs.failures import FailuresConfig
 from configs.generation import AncestralConfig, SearchConfig
 from configs.models import HSTURankingConfig, InitConfig, Model
@@ -70,6 +77,8 @@ class Recipe(Config):
             _validation_exists,
             _features_are_mapped,
             _sessions_are_written,
+            _histories_are_delivered,
+            _decoding_applies,
             _metric_is_measured,
             _placed_tables_exist,
             _batch_deals,
@@ -164,6 +173,45 @@ def _sessions_are_written(recipe: Recipe) -> None:
             f"generation.next_item_alone is for models that write sessions, and model.kind="
             f"{model.kind!r} writes one item a request: set model.session_items of an onerec, or "
             "leave it out"
+        )
+
+
+def _histories_are_delivered(recipe: Recipe) -> None:
+    """A model that cuts its own histories gets as long ones as it asks for."""
+    model, delivered = recipe.model, recipe.data.loader.max_length
+    asked: dict[str, int | None] = {}
+    if isinstance(model, TIGERConfig | OneRecConfig | LazyDecoderConfig):
+        asked["history"] = model.history
+    if isinstance(model, OneRecConfig):
+        asked["positive_history"] = model.positive_history
+        asked["lifelong.history"] = model.lifelong.history if model.lifelong is not None else None
+    for name, events in asked.items():
+        if events is not None and events > delivered:
+            raise ValueError(
+                f"model.{name}={events} events are never delivered: data.loader.max_length="
+                f"{delivered} cuts what is read of a user; raise it or lower model.{name}"
+            )
+
+
+def _decoding_applies(recipe: Recipe) -> None:
+    """Options of search and of windows that the model has no use for are refused."""
+    kind = recipe.model.kind
+    if not recipe.writes_codes and recipe.generation != SearchConfig():
+        raise ValueError(
+            f"generation says how models search that write semantic ids, and model.kind={kind!r} "
+            "scores every item: remove it"
+        )
+    if recipe.writes_codes and recipe.evaluation.catalogue_chunk != DEFAULT_CHUNK:
+        raise ValueError(
+            f"evaluation.catalogue_chunk is for models that score every item, and model.kind="
+            f"{kind!r} writes semantic ids: remove it"
+        )
+    objective = recipe.objective
+    windows = objective.windows_per_user if isinstance(objective, NextCodeConfig) else None
+    if windows is not None and isinstance(recipe.model, HSTUDecoderConfig):
+        raise ValueError(
+            f"objective.windows_per_user={windows} cuts windows for models that learn from their "
+            f"last position, and model.kind={kind!r} learns from every one: remove it"
         )
 
 

@@ -34,6 +34,15 @@ class ItemTable(Config):
     item: str = "item"
     """Column of the log's own item id."""
 
+    @model_validator(mode="after")
+    def _options_apply(self) -> "ItemTable":
+        if self.format != "csv" and (self.separator != "," or self.quoted_newlines):
+            raise ValueError(
+                f"separator and quoted_newlines are of CSV, and format is {self.format!r}: remove "
+                "them"
+            )
+        return self
+
 
 class TextEmbedding(EmbeddingConfig):
     """Sentence embeddings of item texts, computed offline (`pip install tandem[text]`)."""
@@ -69,6 +78,17 @@ class VectorEmbedding(EmbeddingConfig):
     """Parquet: column of lists of numbers, equally long."""
     first_id: NonNegativeInt = 0
     """npy: row k belongs to the raw item id str(k + first_id)."""
+
+    @model_validator(mode="after")
+    def _options_apply(self) -> "VectorEmbedding":
+        if self.format == "npy" and (self.item, self.vector) != ("item", "vector"):
+            raise ValueError("item and vector name columns of Parquet, and format is 'npy'")
+        if self.format == "parquet" and self.first_id:
+            raise ValueError(
+                f"first_id={self.first_id} numbers the rows of format: npy; in Parquet the column "
+                f"{self.item!r} names the items"
+            )
+        return self
 
 
 class CollaborativeEmbedding(EmbeddingConfig):

@@ -114,7 +114,8 @@ def resolve(
     sizes = tuple(codebook_sizes)
     if policy == "extra_digit":
         largest_digit = max(report["digits"] for report in reports)
-        sizes += (max(largest_digit + reserve, least_digits),)
+        fits = 0 < largest_digit <= least_digits  # then the earlier table's reserve is spent
+        sizes += (least_digits if fits else largest_digit + reserve,)
     settled = [
         storage.join(staging_url, staged("settled", report[PARTITION]))
         for report in reports

@@ -109,10 +109,10 @@ class VectorTable:
                 lists, key = lists.filter(there), key.filter(there)
                 place = place[there.to_numpy(zero_copy_only=False)]
             if len(lists):
-                yield _keyed(key, place, bytes_of(self._matrix(lists, chunk)))
+                where = f"{self.files.place} {self.chunks[chunk].url}, column {self.vector!r}"
+                yield _keyed_vectors(key, place, self._matrix(lists, where), where)
 
-    def _matrix(self, lists: pa.Array, chunk: int) -> np.ndarray:
-        where = f"{self.files.place} {self.chunks[chunk].url}, column {self.vector!r}"
+    def _matrix(self, lists: pa.Array, where: str) -> np.ndarray:
         kind = lists.type
         if not hasattr(kind, "value_type") or not _is_number(kind.value_type):
             raise ValueError(f"{where} has type {kind}; give lists of numbers")
@@ -180,7 +180,8 @@ class NpyTable:
             raise ValueError(f"{self.url} ends before its row {last}; copy it again")
         place = np.arange(first, last)
         matrix = np.frombuffer(data, dtype).reshape(-1, self.width)
-        yield _keyed(as_text(pa.chunked_array([place + self.first_id])), place, bytes_of(matrix))
+        key = as_text(pa.chunked_array([place + self.first_id]))
+        yield _keyed_vectors(key, place, matrix, self.url)
 
 
 def vector_table(embedding: VectorEmbedding, place: str) -> VectorTable | NpyTable:
@@ -238,6 +239,26 @@ def matrix_of(values: pa.ChunkedArray) -> np.ndarray:
     count = len(column) * width
     flat = np.frombuffer(column.buffers()[2], np.float32, count, int(offsets[0]))
     return flat.reshape(len(column), width)
+
+
+def _keyed_vectors(
+    key: pa.ChunkedArray, place: np.ndarray, matrix: np.ndarray, where: str
+) -> pa.Table:
+    """As `_keyed`, of vectors; a zero vector says nothing, so that its item has none.
+
+    Raises:
+        ValueError: numbers that are not finite in float32; names the item.
+    """
+    with np.errstate(over="ignore"):
+        vectors = matrix.astype(np.float32)
+    finite = np.isfinite(vectors).all(axis=1)
+    if not finite.all():
+        raise ValueError(
+            f"{where}: the vector of item {key[int(finite.argmin())].as_py()!r} has numbers that "
+            "are not finite in float32; mend it, or leave it out (max_missing)"
+        )
+    told = vectors.any(axis=1)
+    return _keyed(key.filter(pa.array(told)), place[told], bytes_of(vectors[told]))
 
 
 def _keyed(key: pa.ChunkedArray, place: np.ndarray, value: pa.Array) -> pa.Table:

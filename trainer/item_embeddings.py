@@ -103,7 +103,7 @@ class ItemEmbeddings:
                 return np.zeros(items.rows, bool)
             vectors = matrix_of(values["value"])
             rows = values["item_id"].to_numpy() - items.first_id
-        lengths = np.linalg.norm(vectors, axis=1)
+        lengths = np.linalg.norm(vectors.astype(np.float64), axis=1)  # squares fit
         known = np.zeros(items.rows, bool)
         known[rows] = lengths > 0  # a zero vector says nothing, as a missing one
         if block.embedding.normalize:

@@ -217,12 +217,19 @@ class _Tokenization:
                 f"tokenizer.frozen={url!r} was made without a tokenizer, so new items can get no "
                 "codes from it; name a table that `tandem tokenize` wrote"
             )
-        for name in ("quantizer", "collisions"):
-            now, then = getattr(self._config, name), getattr(earlier, name)
+        described = [
+            [(e.kind, e.weight, e.normalize) for e in c.embeddings] for c in (self._config, earlier)
+        ]
+        for name, now, then in (
+            ("quantizer", self._config.quantizer, earlier.quantizer),
+            ("collisions", self._config.collisions, earlier.collisions),
+            ("embeddings", *described),
+        ):
             if now != then:
+                what = "(kind, weight, normalize) " if name == "embeddings" else ""
                 raise ValueError(
                     f"tokenizer.{name} differs from that of tokenizer.frozen={url!r}, which is "
-                    f"{then!r}; a frozen tokenizer keeps its settings"
+                    f"{what}{then!r}; a frozen tokenizer keeps its settings"
                 )
         return manifest
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from models.generation.restrictions import AllowList
+from models.ops.hashing import mix64
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class CatalogueTrie:
     """[V] item id of each slot; within a leaf in the order in which collisions are resolved."""
     slots: Tensor
     """[V] slot of item v + 1."""
+    fingerprint: int
+    """Of all codes and of the order of items that share an id: what its allow-lists carry."""
 
     @classmethod
     def build(
@@ -71,6 +74,7 @@ class CatalogueTrie:
         )
         slots = torch.empty_like(order)
         slots[order] = torch.arange(order.numel(), device=order.device)
+        items = (order + 1).to(index)
         return cls(
             codebook_sizes=sizes,
             max_branch=tuple(int(level.diff().max()) for level in indptr),
@@ -78,8 +82,9 @@ class CatalogueTrie:
             indptr=indptr,
             tokens=tokens,
             leaf_indptr=starts[-1],
-            items=(order + 1).to(index),
+            items=items,
             slots=slots.to(index),
+            fingerprint=_fingerprint(codes, items),
         )
 
     @property
@@ -111,6 +116,7 @@ class CatalogueTrie:
             leaf_indptr=self.leaf_indptr.to(device),
             items=self.items.to(device),
             slots=self.slots.to(device),
+            fingerprint=self.fingerprint,
         )
 
     def children(self, level: int, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -215,7 +221,7 @@ class CatalogueTrie:
             at = ranks.index_select(1, bounds)
             levels.append(at[:, 1:] > at[:, :-1])
             bounds = bounds.index_select(0, self.indptr[level - 1])  # slots of the level above
-        return AllowList(states=tuple(reversed(levels)), ranks=ranks)
+        return AllowList(tuple(reversed(levels)), ranks, self.fingerprint)
 
     def _ranges(self, indptr: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
         first = indptr[states.clamp(min=0)].long()
@@ -238,6 +244,14 @@ def _check_codes(codes: Tensor, sizes: tuple[int, ...]) -> None:
                 f"item {row + 1} has code {int(codes[row, level])} on level {level}, outside its "
                 f"codebook of {size}: the table and the codebook sizes are of different tokenizers"
             )
+
+
+def _fingerprint(codes: Tensor, items: Tensor) -> int:
+    """Sum of a hash of each item's codes, number and slot."""
+    keys = mix64(torch.arange(items.numel(), device=items.device) ^ mix64(items.long()))
+    for level in codes.unbind(1):
+        keys = mix64(keys + mix64(level[items.long() - 1].long() + 1))
+    return int(keys.sum())
 
 
 def _lexicographic_order(codes: Tensor, sizes: tuple[int, ...], priority: Tensor | None) -> Tensor:

@@ -33,25 +33,45 @@ class AllowList:
     """Levels 1 … L: [A, S_l] bool, whether an allowed item is below."""
     ranks: Tensor
     """[A, V + 1], allowed items in the slots before this one."""
+    trie: int
+    """Fingerprint of the trie that made it."""
     index: Tensor | None = None
     """[N] int64, the list of each request; None: all requests use the only one."""
 
     @staticmethod
     def stack(lists: Sequence["AllowList"]) -> "AllowList":
         """Several lists as one batch, in this order; none may be dealt to requests yet."""
-        assert all(each.index is None for each in lists)
+        assert all(each.index is None and each.trie == lists[0].trie for each in lists)
         levels = zip(*(each.states for each in lists), strict=True)
         ranks = torch.cat([each.ranks for each in lists])
-        return AllowList(tuple(torch.cat(level) for level in levels), ranks)
+        return AllowList(tuple(torch.cat(level) for level in levels), ranks, lists[0].trie)
 
     def for_requests(self, index: Tensor) -> "AllowList":
-        """The same lists, where request n uses list `index`[n] ([N] int64)."""
+        """The same lists, where request n uses list `index`[n] ([N] int64).
+
+        Raises:
+            ValueError: indices that are no int64, or on the CPU, where looking costs no waiting,
+                that name no list.
+        """
+        count = self.ranks.shape[0]
+        if index.dtype != torch.int64 or index.dim() != 1:
+            raise ValueError(
+                f"requests get their allow-lists by int64 indices [N], not by {index.dtype} "
+                f"{tuple(index.shape)}"
+            )
+        if index.device.type == "cpu" and bool(((index < 0) | (index >= count)).any()):
+            row = int(((index < 0) | (index >= count)).nonzero()[0])
+            raise ValueError(
+                f"request {row} is dealt allow-list {int(index[row])}, and there are {count} "
+                "(0 is the first)"
+            )
         return replace(self, index=index)
 
     def to(self, device: torch.device | str) -> "AllowList":
         """The same lists on another device."""
         index = None if self.index is None else self.index.to(device)
-        return AllowList(tuple(x.to(device) for x in self.states), self.ranks.to(device), index)
+        states = tuple(x.to(device) for x in self.states)
+        return AllowList(states, self.ranks.to(device), self.trie, index)
 
 
 @dataclass(frozen=True)
@@ -124,9 +144,7 @@ def restrict(
 
 
 def _lists(trie: "CatalogueTrie", num_requests: int, allow: AllowList) -> Tensor:
-    if [x.shape[1] for x in allow.states] != [
-        trie.num_states(level) for level in range(1, trie.num_levels + 1)
-    ]:
+    if allow.trie != trie.fingerprint:
         raise ValueError("the allow-list was made by another trie: make it anew by trie.allow()")
     if allow.index is None:
         if allow.ranks.shape[0] != 1:

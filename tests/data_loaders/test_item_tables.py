@@ -133,3 +133,24 @@ def test_bad_vectors_are_named(tmp_path: Path) -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             vector_table(VectorEmbedding(url=str(tmp_path / name), format="npy"), "e")
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf, 1e300])
+def test_numbers_that_are_not_finite_name_the_item(tmp_path: Path, broken: float) -> None:
+    rows = [{"item": "a", "vector": [1.0, 2.0]}, {"item": "b", "vector": [broken, 0.0]}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "v.parquet")
+    np.save(tmp_path / "v.npy", np.array([row["vector"] for row in rows]))
+    of_npy = VectorEmbedding(url=str(tmp_path / "v.npy"), format="npy", first_id=7)
+    for embedding, item in (
+        (VectorEmbedding(url=str(tmp_path / "v.parquet")), "b"),
+        (of_npy, "8"),
+    ):
+        with pytest.raises(ValueError, match=rf"v\.(npy|parquet).*item '{item}'.*not finite"):
+            list(vector_table(embedding, "e").read(0))
+
+
+def test_a_zero_vector_is_none(tmp_path: Path) -> None:
+    np.save(tmp_path / "v.npy", np.array([[0.0, 0.0], [0.0, 1e30]]))
+    table = vector_table(VectorEmbedding(url=str(tmp_path / "v.npy"), format="npy"), "e")
+    [read] = table.read(0)
+    assert read["key"].to_pylist() == ["1"]

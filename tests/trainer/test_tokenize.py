@@ -173,7 +173,7 @@ def test_cold_start_keeps_ids_and_trains_nothing(tables: Tables, tmp_path: Path)
     now = [name for name in raw if name not in gone]
     now_data = write_data(tmp_path / "now", now, [60, len(now) - 60])
     then_url, earlier = tables.urls[1], tables.manifests[1]
-    frozen = config(tables.vectors, frozen=str(then_url))
+    frozen = config(tables.vectors, frozen=str(then_url), reserve=NEW)  # the same recipe
     later = run(frozen, now_data, tmp_path / "b")
     before = codes_by_name(then_url, tables.data[1])
     after = codes_by_name(tmp_path / "b", now_data)
@@ -192,6 +192,9 @@ def test_cold_start_keeps_ids_and_trains_nothing(tables: Tables, tmp_path: Path)
     with pytest.raises(ValueError, match="tokenizer.quantizer differs from that of"):
         other = {"kind": "residual_kmeans", "num_levels": 3, "codebook_size": CODES}
         run(config(tables.vectors, frozen=str(then_url), quantizer=other), now_data, tmp_path / "d")
+    with pytest.raises(ValueError, match="tokenizer.embeddings differs from that of"):
+        plain = [{"kind": "vectors", "url": tables.vectors, "normalize": False}]
+        run(config("v", frozen=str(then_url), embeddings=plain), now_data, tmp_path / "d")
 
 
 @pytest.mark.usefixtures("local_ray")

@@ -109,7 +109,8 @@ def code_losses(
 
     Args:
         logits: L tensors [N, K_l] float32.
-        codes: [N, L] int64 right codes; rows of the catalogue where `trie` is used.
+        codes: [N, L] int64 right codes. Where the trie is used, an id that no item has costs
+            infinitely much from the first code that leaves the trie.
         objective: who competes, and label smoothing.
         trie: the catalogue, for normalization="catalogue".
     """
@@ -128,7 +129,8 @@ def code_losses(
         log_probs = child_log_probs(scores, tokens, legal)
         states = trie.child(level, states, codes[:, level])
         place = (states - following[:, 0]).clamp(min=0)  # children are consecutive
-        losses.append(_smoothed(log_probs, place, legal, objective.label_smoothing))
+        each = _smoothed(log_probs, place, legal, objective.label_smoothing)
+        losses.append(each.masked_fill(states < 0, torch.inf))
     return torch.stack(losses, dim=1)
 
 

@@ -274,6 +274,15 @@ def test_what_does_not_fit_is_refused() -> None:
     other = CatalogueTrie.build(torch.tensor([[0, 0], [1, 1], [1, 0]]), (2, 2))
     with pytest.raises(ValueError, match="another trie"):
         run(beam, allow=other.allow(torch.ones(3, dtype=torch.bool)))
+    like = CatalogueTrie.build(codes[[1, 0]], (2, 2))  # as many states on every level
+    with pytest.raises(ValueError, match="another trie"):
+        run(beam, allow=like.allow(torch.ones(2, dtype=torch.bool)))
+    assert trie.to("cpu").fingerprint == trie.fingerprint != like.fingerprint
+    for wrong in ([-1, 0], [0, 2]):
+        with pytest.raises(ValueError, match=r"request \d is dealt allow-list .* there are 2"):
+            two.for_requests(torch.tensor(wrong))
+    with pytest.raises(ValueError, match="by int64 indices"):
+        two.for_requests(torch.zeros(2, dtype=torch.int32))
     with pytest.raises(ValueError, match="a row a request"):
         run(beam, exclude=torch.ones(3, 1, dtype=torch.int64))
 

@@ -75,3 +75,15 @@ def test_gradients_stay_inside_the_legal_codes() -> None:
             touched = scores.grad[n].abs() > 1e-7
             assert set(touched.nonzero().flatten().tolist()) <= set(legal)
             assert float(scores.grad[n].sum()) == pytest.approx(0.0, abs=1e-5)
+
+
+def test_an_id_that_no_item_has_costs_infinitely_much() -> None:
+    trie = CatalogueTrie.build(CATALOGUE, SIZES)
+    objective = NextCodeConfig(normalization="catalogue", label_smoothing=0.2)
+    logits = [scores.requires_grad_() for scores in some_logits()]
+    strange = torch.tensor([[0, 0, 2], [1, 0, 0], [0, 1, 2], [3, 1, 2]])
+    losses = code_losses(logits, strange, objective, trie)
+    leaves = [[False, True, True], [True] * 3, [False] * 3, [False, False, True]]
+    assert losses.isinf().tolist() == leaves
+    torch.where(losses.isinf(), 0.0, losses).sum().backward()
+    assert all(scores.grad is not None and scores.grad.isfinite().all() for scores in logits)

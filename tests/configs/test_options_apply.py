@@ -1,0 +1,60 @@
+"""Options that a model or a format has no use for are refused with the mend, not ignored."""
+
+from pathlib import Path
+
+import pytest
+
+from configs.load import RecipeError, load_recipe
+
+BASE = """\
+name: base
+output: out
+data:
+  source: {kind: public, name: ml-100k}
+  loader: {max_length: 50}
+model: {kind: hstu}
+"""
+DECODER = (
+    "tokenizer={embeddings: [{kind: text}]}",
+    "objective={kind: next_code}",
+    "generation.beams=200",
+)
+LIFELONG = "model={kind: onerec, lifelong: {history: 2000}}"
+PARQUET = "tokenizer={embeddings: [{kind: vectors, url: v, first_id: 1}]}"
+NPY = "tokenizer={embeddings: [{kind: vectors, url: v, format: npy, item: sku}]}"
+TABLE = "tokenizer={embeddings: [{kind: text, table: {url: t, separator: ;}}]}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "part"),
+    [
+        (["generation.beams=77"], "model.kind='hstu' scores every item"),
+        ([*DECODER, "model={kind: tiger, history: 200}"], "model.history=200 events are never"),
+        ([*DECODER, LIFELONG], "model.lifelong.history=2000 events are never delivered"),
+        ([*DECODER, "model={kind: onerec, positive_from: 3.0}"], "positive_history reads, which"),
+        (
+            [*DECODER, "model={kind: hstu_decoder}", "objective.windows_per_user=2"],
+            "windows_per_user=2 cuts windows",
+        ),
+        (
+            [*DECODER, "model={kind: tiger}", "evaluation.catalogue_chunk=100"],
+            "catalogue_chunk is for models that score every item",
+        ),
+        (
+            [*DECODER[1:], "model={kind: tiger}", PARQUET],
+            "first_id=1 numbers the rows of format: npy",
+        ),
+        ([*DECODER[1:], "model={kind: tiger}", NPY], "item and vector name columns of Parquet"),
+        ([*DECODER[1:], "model={kind: tiger}", TABLE], "separator and quoted_newlines are of CSV"),
+        ([*DECODER, "model={kind: tiger}", "objective.windows_per_user=2"], None),
+        ([*DECODER, LIFELONG, "data.loader.max_length=2000"], None),
+    ],
+)
+def test_what_does_not_apply(tmp_path: Path, overrides: list[str], part: str | None) -> None:
+    (tmp_path / "base.yaml").write_text(BASE)
+    if part is None:
+        load_recipe(str(tmp_path / "base.yaml"), overrides)
+        return
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(str(tmp_path / "base.yaml"), overrides)
+    assert part in str(caught.value)
