@@ -77,7 +77,8 @@ class ItemText(Config):
     item: str = "item"
     title: str = "title"
     features: tuple[str, ...] = ()
-    """Categorical columns of items (a category, a brand, a creator) that a quota may count by."""
+    """Categorical columns of items (a category, a brand, a creator), which quotas may count by and
+    `recommend.allow` may choose by."""
 
 
 class UserTable(Config):

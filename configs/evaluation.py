@@ -29,6 +29,14 @@ class EvaluationConfig(Config):
     """Items scored at once by one rank."""
 
 
+class AllowConfig(Config):
+    """Items of some categories alone. A model that writes ids can write no other then."""
+
+    feature: str
+    """Of data.source.item_text.features."""
+    values: tuple[str, ...] = Field(min_length=1)
+
+
 class RecommendConfig(Config):
     """Recommendations printed at the end of a run."""
 
@@ -36,3 +44,5 @@ class RecommendConfig(Config):
     """Raw user ids; none means the first `num_users`."""
     num_users: PositiveInt = 3
     top_k: PositiveInt = 10
+    allow: AllowConfig | None = None
+    """What may be recommended; null allows every item."""

@@ -254,6 +254,12 @@ def _features_are_mapped(recipe: Recipe) -> None:
                 f"alignment.rewards has a quota of feature={reward.feature!r}, which "
                 f"data.source.item_text.features {list(known_item)} does not provide"
             )
+    allow = recipe.recommend.allow
+    if allow is not None and allow.feature not in known_item:
+        raise ValueError(
+            f"recommend.allow.feature={allow.feature!r} is none of data.source.item_text.features "
+            f"{list(known_item)}"
+        )
     if isinstance(recipe.model, FeatureInputs):
         for switch, column in (("actions", "action"), ("dwell_times", "dwell")):
             if getattr(recipe.model, switch) and getattr(source.columns, column) is None:

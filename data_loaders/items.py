@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from configs import storage
+from configs.schema import closest
 from data_loaders.manifest import FileEntry, read_manifest
 from data_loaders.shards import open_part, partition_of, read_table, verify_once
 
@@ -80,6 +81,20 @@ class ItemFeature:
     """[V + 1] int32 category of each item by id; 0 is the unknown one, and that of id 0."""
     names: tuple[str, ...]
     """What categories 1 … C are called."""
+
+    def numbers(self, names: Sequence[str], asked: str) -> list[int]:
+        """Categories of these names.
+
+        Raises:
+            ValueError: no item has one of them; `asked` says who wants it.
+        """
+        places = {name: at for at, name in enumerate(self.names, 1)}
+        for name in names:
+            if name not in places:
+                guess = closest(name, places)
+                hint = f"; did you mean {guess!r}?" if guess is not None else ""
+                raise ValueError(f"{asked}={name!r}, but no item has that category{hint}")
+        return [places[name] for name in names]
 
 
 def item_feature(dataset_url: str, name: str) -> ItemFeature:

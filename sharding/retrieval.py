@@ -138,7 +138,12 @@ class Catalogue:
 
     @torch.no_grad()
     def top_k(
-        self, queries: Tensor, k: int, seen_ids: Tensor, seen_offsets: Tensor
+        self,
+        queries: Tensor,
+        k: int,
+        seen_ids: Tensor,
+        seen_offsets: Tensor,
+        allowed: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The k best items not seen of each query, best first.
 
@@ -147,6 +152,7 @@ class Catalogue:
             k: K, equal on all ranks; may exceed the catalogue.
             seen_ids: [S] int64, items to leave out.
             seen_offsets: [b+1] int64.
+            allowed: [V+1] bool, by id, the only items to find; all without it.
 
         Returns:
             ids [b, K] int64 and scores [b, K] float32; id 0 and -inf where no item is left.
@@ -156,7 +162,17 @@ class Catalogue:
         """
         nobody = seen_offsets.new_zeros(queries.shape[0])
         turns = self._turns(queries, nobody, seen_ids, seen_offsets)
-        return self._merged(turns, k, queries, self._scores)
+        if allowed is None:
+            return self._merged(turns, k, queries, self._scores)
+        own = allowed[self._first : self._first + self._size].to(self._keys.device)
+        hidden = ~pad(own, (0, self._keys.shape[0] - self._size))
+
+        def scores(turn: _Turn) -> Iterator[tuple[int, Tensor]]:
+            for first, found in self._scores(turn):
+                begin = first - self._first
+                yield first, found.masked_fill_(hidden[begin : begin + found.shape[1]], -torch.inf)
+
+        return self._merged(turns, k, queries, scores)
 
     @torch.no_grad()
     def sample(

@@ -73,14 +73,19 @@ class ItemGenerator:
         self._items = len(policy.model.codebook_sizes) // self.trie.num_levels
         """Of a session, S."""
 
-    def offer(self, users: EvaluationBatch, k: int, *, filter_seen: bool) -> Offer:
+    def offer(
+        self, users: EvaluationBatch, k: int, *, filter_seen: bool, allowed: Tensor | None = None
+    ) -> Offer:
         """The k best items of each user after their last event. Collective.
+
+        `allowed` [V + 1] bool, by item id, are the items that may be offered.
 
         Of a model of sessions, unless `generation.next_item_alone`: the items of the most probable
         session in its order, then those that the next one adds, and so on.
         """
         batch = with_codes(last_requests(self._model, users.batch), self._codes)
         exclude = _seen(users) if filter_seen else None
+        allow = None if allowed is None else self.trie.allow(allowed[1:].to(self.trie.device))
         requests, search = batch.num_sequences, self._search
 
         def use(model: TableModel, embeddings: dict[str, Tensor]) -> Generated:
@@ -88,14 +93,16 @@ class ItemGenerator:
             context = model.encode(batch, embeddings, 0, "last")
             if self._items > 1 and not search.next_item_alone:
                 sessions = generate_sessions(
-                    model, context, requests, self.trie, search, exclude=exclude
+                    model, context, requests, self.trie, search, allow=allow, exclude=exclude
                 )
                 return distinct_ids(sessions)
             writer = FirstItem(model, self.trie.num_levels)
-            return generate(writer, context, requests, self.trie, search, exclude=exclude)
+            return generate(
+                writer, context, requests, self.trie, search, allow=allow, exclude=exclude
+            )
 
         generated: Generated = self._policy.infer(batch, use)
-        items = items_of(generated, self.trie, k, exclude=exclude)
+        items = items_of(generated, self.trie, k, allow=allow, exclude=exclude)
         return Offer(items, self._scores(generated, items), generated)
 
     def codes_of(self, items: Tensor) -> Tensor:

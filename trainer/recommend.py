@@ -3,8 +3,10 @@
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from data_loaders.items import find_users, raw_items, titles
+from data_loaders.items import find_users, item_feature, raw_items, titles
 from data_loaders.loader import recommendation_batch
 from models.batch import JaggedBatch
 from sharding.retrieval import Catalogue
@@ -29,15 +31,28 @@ def recommend_worker(settings: dict[str, Any], say: Say) -> dict[str, Any]:
     users = recommendation_batch(worker.dataset, own, max_length=recipe.data.loader.max_length).to(
         worker.ctx.device
     )
+    allowed = _allowed(worker)
     if recipe.writes_codes:
         generator = ItemGenerator(worker, policy)
-        offer = generator.offer(users, config.top_k, filter_seen=True)
+        offer = generator.offer(users, config.top_k, filter_seen=True, allowed=allowed)
         ids, scores = offer.items, offer.scores
     else:
         catalogue = Catalogue(policy, worker.num_items, recipe.evaluation.catalogue_chunk)
         queries = policy.query(users.batch)[last_tokens(users)]
-        ids, scores = catalogue.top_k(queries, config.top_k, users.seen_ids, users.seen_offsets)
+        ids, scores = catalogue.top_k(
+            queries, config.top_k, users.seen_ids, users.seen_offsets, allowed
+        )
     return {"users": _describe(worker, users.batch, ids.cpu().numpy(), scores.cpu().numpy())}
+
+
+def _allowed(worker: Worker) -> Tensor | None:
+    """[V + 1] bool, by item id: what the recipe allows; None for everything."""
+    config = worker.recipe.recommend.allow
+    if config is None:
+        return None
+    feature = item_feature(worker.layout.data, config.feature)
+    asked = f"recommend.allow asks for {config.feature}"
+    return torch.isin(feature.ids, torch.tensor(feature.numbers(config.values, asked)))
 
 
 def _users(worker: Worker) -> np.ndarray:

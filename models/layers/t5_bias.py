@@ -22,9 +22,14 @@ class RelativeBias(nn.Module):
         """`bidirectional` gives half of the buckets to keys after the query."""
         super().__init__()
         assert num_buckets >= 4 and num_buckets % 2 == 0 and max_distance > num_buckets // 2
-        self.max_distance, self.bidirectional = max_distance, bidirectional
+        self.bidirectional = bidirectional
         self.buckets_to_heads = nn.Embedding(num_buckets, num_heads)
         nn.init.normal_(self.buckets_to_heads.weight, std=0.02)
+        count = num_buckets // 2 if bidirectional else num_buckets
+        # Integer thresholds make buckets exact; a float logarithm differs between devices.
+        shared = torch.tensor(_thresholds(count - count // 2, count // 2, max_distance))
+        self.register_buffer("thresholds", shared, persistent=False)
+        self.thresholds: Tensor
 
     def forward(self, size: int) -> Tensor:
         """[H, S, S]: entry (h, i, j) is added to the logit of query i and key j."""
@@ -49,11 +54,7 @@ class RelativeBias(nn.Module):
         else:
             distance = (-relative).clamp(min=0)
         exact = count // 2
-        # Integer thresholds make buckets exact; a float logarithm differs between devices.
-        thresholds = torch.tensor(
-            _thresholds(count - exact, exact, self.max_distance), device=relative.device
-        )
-        shared = exact + torch.bucketize(distance, thresholds, right=True)
+        shared = exact + torch.bucketize(distance, self.thresholds, right=True)
         return offset + torch.where(distance < exact, distance, shared)
 
 

@@ -25,6 +25,7 @@ class Case:
     queries: Tensor  # [B, D]
     targets: Tensor  # [B]
     seen: list[list[int]]
+    allowed: Tensor  # [V + 1]
     owners: Tensor  # [B]
     chunk: int
     k: int
@@ -47,22 +48,25 @@ def make_case(seed: int, items: int, queries: int, width: int, world_size: int) 
         queries=torch.from_numpy(rng.integers(-2, 3, (queries, width)).astype(np.float32)),
         targets=torch.from_numpy(rng.integers(1, items + 1, queries)),
         seen=[row.tolist() for row in seen],
+        allowed=torch.from_numpy(rng.integers(0, 2, items + 1)).bool(),
         owners=torch.from_numpy(rng.integers(0, world_size, queries)),
         chunk=int(rng.integers(1, 100)),
         k=int(rng.integers(1, items + 5)),
     )
 
 
-def reference(case: Case, row: int) -> tuple[int, list[int], float]:
-    """Rank, top-k ids and log-sum-exp of one query, written as their definitions."""
+def reference(case: Case, row: int) -> tuple[int, list[int], list[int], float]:
+    """Rank, top-k ids, those of the allowed items, and log-sum-exp, as their definitions say."""
     scores = (case.keys.double() @ case.queries[row].double()).tolist()
     target, seen = int(case.targets[row]), set(case.seen[row])
     items = range(1, len(scores) + 1)
     order = sorted(items, key=lambda item: (-scores[item - 1], item))
     rivals = [item for item in order if item not in seen or item == target]
-    top = [item for item in order if item not in seen][: case.k]
+    top = [item for item in order if item not in seen]
+    allowed = [item for item in top if case.allowed[item]]
+    top, allowed = ((x + [0] * case.k)[: case.k] for x in (top, allowed))
     exact = float(np.log(np.sum(np.exp(np.array(scores) / 0.7))))
-    return 1 + rivals.index(target), top + [0] * (case.k - len(top)), exact
+    return 1 + rivals.index(target), top, allowed, exact
 
 
 def check(case: Case, ctx: DistributedContext) -> None:
@@ -73,13 +77,15 @@ def check(case: Case, ctx: DistributedContext) -> None:
     rows, queries, targets, seen, offsets = case.of_rank(ctx.rank)
     ranks = catalogue.ranks(queries, targets, seen, offsets)
     ids, scores = catalogue.top_k(queries, case.k, seen, offsets)
+    some, _ = catalogue.top_k(queries, case.k, seen, offsets, case.allowed)
     sums = catalogue.log_sum_exp(queries, 0.7)
     expected = [reference(case, int(row)) for row in rows]
     good = (
-        ranks.tolist() == [rank for rank, _, _ in expected]
-        and ids.tolist() == [top for _, top, _ in expected]
+        ranks.tolist() == [rank for rank, _, _, _ in expected]
+        and ids.tolist() == [top for _, top, _, _ in expected]
+        and some.tolist() == [allowed for _, _, allowed, _ in expected]
         and ids.shape == (len(rows), case.k)
-        and np.allclose(sums.numpy(), [exact for _, _, exact in expected], rtol=1e-5, atol=1e-5)
+        and np.allclose(sums.numpy(), [exact for _, _, _, exact in expected], rtol=1e-5, atol=1e-5)
     )
     dense = torch.cat([torch.full((len(rows), 1), -torch.inf), queries @ case.keys.T], dim=1)
     good = good and torch.equal(scores, dense.gather(1, ids))

@@ -85,6 +85,8 @@ def exhaustive(settings: dict[str, Any], reference: dict[str, Any]) -> dict[str,
         worker.dataset, "test", users_per_batch=USERS, max_length=8, rank=0, world_size=1
     )
     offer = generator.offer(users, 10, filter_seen=True)
+    even = torch.arange(ITEMS + 1) % 2 == 0
+    allowed = generator.offer(users, 10, filter_seen=True, allowed=even)
     seen = [part.tolist() for part in users.seen_ids.split(users.seen_offsets.diff().tolist())]
     batch = with_codes(last_requests(policy.model, users.batch), codes)  # type: ignore[arg-type]
 
@@ -106,6 +108,7 @@ def exhaustive(settings: dict[str, Any], reference: dict[str, Any]) -> dict[str,
     return {
         "items": offer.items.tolist(),
         "scores": offer.scores.tolist(),
+        "even": allowed.items.tolist(),
         "all": scores.tolist(),
         "seen": seen,
         "targets": users.target_ids.tolist(),
@@ -128,6 +131,9 @@ def test_offers_are_the_best_of_all_items(run: tuple[Path, dict[str, Any]]) -> N
         assert offered == pytest.approx([scores[i - 1] for i in rivals[:10]], abs=2e-3)
         assert not hidden & set(items) and len(set(items)) == 10
         hits += target in items
+        even = set(found["even"][row]) - {0}
+        left = [item for item in rivals if item % 2 == 0]
+        assert even <= set(left) and len(even) == min(10, len(left))
     [answer] = run_ranks(
         1,
         evaluate_worker,

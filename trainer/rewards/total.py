@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from configs import rewards as kinds
-from configs.schema import closest
 from data_loaders.items import ItemFeature
 from models.batch import JaggedBatch
 from trainer.rewards import rules
@@ -104,16 +103,8 @@ class RewardSum:
         ids = feature.ids.to(device)
         if config.limited is None:
             return torch.where(ids > 0, ids, -1)
-        places = {name: at for at, name in enumerate(feature.names, 1)}
         names = [str(name) for name in config.limited]
-        for name in names:
-            if name not in places:
-                guess = closest(name, places)
-                hint = f"; did you mean {guess!r}?" if guess is not None else ""
-                raise ValueError(
-                    f"a quota limits {config.feature}={name!r}, but no item has that category{hint}"
-                )
-        limited = [places[name] for name in names]
+        limited = feature.numbers(names, f"a quota limits {config.feature}")
         return rules.with_quota(ids, torch.tensor(limited, device=device))
 
     def _part(
