@@ -108,7 +108,7 @@ def resolve(
         least_digits: size that the extra digit's codebook has at least (an earlier table's).
     """
     keys = len(codebook_sizes) - (policy == "next_best")
-    settle = functools.partial(_settle_step, policy, staging_url, output_url)
+    settle = functools.partial(_settle_step, policy, codebook_sizes[-1], staging_url, output_url)
     load = functools.partial(_load_rows, keys, partitions)
     reports = exchange("collisions", progress, list(urls), load, settle, partitions)
     sizes = tuple(codebook_sizes)
@@ -172,16 +172,17 @@ def next_best(
     distances: np.ndarray,
     fixed: np.ndarray,
     item_ids: np.ndarray,
+    size: int,
 ) -> tuple[np.ndarray, int]:
     """Move items of equal codes to free codes of the last level: int [n, L], rows that found none.
 
     Round r offers each item that has no place its r-th nearest code; of several that want a free
-    code the closest to its first choice gets it, then the lowest id. Whoever finds none keeps its
-    own code. The ids of fixed rows stay theirs.
+    code the closest to its first choice gets it, then the lowest id. Whoever finds none among its
+    candidates takes the lowest of the last level's `size` codes that is free, and keeps its own
+    where none is. The ids of fixed rows stay theirs.
     """
     _, group = np.unique(codes[:, :-1], axis=0, return_inverse=True)
-    width = 1 + max(codes[:, -1].max(initial=0), candidates.max(initial=0))
-    slots = group.reshape(-1).astype(np.int64) * width
+    slots = group.reshape(-1).astype(np.int64) * size
     taken = np.unique(slots[fixed] + codes[fixed, -1])
     placed = codes.copy()
     pending = np.flatnonzero(~fixed)
@@ -197,7 +198,31 @@ def next_best(
         placed[pending[winners], -1] = candidates[pending[winners], choice]
         taken = np.union1d(taken, claims)
         pending = np.delete(pending, winners)
-    return placed, len(pending)
+    places = _lowest_free(slots[pending] // size, taken, size)
+    found = places >= 0
+    placed[pending[found], -1] = places[found]
+    return placed, int((~found).sum())
+
+
+def _lowest_free(groups: np.ndarray, taken: np.ndarray, size: int) -> np.ndarray:
+    """A code of its own for each row of these groups, in order: int [n], -1 where none is left.
+
+    `taken` are the slots group · size + code that are not free.
+    """
+    known, group = np.unique(groups, return_inverse=True)
+    is_free = np.ones((len(known), size), bool)  # groups that ran out of candidates are large: few
+    here = np.isin(taken // size, known)
+    is_free[np.searchsorted(known, taken[here] // size), taken[here] % size] = False
+    counts, (_, codes) = is_free.sum(1), np.nonzero(is_free)
+    order = np.argsort(group, kind="stable")
+    sizes = np.bincount(group, minlength=len(known))
+    rank = np.empty(len(group), np.int64)
+    rank[order] = np.arange(len(group)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    first = np.cumsum(counts) - counts
+    result = np.full(len(group), -1)
+    fits = rank < counts[group]
+    result[fits] = codes[first[group[fits]] + rank[fits]]
+    return result
 
 
 def _load_rows(keys: int, partitions: int, url: str) -> Iterator[pa.Table]:
@@ -214,9 +239,12 @@ def _load_rows(keys: int, partitions: int, url: str) -> Iterator[pa.Table]:
 
 
 def _settle_step(
-    policy: Policy, staging_url: str, output_url: str, partition: int, rows: pa.Table
+    policy: Policy, size: int, staging_url: str, output_url: str, partition: int, rows: pa.Table
 ) -> Report:
-    """Make the ids of a partition distinct and stage them; what stays taken is written."""
+    """Make the ids of a partition distinct and stage them; what stays taken is written.
+
+    `size` is that of the last level.
+    """
     rows = rows.sort_by([("item_id", "ascending"), ("item", "ascending")])
     ids, codes = rows["item_id"].to_numpy(), codes_of(rows["codes"])
     digits, fixed = rows["digit"].to_numpy(), rows["fixed"].to_numpy()
@@ -229,7 +257,7 @@ def _settle_step(
         final = np.concatenate([codes, digits[:, None].astype(np.int32)], axis=1)
         report["digits"] = int(digits.max()) + 1
     elif policy == "next_best":
-        final, _ = next_best(codes, _rankings(rows), rows["distance"].to_numpy(), fixed, ids)
+        final, _ = next_best(codes, _rankings(rows), rows["distance"].to_numpy(), fixed, ids, size)
     report["moved"] = int((final[:, : codes.shape[1]] != codes).any(1)[present].sum())
     after = _groups(final[present])
     report |= {"unique_after": after["unique"], "remaining": report["items"] - after["distinct"]}

@@ -24,7 +24,7 @@ from trainer.item_embeddings import ItemEmbeddings
 CODED = "coded"
 """Name of the staged table."""
 MOST_CANDIDATES = 256
-"""Codes of the last level that an item may move to; up to this size of it, all."""
+"""Codes of the last level that an item may move to by nearness; up to this size of it, all."""
 ROWS_AT_ONCE = 4096
 
 

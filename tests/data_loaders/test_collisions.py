@@ -25,7 +25,12 @@ def loop_digits(codes: np.ndarray, digits: np.ndarray, ids: np.ndarray) -> np.nd
 
 
 def loop_next_best(
-    codes: np.ndarray, candidates: np.ndarray, far: np.ndarray, fixed: np.ndarray, ids: np.ndarray
+    codes: np.ndarray,
+    candidates: np.ndarray,
+    far: np.ndarray,
+    fixed: np.ndarray,
+    ids: np.ndarray,
+    size: int,
 ) -> np.ndarray:
     taken = {tuple(code) for code, stays in zip(codes, fixed, strict=True) if stays}
     pending = [row for row in np.lexsort([ids, far]) if not fixed[row]]
@@ -42,6 +47,12 @@ def loop_next_best(
                 result[row, -1] = wanted[-1]
         taken |= claimed
         pending = waiting
+    for row in pending:
+        prefix = tuple(codes[row, :-1])
+        free = [code for code in range(size) if (*prefix, code) not in taken]
+        if free:
+            result[row, -1] = free[0]
+            taken.add((*prefix, free[0]))
     return result
 
 
@@ -89,11 +100,10 @@ def test_next_best_equals_a_loop_and_is_unique_where_it_can_be(
     candidates = np.take_along_axis(others, own_first, 1)[:, :num_candidates]
     fixed = np.zeros(n, bool)
     fixed[np.unique(codes, axis=0, return_index=True)[1][:2]] = True
-    result, remaining = next_best(codes, candidates, far, fixed, ids)
-    assert np.array_equal(result, loop_next_best(codes, candidates, far, fixed, ids))
+    result, remaining = next_best(codes, candidates, far, fixed, ids, SIZE)
+    assert np.array_equal(result, loop_next_best(codes, candidates, far, fixed, ids, SIZE))
     assert np.array_equal(result[fixed], codes[fixed])
     assert np.array_equal(result[:, :-1], codes[:, :-1])
-    if num_candidates == SIZE:
-        per_prefix = np.unique(codes[:, :-1], axis=0, return_counts=True)[1]
-        too_many = np.maximum(per_prefix - SIZE, 0).sum()
-        assert remaining == too_many == n - len(np.unique(result, axis=0))
+    per_prefix = np.unique(codes[:, :-1], axis=0, return_counts=True)[1]
+    too_many = np.maximum(per_prefix - SIZE, 0).sum()
+    assert remaining == too_many == n - len(np.unique(result, axis=0))

@@ -229,6 +229,7 @@ def test_items_without_vectors_are_refused_or_spread_and_all_move_to_the_next_be
         (x - quantizer.decode(own)).square().sum(1).numpy(),
         np.zeros(ITEMS, bool),
         np.arange(1, ITEMS + 1),
+        CODES,
     )
     assert [codes[name] for name in raw] == [tuple(row) for row in expected.tolist()]
 
