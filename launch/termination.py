@@ -22,6 +22,7 @@ class Termination:
         self.asked = False
         self._ask: Callable[[], None] | None = None
         self._grace_s = 0.0
+        self._timer: threading.Timer | None = None
         self._before: Any = None
 
     def __enter__(self) -> "Termination":
@@ -57,9 +58,9 @@ class Termination:
             flush=True,
         )
         self._ask()
-        timer = threading.Timer(self._grace_s, os.kill, (os.getpid(), signal.SIGTERM))
-        timer.daemon = True
-        timer.start()
+        self._timer = threading.Timer(self._grace_s, os.kill, (os.getpid(), signal.SIGTERM))
+        self._timer.daemon = True
+        self._timer.start()
 
     @contextmanager
     def asks(self, ask: Callable[[], None], grace_s: float) -> Iterator[None]:
@@ -69,6 +70,8 @@ class Termination:
             yield
         finally:
             self._ask = None
+            if self._timer is not None:
+                self._timer.cancel()  # the group has ended; what follows is not to be hurried
 
     def check(self) -> None:
         """End the run if it was asked to end, although the group had finished before it knew."""

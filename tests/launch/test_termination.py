@@ -41,6 +41,15 @@ def test_without_a_group_the_run_ends_at_once() -> None:
     assert not current_termination().asked  # there is none: one that is never asked
 
 
+def test_a_group_that_ended_in_time_is_not_hurried() -> None:
+    """The process outlives the time that its group was given."""
+    with Termination() as termination:
+        with termination.asks(lambda: None, 0.2):
+            terminate()
+        time.sleep(0.5)
+        assert termination.asked
+
+
 def test_a_group_that_does_not_end_in_time_is_left() -> None:
     code = "import os, signal, time; from launch.termination import *\n"
     code += "with Termination() as t, t.asks(lambda: None, 0.2):\n"
