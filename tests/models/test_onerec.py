@@ -76,7 +76,10 @@ NAMES = ["all pathways", "short alone", "sessions", "short is longest"]
 
 
 def build(**changes: Any) -> OneRec:
-    config = OneRecConfig.model_validate(SMALL | changes)
+    settings = SMALL | changes
+    if settings["positive_history"] is None:
+        settings.pop("positive_from")
+    config = OneRecConfig.model_validate(settings)
     names = ["item"] if config.item_table else []
     names += [f"user_{name}" for name in config.user_features]
     specs = tuple(TableSpec(name, ITEMS + 1, WIDTH, 0.02) for name in names)
