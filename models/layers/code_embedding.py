@@ -36,9 +36,16 @@ class CodeEmbedding(nn.Module):
         self.register_buffer("starts", starts, persistent=False)
         self.starts: Tensor
 
-    def forward(self, codes: Tensor, first: int = 0) -> Tensor:
-        """Codes of l levels from level `first` on, [..., l] int64 → [..., l, D]."""
-        return F.embedding(codes + self.starts[first : first + codes.shape[-1]], self.rows)
+    def forward(self, codes: Tensor, first: int = 0, *, summed: bool = False) -> Tensor:
+        """Codes of l levels from level `first` on, [..., l] int64 → [..., l, D].
+
+        `summed` takes [n, l] → [n, D], the sum of each row's. (Here and not in a method of its own:
+        ZeRO 3 gathers for the backward what a module's own forward reads.)
+        """
+        places = codes + self.starts[first : first + codes.shape[-1]]
+        if summed:
+            return F.embedding_bag(places, self.rows, mode="sum")
+        return F.embedding(places, self.rows)
 
     def level(self, level: int, codes: Tensor) -> Tensor:
         """Codes of one level, [...] int64 → [..., D]."""
@@ -59,7 +66,7 @@ class CodeEmbedding(nn.Module):
         What `items(batch).sum(1)` gives, without its [T, L, D]: histories of windows repeat their
         events, so T is the largest number of a step.
         """
-        sums = F.embedding_bag(_codes_of(batch) + self.starts, self.rows, mode="sum")
+        sums: Tensor = self(_codes_of(batch), summed=True)
         return sums * (batch.item_ids > 0)[:, None]
 
 
