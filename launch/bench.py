@@ -4,6 +4,13 @@ from typing import Any
 
 import click
 
+_threads = click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    default=None,
+    help="Threads of every contestant.  [default: the machine's cores]",
+)
+
 
 def add_commands(group: click.Group) -> None:
     """Add every bench to the group `tandem bench`; each is one function below."""
@@ -44,12 +51,7 @@ def _add_beam(group: click.Group) -> None:
     @click.option("--batch", type=click.IntRange(min=1), default=16, show_default=True)
     @click.option("--repeats", type=click.IntRange(min=1), default=20, show_default=True)
     @click.option("--seed", type=int, default=0, show_default=True)
-    @click.option(
-        "--threads",
-        type=click.IntRange(min=1),
-        default=None,
-        help="Threads of every contestant.  [default: the machine's cores]",
-    )
+    @_threads
     def beam(output: str, part: str, threads: int | None, **sizes: Any) -> None:
         """Constrained beam search: its constraint step, against a dict trie and a compare of
         prefixes, and whole generation, against transformers' generate (extra `bench`)."""
@@ -92,12 +94,7 @@ def _add_rollout(group: click.Group) -> None:
     @click.option("--group", type=click.IntRange(min=1), default=16, show_default=True)
     @click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True)
     @click.option("--seed", type=int, default=0, show_default=True)
-    @click.option(
-        "--threads",
-        type=click.IntRange(min=1),
-        default=None,
-        help="Threads of every contestant.  [default: the machine's cores]",
-    )
+    @_threads
     def rollout(output: str, threads: int | None, **sizes: int) -> None:
         """Groups per second of online alignment against a plain loop, and a step's parts."""
         from trainer.bench import measure
@@ -115,12 +112,7 @@ def _add_checkpoint(group: click.Group) -> None:
     @click.option("--batch", type=click.IntRange(min=1), default=256, show_default=True)
     @click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True)
     @click.option("--seed", type=int, default=0, show_default=True)
-    @click.option(
-        "--threads",
-        type=click.IntRange(min=1),
-        default=None,
-        help="Threads of every contestant.  [default: the machine's cores]",
-    )
+    @_threads
     def checkpoint(output: str, threads: int | None, **sizes: int) -> None:
         """Saving and loading against plain sequential writing and reading of as many bytes, and
         what training waits for a save behind it."""

@@ -13,18 +13,6 @@
 namespace tandem {
 namespace {
 
-constexpr int kQueryBlock = 24;
-
-struct Scratch {
-  std::vector<float> q, k, v, d_out, k_columns, v_columns, score, d_score, dq, dk, dv;
-};
-
-// The buffers live as long as the thread, so that a step allocates nothing.
-Scratch& scratch() {
-  static thread_local Scratch s;
-  return s;
-}
-
 // One key-value head of one request: `queries` rows of dh numbers, n context tokens at their stride.
 struct Head {
   int queries, n, dh, n_pad, pad;

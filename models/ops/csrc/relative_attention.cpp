@@ -14,18 +14,6 @@
 namespace tandem {
 namespace {
 
-constexpr int kQueryBlock = 24;
-
-struct Scratch {
-  std::vector<float> q, k, v, d_out, k_columns, v_columns, score, d_score, dq, dk, dv;
-};
-
-// The buffers live as long as the thread, so that a step allocates nothing.
-Scratch& scratch() {
-  static thread_local Scratch s;
-  return s;
-}
-
 // One head of one sequence: n tokens, each dh numbers at its stride.
 struct Head {
   int n, dh, n_pad, pad;

@@ -3,10 +3,24 @@
 
 #include <algorithm>
 #include <cmath>
+#include <vector>
 
 #include "simd.h"
 
 namespace tandem {
+
+// Queries taken at once against all keys.
+constexpr int kQueryBlock = 24;
+
+struct Scratch {
+  std::vector<float> q, k, v, d_out, k_columns, v_columns, score, d_score, dq, dk, dv;
+};
+
+// The buffers live as long as the thread, so that a step allocates nothing.
+inline Scratch& scratch() {
+  static thread_local Scratch s;
+  return s;
+}
 
 // C [rows, vectors] = A [rows, depth] B, rows of any number.
 inline void product(int rows, const float* a, long lda, const float* b, long ldb, float* c, long ldc,
