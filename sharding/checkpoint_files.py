@@ -7,13 +7,11 @@ what is written, not what is read back, also catches what the disk changed in be
 Files of before are archives of `torch.save`; they are longer than their tensor, and still read.
 """
 
-import hashlib
 import io
 import math
 import pickle
 from collections import defaultdict
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import IO, Any
 
@@ -38,43 +36,12 @@ from torch.futures import Future
 
 from configs import storage
 from configs.storage_faults import patiently
+from sharding.block_file import BLOCK_BYTES, block_writer
 from sharding.checkpoint_manifest import CheckpointFile
 
 METADATA = ".metadata"
 ALIGNMENT = 64
 """Bytes; each tensor begins at a multiple."""
-BLOCK_BYTES = 8 << 20
-"""Written, hashed and read at a time."""
-
-
-class _HashingStream:
-    """Passes bytes on, while a thread hashes them."""
-
-    def __init__(self, stream: IO[bytes], hashing: ThreadPoolExecutor) -> None:
-        self._stream, self._hashing = stream, hashing
-        self._digest = hashlib.sha256()
-        self.size = 0
-
-    def write(self, data: Any) -> None:
-        """All of `data`, bytes, which stay as they are until this returns."""
-        view = memoryview(data)
-        if len(view) < BLOCK_BYTES:  # not worth a thread's time
-            self._digest.update(view)
-            self._pass_on(view)
-        else:
-            hashed = self._hashing.submit(self._digest.update, view)
-            for begin in range(0, len(view), BLOCK_BYTES):
-                self._pass_on(view[begin : begin + BLOCK_BYTES])
-            hashed.result()
-        self.size += len(view)
-
-    def _pass_on(self, block: memoryview) -> None:
-        while len(block):  # a raw file may take less than it was given
-            block = block[self._stream.write(block) :]
-
-    def entry(self, name: str) -> CheckpointFile:
-        """What the manifest says of this file."""
-        return CheckpointFile(path=name, bytes=self.size, sha256=self._digest.hexdigest())
 
 
 class CheckpointWriter(StorageWriter):
@@ -109,11 +76,7 @@ class CheckpointWriter(StorageWriter):
 
     def _write_file(self, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
         name, results = str(plan.storage_data), []
-        with (
-            ThreadPoolExecutor(1) as hashing,
-            storage.open_to_write(storage.join(self._url, name)) as raw,
-        ):
-            stream = _HashingStream(raw, hashing)
+        with block_writer(storage.join(self._url, name)) as stream:
             for item in plan.items:
                 stream.write(bytes(-stream.size % ALIGNMENT))
                 begin, value = stream.size, planner.resolve_data(item)
@@ -122,7 +85,10 @@ class CheckpointWriter(StorageWriter):
                 length = stream.size - begin
                 place = _StorageInfo(name, begin, length)
                 results.append(WriteResult(item.index, length, place))
-        self.written[name] = stream.entry(name)
+            digest = stream.finish()
+        self.written[name] = CheckpointFile(
+            path=name, bytes=stream.size, sha256=digest, block=BLOCK_BYTES
+        )
         return results
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:

@@ -7,12 +7,16 @@ from the manifest's is damaged.
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import NonNegativeInt, PositiveInt, StringConstraints, ValidationError
+from pydantic import Field, NonNegativeInt, PositiveInt, StringConstraints, ValidationError
 
 from configs import storage
 from configs.base import Config
+from sharding.block_file import block_digest
 
 MANIFEST = "MANIFEST.json"
+
+MAX_BLOCK_BYTES = 1 << 28
+"""Memory of a few blocks is what reading a manifest may cost."""
 
 PlainName = Annotated[str, StringConstraints(pattern=r"^\.?[A-Za-z0-9_]+(\.[a-z]+)?$")]
 """The name of a file directly in the checkpoint's directory; no path leads out of it."""
@@ -25,6 +29,8 @@ class CheckpointFile(Config):
     path: PlainName
     bytes: NonNegativeInt
     sha256: Sha256
+    block: Annotated[int, Field(gt=0, le=MAX_BLOCK_BYTES)] | None = None
+    """Bytes of the blocks whose digests `sha256` is the hash of; null: it is the file's own."""
 
 
 class CheckpointManifest(Config):
@@ -122,7 +128,7 @@ def verify_file(url: str, entry: CheckpointFile) -> None:
         size = storage.size(place)
         if size != entry.bytes:
             raise ValueError(f"{entry.path} has {size} bytes instead of {entry.bytes}")
-        digest = storage.sha256_file(place)
+        digest = block_digest(place, entry.block) if entry.block else storage.sha256_file(place)
     except FileNotFoundError as error:
         raise ValueError(f"{entry.path} is missing") from error
     except OSError as error:
@@ -150,4 +156,5 @@ def read_verified(url: str, manifest: CheckpointManifest, path: str) -> bytes:
 
 
 def _fingerprint(manifest: CheckpointManifest) -> str:
-    return storage.fingerprint(manifest.model_dump(mode="json", exclude={"fingerprint"}))
+    content = manifest.model_dump(mode="json", exclude={"fingerprint"}, exclude_none=True)
+    return storage.fingerprint(content)  # without what manifests of before do not have

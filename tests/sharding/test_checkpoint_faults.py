@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from configs import storage
-from sharding import checkpoint_files
+from sharding import checkpoint_files, checkpoint_manifest
 from sharding.checkpoint import CheckpointError, CheckpointInfo, CheckpointStore
 from sharding.checkpoint_manifest import MANIFEST, build_manifest, read_manifest, write_manifest
 from sharding.process_group import DistributedContext, current_context
@@ -211,14 +211,14 @@ def unreadable_on_one_rank(root: str) -> Answer:
     """Storage fails one rank alone; all must decide alike."""
     ctx = current_context("cpu")
     newest = max(storage.list_names(root), key=lambda name: name.split("-")[1])
-    sha256_file = storage.sha256_file
+    block_digest = checkpoint_manifest.block_digest
 
-    def failing(url: str) -> str:
+    def failing(url: str, block_bytes: int) -> str:
         if ctx.rank == 1 and newest in url:
             raise OSError(5, "Input/output error")
-        return sha256_file(url)
+        return block_digest(url, block_bytes)
 
-    storage.sha256_file = failing
+    checkpoint_manifest.block_digest = failing
     return find_newest(root)
 
 

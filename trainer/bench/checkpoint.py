@@ -2,9 +2,10 @@
 
 A real policy with a large item table trains on this process alone. Its checkpoint is saved and
 loaded in turn with one file of as many bytes that is written and read from front to back, so that
-both meet the same disk in the same minutes. Every write ends with fsync; before every read, the
-pages of what is read are dropped from memory (`posix_fadvise`), where the files lie on this
-machine. Of each the fastest counts, and of the pairs the median of their ratios.
+both meet the same disk in the same minutes, by turns the one first and the other. Every write goes
+to new files and ends with fsync; before every read, the pages of what is read are dropped from
+memory (`posix_fadvise`), where the files lie on this machine. Of each the fastest counts, and of
+the pairs the median of their ratios.
 """
 
 import os
@@ -165,22 +166,31 @@ class _Training:
 
 def _speeds(worker: Worker, training: _Training, root: str, repeats: int, say: Any) -> Speeds:
     store = CheckpointStore(root, 2, worker.ctx)
-    plain = storage.join(root, "plain.bin")
     times: dict[str, list[float]] = {"save": [], "write": [], "load": [], "read": []}
-    num_bytes = 0
-    for _ in range(repeats + 1):  # the first only warms up
-        begun = time.perf_counter()
-        info = store.save(training.policy, training.policy.step, {}, {}, {})
-        times["save"].append(time.perf_counter() - begun)
-        num_bytes = sum(entry.bytes for entry in CheckpointTensors(info.url).manifest.files)
-        times["write"].append(_timed(partial(_write, plain, num_bytes)))
-        _forget(info.url)
+
+    saved: list[CheckpointInfo] = []
+
+    def save() -> None:
+        saved.append(store.save(training.policy, training.policy.step, {}, {}, {}))
+
+    save()
+    num_bytes = sum(entry.bytes for entry in CheckpointTensors(saved[-1].url).manifest.files)
+    for repeat in range(repeats + 1):  # the first only warms up
+        plain = storage.join(root, f"plain-{repeat}.bin")  # as new as a checkpoint's files
+        calls: list[tuple[str, Callable[[], None]]] = [
+            ("save", save),
+            ("write", partial(_write, plain, num_bytes)),
+        ]
+        for name, call in calls[:: -1 if repeat % 2 else 1]:  # neither always meets a rested disk
+            times[name].append(_timed(call))
+        _forget(saved[-1].url)
         times["load"].append(_timed(lambda: _load(store, training.policy)))
         _forget(plain)
-        times["read"].append(_timed(lambda: _read(plain)))
+        times["read"].append(_timed(partial(_read, plain)))
+        storage.remove(plain)
     for seconds in times.values():
         del seconds[0]
-    _check_loaded(store, training.policy, info)
+    _check_loaded(store, training.policy, saved[-1])
     say(f"  {num_bytes / 1e6:,.0f} MB: measured {repeats} times")
     best = {name: num_bytes / min(seconds) for name, seconds in times.items()}
     return Speeds(
