@@ -1,12 +1,16 @@
 """Checkpoints written behind training: the model's state is copied, and training goes on.
 
+The copy, too, is made behind training: rows and weights change only at a step's end, so that the
+next step computes its gradient meanwhile, and waits for the copy before its update.
+
 One save is in flight at a time. It is committed by the same rules as any other, after every rank
 has written its part; until then it is debris, and the checkpoints before it stand.
 """
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,9 +33,9 @@ class SaveTimes:
 
     saves: int = 0
     stalled: float = 0.0
-    """Training waited: for the save before, and for the copy."""
+    """Training waited: for the save before, and for a copy that its next step did not cover."""
     written: float = 0.0
-    """From the copy to the commit, most of it behind training."""
+    """Until the commit, most of it behind training."""
 
 
 class BackgroundSaves:
@@ -42,6 +46,7 @@ class BackgroundSaves:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._copies = _Copies()
+        self._copied = threading.Event()
         self.times = SaveTimes()
 
     def save(
@@ -52,7 +57,9 @@ class BackgroundSaves:
         recipe_json: Mapping[str, Any],
         fingerprints: Mapping[str, str],
     ) -> None:
-        """Copy what `CheckpointStore.save` would write, and have it written.
+        """Have what `CheckpointStore.save` would write copied, and written.
+
+        The model may compute meanwhile; what would change it waits by `model.before_change`.
 
         Raises:
             CheckpointError: the save before could not be written.
@@ -61,10 +68,13 @@ class BackgroundSaves:
         self._join()
         tensors = checkpoint_state.training_state(model)
         tensors |= checkpoint_state.random_state(self._ctx)
-        copies = {name: self._copies.of(name, value) for name, value in tensors.items()}
         documents = {"state.json": state, "recipe.json": recipe_json}
-        arguments = (store.apart(self._ctx), model.step, copies, documents, fingerprints)
-        self._thread = threading.Thread(target=self._write, args=arguments, daemon=True)
+        arguments = (store.apart(self._ctx), model.step, tensors, documents, fingerprints)
+        self._copied.clear()
+        model.before_change = self._wait_for_copy
+        self._thread = threading.Thread(
+            target=self._write, args=(_Mark(self._ctx.device), *arguments), daemon=True
+        )
         self._thread.start()
         self.times.saves += 1
         self.times.stalled += time.monotonic() - started
@@ -88,6 +98,12 @@ class BackgroundSaves:
         if self._thread is not None:
             self._thread.join(CLOSING_S)
 
+    def _wait_for_copy(self) -> None:
+        if not self._copied.is_set():
+            started = time.monotonic()
+            self._copied.wait()
+            self.times.stalled += time.monotonic() - started
+
     def _join(self) -> None:
         if self._thread is None:
             return
@@ -99,6 +115,7 @@ class BackgroundSaves:
 
     def _write(
         self,
+        mark: "_Mark",
         store: CheckpointStore,
         step: int,
         tensors: dict[str, Tensor],
@@ -107,10 +124,38 @@ class BackgroundSaves:
     ) -> None:
         started = time.monotonic()
         try:
-            store.write(step, tensors, documents, fingerprints)
+            try:
+                with mark.behind():
+                    copies = {name: self._copies.of(name, each) for name, each in tensors.items()}
+            finally:
+                self._copied.set()
+            store.write(step, copies, documents, fingerprints)
         except BaseException as error:  # noqa: BLE001 - raised where the caller waits
             self._error = error
         self.times.written += time.monotonic() - started
+
+
+class _Mark:
+    """What the device was asked for before a save: the copy waits for that, and nothing later."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._device = device
+        if device.type == "cuda":
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(device))
+
+    @contextmanager
+    def behind(self) -> Iterator[None]:
+        """Copies within run beside what the device computes; they are whole afterwards."""
+        if self._event is None:
+            yield
+            return
+        stream = torch.cuda.Stream(self._device)
+        stream.wait_event(self._event)
+        with torch.cuda.stream(stream):
+            yield
+        stream.synchronize()
 
 
 class _Copies:
@@ -140,4 +185,4 @@ class _Copies:
         if kept is None or (kept.size(), kept.dtype) != (value.size(), value.dtype):
             kept = torch.empty(value.size(), dtype=value.dtype, pin_memory=value.is_cuda)
             self._kept[key] = kept
-        return kept.copy_(value.detach())
+        return kept.copy_(value.detach(), non_blocking=True)

@@ -28,7 +28,8 @@ SECTOR_BYTES = 4096
 """Addresses, offsets and lengths of direct writes are multiples of it: what any disk asks for."""
 NUM_BUFFERS = 4
 """Blocks in flight: one is filled or read while others are hashed and written."""
-HASHING_THREADS = 2
+HASHING_THREADS = min(2, max(1, (os.cpu_count() or 1) - 1))
+"""More than one only where the thread that writes keeps a core of its own."""
 
 
 class BlockWriter:

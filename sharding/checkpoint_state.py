@@ -26,7 +26,10 @@ def weights(model: ParallelModel) -> State:
 
 
 def training_state(model: ParallelModel) -> State:
-    """Weights, optimizer state and counters of both halves. Collective."""
+    """Weights, optimizer state and counters of both halves. Collective.
+
+    The tables' tensors are the model's own, which training changes; all others are copies.
+    """
     dense = {
         f"{name}/{part}": value
         for name, parts in model.engine.full_state().items()
@@ -43,6 +46,7 @@ def training_state(model: ParallelModel) -> State:
 
 def restore_weights(model: ParallelModel, state: Mapping[str, Tensor]) -> None:
     """Put what `weights` named into a model. Collective."""
+    model.before_change()
     model.tables.load_state_dict(_sharded(state))
     model.engine.load_full_state(_by_parameter(state), 0)
     _restore_buffers(model, state)
@@ -50,6 +54,7 @@ def restore_weights(model: ParallelModel, state: Mapping[str, Tensor]) -> None:
 
 def restore_training_state(model: ParallelModel, state: Mapping[str, Tensor]) -> None:
     """Put what `training_state` named into a model. Collective."""
+    model.before_change()
     model.tables.load_state_dict(_sharded(state))
     model.engine.load_full_state(_by_parameter(state), int(state["adam_step"]))
     _restore_buffers(model, state)

@@ -93,6 +93,9 @@ class ParallelModel:
         self.may_skip = False
         """Steps that are not finite may be left out (`skip_step`): on CUDA, too, every step then
         waits for the device to know it, instead of an assert that ends the process."""
+        self.before_change: Callable[[], None] = _nothing
+        """Called before weights, rows or optimizer state change. A save behind training copies
+        them while the next step computes its gradient, and waits here until it has them."""
         self._dense = dense
         self._loss: LossModule = dense.loss_module
         self._schedule = schedule
@@ -140,6 +143,7 @@ class ParallelModel:
         _, empty, ending = shared.tolist()  # the one time that a step waits for the device
         totals, names = self._backward(micro, distinct, leaves, index, shared, empty > 0)
         self._check_finite(totals, sample_ids)
+        self.before_change()
         self._update_tables(rows, leaves, totals[2])
         if self._dense_clip is not None:
             self.engine.scale_grads(_clip_factor(totals[1], self._dense_clip))
@@ -283,6 +287,10 @@ class ParallelModel:
         """`use` of the dense half in evaluation mode."""
         self.engine.train(False)
         return self.engine(use, distinct, rows, *args)
+
+
+def _nothing() -> None:
+    """What goes before a change where no save copies."""
 
 
 def parallelize(

@@ -14,7 +14,7 @@ from typing import Any
 
 from configs.layout import RunLayout
 from data_loaders.synthetic import write_synthetic
-from sharding import checkpoint, checkpoint_files
+from sharding import block_file, checkpoint, checkpoint_files
 from sharding.loss_module import LossOutput
 from sharding.parallelize import ParallelModel, StepResult
 from tests.harness import Ranks
@@ -166,7 +166,7 @@ def _break_save(fault: Fault, trained: list[ParallelModel]) -> None:
         _before(checkpoint, "CheckpointWriter", due, die)
     elif point == "within the file":
         written: list[bool] = []
-        _before(checkpoint_files._HashingStream, "write", lambda: due() and _second(written), die)
+        _before(block_file.BlockWriter, "write", lambda: due() and _second(written), die)
     elif point == "between the files":  # before the one that rank 0 writes when all have written
         _before(checkpoint_files.CheckpointWriter, "finish", due, die)
     elif point == "before the commit":

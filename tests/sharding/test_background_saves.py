@@ -1,8 +1,10 @@
 """Saves behind training: what is committed is the model at the copy, whatever comes next."""
 
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +84,75 @@ def save_and_go_on(root: str) -> None:
 @pytest.mark.parametrize("world", [1, 2])
 def test_what_is_written_is_the_model_at_the_copy(tmp_path: Path, world: int) -> None:
     run_ranks(world, save_and_go_on, str(tmp_path), timeout=240)
+
+
+def copy_late(root: str) -> tuple[list[str], float]:
+    """What happens in which order where copying takes until a step waits for it."""
+    policy = make_policy(current_context("cpu"), Settings())
+    saves, store = BackgroundSaves(policy.ctx), CheckpointStore(root, 2, policy.ctx)
+    train(policy, 2)
+    then, happened, computed = whole_state(policy), [], threading.Event()
+    copy, backward = background_saves._Copies.of, policy._backward
+
+    def late(self: Any, name: str, value: Tensor) -> Tensor:
+        assert computed.wait(60)  # the next step's gradient, which waits for no copy
+        time.sleep(0.05)
+        happened.append("copied")
+        return copy(self, name, value)
+
+    def computing(*args: Any) -> Any:
+        result = backward(*args)
+        happened.append("computed")
+        computed.set()
+        return result
+
+    def changing(*args: Any) -> Any:
+        happened.append("changed")
+        return update(*args)
+
+    update = policy._update_tables
+    saves._copies.of = partial(late, saves._copies)  # type: ignore[method-assign]
+    policy._backward = computing  # type: ignore[method-assign]
+    policy._update_tables = changing  # type: ignore[method-assign]
+    saves.save(store, policy, {}, {}, {})
+    stalled = saves.times.stalled
+    train(policy, 1)
+    stalled = saves.times.stalled - stalled
+    saves.wait()
+    info = store.newest()
+    other = make_policy(current_context("cpu"), replace(Settings(), seed=2))
+    assert info is not None
+    store.load(other, info)
+    assert differing(whole_state(other), then) == []
+    return list(dict.fromkeys(happened)), stalled
+
+
+def test_the_copy_is_made_beside_the_next_gradient_and_before_its_update(
+    tmp_path: Path,
+) -> None:
+    [(happened, stalled)] = run_ranks(1, copy_late, str(tmp_path))
+    assert happened == ["computed", "copied", "changed"]
+    assert stalled >= 0.05
+
+
+def fail_to_copy(root: str) -> str:
+    """A copy that fails must hold no step up."""
+    policy = make_policy(current_context("cpu"), Settings())
+    saves, store = BackgroundSaves(policy.ctx), CheckpointStore(root, 2, policy.ctx)
+
+    def failing(name: str, value: Tensor) -> Tensor:
+        raise MemoryError("no room for a copy")
+
+    saves._copies.of = failing  # type: ignore[method-assign]
+    saves.save(store, policy, {}, {}, {})
+    train(policy, 1)
+    with pytest.raises(MemoryError, match="no room"):
+        saves.wait()
+    return "went on"
+
+
+def test_a_copy_that_fails_is_told_and_holds_no_step_up(tmp_path: Path) -> None:
+    assert run_ranks(1, fail_to_copy, str(tmp_path)) == ["went on"]
 
 
 def test_a_copy_shares_no_memory() -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from configs import storage
-from sharding import checkpoint_files, checkpoint_manifest
+from sharding import block_file, checkpoint_manifest
 from sharding.checkpoint import CheckpointError, CheckpointInfo, CheckpointStore
 from sharding.checkpoint_manifest import MANIFEST, build_manifest, read_manifest, write_manifest
 from sharding.process_group import DistributedContext, current_context
@@ -298,17 +298,17 @@ def test_a_full_disk_leaves_earlier_checkpoints_intact(
 def die_while_saving(root: str, rank: int, writes: int) -> None:
     """`kill -9` of a rank after some writes of its shard, or before the manifest."""
     ctx = current_context("cpu")
-    write = checkpoint_files._HashingStream.write
+    write = block_file.BlockWriter.write
     done = 0
 
-    def dying(self: Any, data: Any) -> int:
+    def dying(self: Any, data: Any) -> None:
         nonlocal done
         done += 1
         if ctx.rank == rank and done > writes:
             os.kill(os.getpid(), signal.SIGKILL)
-        return write(self, data)
+        write(self, data)
 
-    checkpoint_files._HashingStream.write = dying  # type: ignore[method-assign]
+    block_file.BlockWriter.write = dying  # type: ignore[method-assign]
     save_steps(root, 1, 2)
 
 

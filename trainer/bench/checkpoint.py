@@ -3,9 +3,9 @@
 A real policy with a large item table trains on this process alone. Its checkpoint is saved and
 loaded in turn with one file of as many bytes that is written and read from front to back, so that
 both meet the same disk in the same minutes, by turns the one first and the other. Every write goes
-to new files and ends with fsync; before every read, the pages of what is read are dropped from
-memory (`posix_fadvise`), where the files lie on this machine. Of each the fastest counts, and of
-the pairs the median of their ratios.
+to new files and ends with fsync; nothing old is removed while it is timed. Before every read, the
+pages of what is read are dropped from memory (`posix_fadvise`), where the files lie on this
+machine. Of each the fastest counts, and of the pairs the median of their ratios.
 """
 
 import os
@@ -58,9 +58,9 @@ class Stalls:
     step: float
     step_beside_a_save: float
     stall: float
-    """Training waits for one save behind it."""
+    """Training waits for one save behind it: where it begins, and before the next update."""
     written: float
-    """From the copy to the commit, behind training."""
+    """From the copy's begin to the commit, behind training."""
 
     @property
     def steps_a_save(self) -> int:
@@ -165,7 +165,7 @@ class _Training:
 
 
 def _speeds(worker: Worker, training: _Training, root: str, repeats: int, say: Any) -> Speeds:
-    store = CheckpointStore(root, 2, worker.ctx)
+    store = CheckpointStore(root, repeats + 4, worker.ctx)  # none is removed while it is timed
     times: dict[str, list[float]] = {"save": [], "write": [], "load": [], "read": []}
 
     saved: list[CheckpointInfo] = []
@@ -187,7 +187,8 @@ def _speeds(worker: Worker, training: _Training, root: str, repeats: int, say: A
         times["load"].append(_timed(lambda: _load(store, training.policy)))
         _forget(plain)
         times["read"].append(_timed(partial(_read, plain)))
-        storage.remove(plain)
+        for url in (plain, saved[-2].url):
+            storage.remove(url)
     for seconds in times.values():
         del seconds[0]
     _check_loaded(store, training.policy, saved[-1])
@@ -213,9 +214,9 @@ def _stalls(worker: Worker, training: _Training, root: str, repeats: int) -> Sta
     for _ in range(repeats + 1):  # the first touches the memory that is copied to
         before = saves.times.stalled, saves.times.written
         saves.save(store, training.policy, {}, {}, {})
-        stalls.append(saves.times.stalled - before[0])
         while saves.in_flight():
             beside += training.steps(1)
+        stalls.append(saves.times.stalled - before[0])
         saves.wait()
         written.append(saves.times.written - before[1])
     median = statistics.median
