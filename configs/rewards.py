@@ -110,7 +110,8 @@ class FunctionReward(RewardTerm):
 
     kind: Literal["function"] = "function"
     path: str = Field(pattern=_DOTTED)
-    """`package.module:function`, importable on every worker."""
+    """`package.module:function`, importable on every node; with cluster.address=local also from the
+    directory where tandem is started."""
 
 
 Reward = Annotated[

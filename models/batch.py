@@ -3,6 +3,7 @@
 Shape legend: B sequences, T total tokens of all sequences, R negatives, K losers of a preference.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 
 import torch
@@ -67,14 +68,18 @@ class JaggedBatch:
 
     def to(self, device: torch.device | str) -> "JaggedBatch":
         """Copy of the batch on `device` (itself if it is there already)."""
-        moved: dict[str, object] = {}
+        return self.mapped(lambda values: values.to(device, non_blocking=True))
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> "JaggedBatch":
+        """The batch of what `change` makes of each tensor."""
+        changed: dict[str, object] = {}
         for entry in fields(self):
             value = getattr(self, entry.name)
             if isinstance(value, Tensor):
-                moved[entry.name] = value.to(device, non_blocking=True)
+                changed[entry.name] = change(value)
             elif isinstance(value, dict):
-                moved[entry.name] = {k: v.to(device, non_blocking=True) for k, v in value.items()}
-        return replace(self, **moved)  # type: ignore[arg-type]
+                changed[entry.name] = {name: change(values) for name, values in value.items()}
+        return replace(self, **changed)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

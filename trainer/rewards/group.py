@@ -3,6 +3,7 @@
 Shape legend: N prompts, G candidates of a prompt (its group), L code levels.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -38,19 +39,25 @@ class Group:
 
     def to(self, device: torch.device | str) -> "Group":
         """Copy on `device`."""
+        return self._mapped(lambda values: values.to(device))
 
-        def moved(values: Tensor | None) -> Tensor | None:
-            return None if values is None else values.to(device)
+    def clone(self) -> "Group":
+        """Copy that shares no memory."""
+        return self._mapped(torch.clone)
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> "Group":
+        def changed(values: Tensor | None) -> Tensor | None:
+            return None if values is None else change(values)
 
         return replace(
             self,
-            items=self.items.to(device),
-            codes=moved(self.codes),
-            valid=self.valid.to(device),
-            log_probs=self.log_probs.to(device),
-            target_ids=self.target_ids.to(device),
-            target_codes=moved(self.target_codes),
-            contexts=self.contexts.to(device),
+            items=change(self.items),
+            codes=changed(self.codes),
+            valid=change(self.valid),
+            log_probs=change(self.log_probs),
+            target_ids=change(self.target_ids),
+            target_codes=changed(self.target_codes),
+            contexts=self.contexts.mapped(change),
         )
 
     @property

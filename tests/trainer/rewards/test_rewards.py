@@ -1,7 +1,9 @@
 """Rewards by hand on small groups; what no item is, and the sum of all of them."""
 
 import math
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -206,6 +208,35 @@ def two_arguments(found: Group, more: int) -> Tensor:
     return found.log_probs
 
 
+def raises(found: Group) -> Tensor:
+    raise KeyError("my lookup")
+
+
+def starved(found: Group) -> Tensor:
+    raise MemoryError("no room")
+
+
+def infinite(found: Group) -> Tensor:
+    return torch.where(found.items == 4, torch.inf, 1.0)
+
+
+def too_large(found: Group) -> Tensor:
+    """Finite, but not in float32."""
+    return torch.full(found.items.shape, 1e300, dtype=torch.float64)
+
+
+def complex_numbers(found: Group) -> Tensor:
+    return torch.zeros(found.items.shape, dtype=torch.complex64)
+
+
+def spoils(found: Group) -> Tensor:
+    """What a user does whose own table counts from 0; numpy's view goes past torch's notice."""
+    found.items.numpy()[:] -= 1
+    found.contexts.item_ids.zero_()
+    found.valid[:] = False
+    return found.items.float()
+
+
 CONSTANT = 3
 HERE = "tests.trainer.rewards.test_rewards"
 
@@ -218,9 +249,59 @@ def test_a_function_of_the_users() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("raises", r":raises' raised KeyError: 'my lookup' \(.*test_rewards.py:\d+\); mend it"),
+        ("infinite", ":infinite' returned inf for 2 of 3 candidates, .* item 4 for user 1 "),
+        ("too_large", ":too_large' returned inf for 3 of 3"),
+        ("complex_numbers", ":complex_numbers' returned complex numbers; it must return one"),
+    ],
+)
+def test_a_function_that_fails_is_named(name: str, sentence: str) -> None:
+    """As a mistake of the user's, which nobody tries again, and not of a step's samples."""
+    with pytest.raises(ValueError, match=sentence):
+        RewardSum([kinds.FunctionReward(path=f"{HERE}:{name}")], COUNTS)(group([[4, 3, 4]], [1]))
+
+
+def test_memory_that_a_function_lacks_is_no_mistake_of_it() -> None:
+    with pytest.raises(MemoryError):
+        load_function(f"{HERE}:starved")(group([[1]], [1]))
+
+
+def test_a_function_cannot_spoil_what_is_trained_on() -> None:
+    found, untouched = (group([[2, 3, 4, -1]], [1]) for _ in range(2))
+    near(load_function(f"{HERE}:spoils")(found), [[1, 2, 3, 0]])
+    for name in ("items", "valid"):
+        assert torch.equal(getattr(found, name), getattr(untouched, name))
+    assert torch.equal(found.contexts.item_ids, untouched.contexts.item_ids)
+
+
+def test_modules_of_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are found, and what is wrong with one is said with its line."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for name, text in {
+        "reward_of_mine": "def one(group):\n    return group.log_probs.exp()\n",
+        "reward_broken": "\nraise RuntimeError('no table')\n",
+        "reward_wrong": "def f(:\n",
+        "reward_needs": "import no_such_package_of_mine\n",
+    }.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    near(load_function("reward_of_mine:one")(group([[1]], [1])), [[1.0]])
+    for name, sentence in {
+        "reward_broken": r"raises RuntimeError: no table \(.*reward_broken.py:2\); mend it there",
+        "reward_wrong": r"raises SyntaxError: .* \(.*reward_wrong.py:1\)",
+        "reward_needs": r"raises ModuleNotFoundError: .*of_mine' \(.*reward_needs.py:1\)",
+    }.items():
+        with pytest.raises(ValueError, match=sentence):
+            load_function(f"{name}:one")
+
+
+@pytest.mark.parametrize(
     ("path", "sentence"),
     [
-        ("no.such.package:reward", "cannot be imported"),
+        ("no.such.package:reward", "cannot be imported .*: install .* on every node, or, with"),
+        ("torch:zeros", "must take one argument, .* does not tell what it takes"),
         (f"{HERE}:absent", "has no 'absent'"),
         (f"{HERE}:CONSTANT", "is int, not a function"),
         (f"{HERE}:two_arguments", "must take one argument"),
