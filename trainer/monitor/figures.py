@@ -62,23 +62,38 @@ def metric_label(metric: str) -> str:
 
 
 def stage_figures(stage: str, rows: Sequence[MetricRow], metric: str) -> list[ReportFigure]:
-    """Curves of a training stage: loss, validation, preferences, speed; those it has logged."""
+    """Curves of a training stage: loss, validation, preferences, reward, speed; those it logged."""
     colour = MODEL_COLOURS[STAGE_MODEL[stage]]
-    wanted = [
-        ("Loss", "train/loss", False),
-        (f"{metric_label(metric)} on validation", f"validation/{metric}", True),
-        ("Preference accuracy in training", "train/accuracy", False),
-        ("Preference accuracy, held-out users", "validation/preference_accuracy", True),
-        ("Preference margin in training", "train/margin", False),
-        ("Tokens per second", "speed/tokens_per_s", False),
-    ]
+    on_validation = [(f"{metric_label(metric)} on validation", f"validation/{metric}", True)]
+    speed = [("Tokens per second", "speed/tokens_per_s", False)]
+    wanted = [("Loss", "train/loss", False), *on_validation, *speed]
+    if stage == "align":
+        wanted = [*_alignment_losses(rows), *on_validation, *ALIGNMENT_CURVES, *speed]
     figures = []
     for title, tag, is_validation in wanted:
         data = curve(rows, tag)
-        if data is not None and (stage == "align" or tag not in ("train/accuracy", "train/margin")):
+        if data is not None:
             name = f"{stage}-{tag.replace('/', '-').replace('@', '-')}"
             figures.append(_curve_figure(title, name, data, colour, is_validation))
     return figures
+
+
+ALIGNMENT_CURVES = (
+    ("Mean reward", "train/reward", False),
+    ("Preference accuracy in training", "train/accuracy", False),
+    ("Preference accuracy, held-out users", "validation/preference_accuracy", True),
+    ("Preference margin in training", "train/margin", False),
+    ("KL divergence from the reference", "train/kl", False),
+    ("Entropy (-log π of candidates)", "train/entropy", False),
+)
+"""Title, tag, and whether it is of validation."""
+
+
+def _alignment_losses(rows: Sequence[MetricRow]) -> list[tuple[str, str, bool]]:
+    """A policy gradient's own loss has a mean of nothing: its advantages add up to 0."""
+    if any("train/policy_loss" in row.values for row in rows):
+        return [("Supervised loss", "train/supervised_loss", False)]
+    return [("Loss", "train/loss", False)]
 
 
 def _curve_figure(
@@ -100,13 +115,16 @@ def _told(data: Curve, is_validation: bool) -> str:
         step, best = data.best
         return f"Best {best:.4f} at step {step:,}; last {data.last:.4f}."
     even = smoothed(thinned(data)) if len(data.steps) >= LONG else data
-    first, last = _shown(float(even.values[0])), _shown(even.last)
+    first, last = shown(float(even.values[0])), shown(even.last)
     caption = f"From {first} to {last} over {int(data.steps[-1]):,} steps."
     return caption + (" Pale: as logged; strong: moving average." if even is not data else "")
 
 
-def _shown(value: float) -> str:
-    return count(value) if value >= 10_000 else f"{value:.4f}"
+def shown(value: float) -> str:
+    """A number of the report: four decimals, two digits where those would say nothing."""
+    if value != 0 and abs(value) < 1e-3:
+        return f"{value:.1e}"
+    return count(value) if value >= 10_000 else f"{value + 0.0:.4f}"  # no -0.0000
 
 
 def bar_figures(results: Results) -> list[ReportFigure]:

@@ -12,6 +12,7 @@ from configs.layout import RunLayout
 from configs.storage import exists, join, write_bytes
 from data_loaders.manifest import MANIFEST, DatasetManifest, read_manifest
 from data_loaders.semantic_ids import SemanticIdManifest, read_semantic_id_manifest
+from trainer.monitor.alignment_report import reward_sentence, training_numbers
 from trainer.monitor.figures import (
     ReportFigure,
     bar_figures,
@@ -237,6 +238,8 @@ def _stage(results: Results, stage: str, rows: Sequence[MetricRow]) -> dict[str,
         "title": STAGE_TITLES[stage],
         "sentence": _stage_sentence(results, stage, rows),
         "alarms": alarm_sentences(results) if stage == "align" else (),
+        "reward": reward_sentence(rows, metric) if stage == "align" else None,
+        "numbers": training_numbers(rows) if stage == "align" else [],
         "figures": _embedded(stage_figures(stage, rows, metric)),
     }
 
