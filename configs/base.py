@@ -1,15 +1,19 @@
 """The one base class of every typed setting."""
 
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Field,
     ModelWrapValidatorHandler,
     ValidationError,
     model_validator,
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
+
+Timestamp = Annotated[float, Field(ge=0, le=253_402_300_799)]
+"""Seconds since the epoch, of which a calendar knows the date."""
 
 
 class Config(BaseModel):

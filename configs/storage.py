@@ -95,11 +95,21 @@ def inside(root: str, path: str) -> str:
 
 
 def exists(url: str) -> bool:
-    """Whether a file or directory is there, by a look at it and not at an earlier listing."""
+    """Whether a file or directory is there, by a look at it and not at an earlier listing.
+
+    A look that fails is no answer: fsspec's own `exists` would say that nothing is there.
+
+    Raises:
+        StorageError: the storage gives none.
+    """
     fs, path = filesystem(url)
     fs.invalidate_cache(path)
-    with explained(url, "read"):
-        return bool(patiently(lambda: fs.exists(path)))
+    try:
+        with explained(url, "read"):
+            patiently(lambda: fs.info(path))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def size(url: str) -> int:

@@ -44,7 +44,10 @@ _FORBIDDEN = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 
 
 class StorageError(OSError, ValueError):
-    """There is no room, no right, or no credentials: a sentence with the place and the mend."""
+    """There is no room, no right, no credentials or no answer: a sentence with place and mend.
+
+    It says nothing of what lies there: that may be whole, and must not be taken for damaged.
+    """
 
 
 def is_passing(error: BaseException) -> bool:
@@ -116,6 +119,11 @@ def _sentence(url: str, done: str, error: BaseException) -> str | None:
                 f"{url} cannot be {done} ({reason}); grant rights there, or name another place, "
                 "and run the same command again"
             )
+    if is_passing(error):
+        return (
+            f"{url} cannot be {done}: its storage did not answer, however often it was asked "
+            f"({reason}); run the same command again when it does"
+        )
     return None
 
 

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, Validat
 from configs import storage
 from configs.base import Config
 from configs.data import Split
-from configs.storage_faults import first_line
+from configs.storage_faults import StorageError, first_line
 
 MANIFEST = "manifest.json"
 MEND = "run `tandem prepare RECIPE --force` to write the data set anew"
@@ -153,6 +153,8 @@ def refuse_other_manifest(url: str) -> None:
     path = storage.join(url, MANIFEST)
     try:
         content = storage.read_json(path)
+    except StorageError:
+        raise
     except (FileNotFoundError, ValueError):
         return
     if not isinstance(content, dict) or not {"format", "fingerprint"} <= content.keys():
@@ -188,6 +190,8 @@ def read_sealed(url: str, kind: type[SealedT], *, absent: str, mend: str) -> Sea
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise ValueError(f"{path} is damaged at {place!r} ({first['msg']}); {mend}") from error
+    except StorageError:
+        raise
     except ValueError as error:
         raise ValueError(f"{path} is damaged (not valid JSON); {mend}") from error
     except OSError as error:
@@ -214,6 +218,8 @@ def verify_file(path: str, sha256: str, mend: str = MEND) -> None:
         digest = storage.sha256_file(path)
     except FileNotFoundError as error:
         raise ValueError(f"{path} is missing; {mend}") from error
+    except StorageError:
+        raise
     except OSError as error:
         reason = error.strerror or first_line(error)
         raise ValueError(f"{path} cannot be read ({reason}); mend the storage or {mend}") from error

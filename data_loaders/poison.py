@@ -77,16 +77,19 @@ def read_quarantined(url: str) -> np.ndarray:
     if not storage.exists(url):
         return np.zeros(0, dtype=np.int64)
     written = storage.read_json(url)
-    if not isinstance(written, list) or not all(isinstance(entry, dict) for entry in written):
+    if not isinstance(written, list) or not all(
+        isinstance(entry, dict) and isinstance(entry.get("samples"), list) for entry in written
+    ):
         raise ValueError(f"{url} is no list of samples that are left out; delete it or restore it")
-    ids = [sample for entry in written for sample in entry.get("samples", [None])]
-    if not all(type(sample) is int and sample >= 0 for sample in ids):
+    ids = [sample for entry in written for sample in entry["samples"]]
+    if not all(type(sample) is int and 0 <= sample < 1 << 63 for sample in ids):
         raise ValueError(f"{url} names samples that are none; delete it or restore it")
     return np.unique(np.array(ids, dtype=np.int64))
 
 
 def quarantine(url: str, error: PoisonedSampleError) -> int:
     """Add samples to those that a stage leaves out; how many there are now."""
+    read_quarantined(url)  # what is written there is a list of such entries, or refused
     written = storage.read_json(url) if storage.exists(url) else []
     entry = {"samples": error.sample_ids, "where": error.where, "reason": error.reason}
     storage.write_json(url, [*written, entry])

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from configs import storage
+from configs.storage_faults import StorageError
 from data_loaders.manifest import MANIFEST, DatasetManifest, Sealed, read_sealed, verify_shard
 from data_loaders.pairs import PairManifest
 from data_loaders.preferences import ReferenceManifest
@@ -38,6 +39,8 @@ def verify_directory(url: str, say: Callable[[str], None]) -> None:
     for entry in manifest.files():
         try:
             verify_shard(url, entry, _MEND)
+        except StorageError:
+            raise
         except ValueError as error:
             damaged += 1
             say(f"DAMAGED: {error}")

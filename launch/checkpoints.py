@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 import click
 
 from configs import storage
+from configs.storage_faults import StorageError
 from sharding.checkpoint import CHECKPOINT_NAME
 from sharding.checkpoint_export import export_safetensors
 from sharding.checkpoint_manifest import MANIFEST, CheckpointManifest, read_manifest
@@ -49,11 +50,13 @@ def render_list(url: str) -> str:
     for place in checkpoints_below(url):
         name = place.rsplit("/", 1)[-1]
         shown = place.removeprefix(f"{root}/")
-        if not storage.exists(storage.join(place, MANIFEST)):
-            lines.append(f"{shown}  unfinished: its save was interrupted; no run reads it")
-            continue
         try:
-            lines.append(f"{shown}  {_summary(read_manifest(place, name))}")
+            if storage.exists(storage.join(place, MANIFEST)):
+                lines.append(f"{shown}  {_summary(read_manifest(place, name))}")
+            else:
+                lines.append(f"{shown}  unfinished: its save was interrupted; no run reads it")
+        except StorageError as error:
+            lines.append(f"{shown}  unknown: {error}")
         except ValueError as error:
             lines.append(f"{shown}  damaged: {error}")
     return "\n".join(lines)
@@ -72,17 +75,21 @@ def verify(url: str, say: Callable[[str], None]) -> None:
     """Hash every file of every finished checkpoint.
 
     Raises:
-        ValueError: some are damaged; each has been named by then.
+        ValueError: some are damaged, or cannot be read; each has been named by then.
     """
-    whole, damaged = 0, 0
+    whole, damaged, unknown = 0, 0, 0
     for place in checkpoints_below(url):
-        if not storage.exists(storage.join(place, MANIFEST)):
-            say(f"{place}: unfinished, passed over")
-            continue
         started = time.monotonic()
         try:
+            if not storage.exists(storage.join(place, MANIFEST)):
+                say(f"{place}: unfinished, passed over")
+                continue
             tensors = CheckpointTensors(place)
             tensors.verify()
+        except StorageError as error:
+            unknown += 1
+            say(f"{place}: UNKNOWN: {error}")
+            continue
         except ValueError as error:
             damaged += 1
             say(f"{place}: DAMAGED: {error}")
@@ -91,6 +98,11 @@ def verify(url: str, say: Callable[[str], None]) -> None:
         total = sum(entry.bytes for entry in tensors.manifest.files)
         rate = size(total / max(time.monotonic() - started, 1e-9))
         say(f"{place}: whole, {size(total)} read at {rate}/s")
+    if unknown:
+        raise ValueError(
+            f"{unknown} of {whole + damaged + unknown} checkpoints cannot be read, and {damaged} "
+            "are damaged: remove none that their storage does not give"
+        )
     if damaged:
         raise ValueError(
             f"{damaged} of {whole + damaged} checkpoints are damaged; runs pass over them and "
@@ -105,10 +117,10 @@ def render_inspection(url: str) -> str:
     manifest = tensors.manifest
     recipe = tensors.recipe()
     lines = [place, _summary(manifest), ""]
-    if "model" in recipe:
-        lines += [
-            f"recipe {recipe['name']}, model {recipe['model']['kind']}, seed {recipe['seed']}"
-        ]
+    if recipe:
+        model = recipe.get("model")
+        kind = model.get("kind") if isinstance(model, dict) else None
+        lines += [f"recipe {recipe.get('name')}, model {kind}, seed {recipe.get('seed')}"]
     lines += [f"{name}: {value}" for name, value in sorted(manifest.fingerprints.items())]
     lines += [f"{name} {value}" for name, value in sorted(manifest.versions.items())]
     lines += ["", f"{'bytes':>10}  {'pieces':>6}  tensor"]

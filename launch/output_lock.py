@@ -15,6 +15,8 @@ from types import TracebackType
 from typing import Any
 
 from configs import storage
+from configs.base import Config, Timestamp
+from configs.storage_faults import StorageError
 
 FILE = ".tandem-run.lock"
 """Hidden, so that it is no log of a user's, and of a name that nothing else has."""
@@ -91,13 +93,13 @@ class OutputLock:
     def _read(self) -> dict[str, Any] | None:
         storage.filesystem(self._url)[0].invalidate_cache()
         try:
-            value: dict[str, Any] = storage.read_json(self._url)
+            return _Holder.model_validate(storage.read_json(self._url)).model_dump()
         except FileNotFoundError:
             return None
+        except StorageError:
+            raise
         except ValueError:  # as a machine that lost power may leave it
             return None
-        fields = self._me.keys() | {"alive"}
-        return value if isinstance(value, dict) and fields <= value.keys() else None
 
     def _write(self) -> None:
         storage.write_json(self._url, self._me | {"alive": time.time()})
@@ -108,6 +110,18 @@ class OutputLock:
             f"it, or choose another output (if it is dead on a machine of its own, this one may "
             f"begin {STALE_S:.0f} s after its last sign of life)"
         )
+
+
+class _Holder(Config):
+    """What a lock file says."""
+
+    token: str
+    host: str
+    machine: str
+    pid: int
+    born: int | None
+    since: Timestamp
+    alive: Timestamp
 
 
 def _who(held: dict[str, Any]) -> str:

@@ -2,9 +2,9 @@
 
 import logging
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
-from configs.storage_faults import first_line
+from configs.storage_faults import StorageError, first_line
 from sharding.process_group import DistributedContext
 
 _log = logging.getLogger(__name__)
@@ -13,6 +13,22 @@ T = TypeVar("T")
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be written, read or used; one sentence, the same on every rank."""
+
+
+class UnreadableError(CheckpointError):
+    """The storage refuses or does not answer: whether the checkpoint is whole is not known."""
+
+
+class Failure(NamedTuple):
+    """What went wrong on a rank."""
+
+    sentence: str
+    of_storage: bool = False
+
+    def error(self, prefix: str = "") -> CheckpointError:
+        """What all ranks raise."""
+        kind = UnreadableError if self.of_storage else CheckpointError
+        return kind(prefix + self.sentence)
 
 
 class Agreement:
@@ -28,7 +44,7 @@ class Agreement:
             value, failure = _attempt(function)
         value, failure = self._ctx.broadcast_object((value, failure))
         if failure is not None:
-            raise CheckpointError(failure)
+            raise failure.error()
         return value  # type: ignore[return-value]
 
     def on_every_rank(self, function: Callable[[], T]) -> T:
@@ -37,18 +53,18 @@ class Agreement:
         self.raise_together(failure)
         return value  # type: ignore[return-value]
 
-    def raise_together(self, failure: str | None) -> None:
-        """Raise the first rank's failure on every rank."""
+    def raise_together(self, failure: Failure | None) -> None:
+        """Raise the first rank's failure on every rank; one of storage before others."""
         failures = self._ctx.all_gather_object(failure)
-        for rank, sentence in enumerate(failures):
-            if sentence is not None:
-                raise CheckpointError(f"rank {rank}: {sentence}" if len(failures) > 1 else sentence)
+        found = [(rank, each) for rank, each in enumerate(failures) if each is not None]
+        for rank, each in sorted(found, key=lambda entry: not entry[1].of_storage):
+            raise each.error(f"rank {rank}: " if len(failures) > 1 else "")
 
 
-def _attempt(function: Callable[[], T]) -> tuple[T | None, str | None]:
-    """The value, or a sentence on why there is none."""
+def _attempt(function: Callable[[], T]) -> tuple[T | None, Failure | None]:
+    """The value, or why there is none."""
     try:
         return function(), None
     except Exception as error:  # noqa: BLE001 - each storage back end raises its own kinds
         _log.debug("attempt failed", exc_info=True)
-        return None, first_line(error)
+        return None, Failure(first_line(error), isinstance(error, StorageError))

@@ -5,6 +5,7 @@ and rank 0 writes `MANIFEST.json` last. Until then the directory is debris, whic
 removes. Loading takes the newest directory whose manifest and files verify, agreed by all ranks.
 """
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
@@ -16,9 +17,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
 from configs import storage
-from configs.storage_faults import first_line
+from configs.storage_faults import StorageError, first_line
 from sharding import checkpoint_state
-from sharding.agreement import Agreement, CheckpointError
+from sharding.agreement import Agreement, CheckpointError, Failure, UnreadableError
 from sharding.checkpoint_directory import CHECKPOINT_NAME, CheckpointDirectory
 from sharding.checkpoint_files import (
     METADATA,
@@ -45,6 +46,7 @@ from sharding.safe_metadata import read_metadata
 __all__ = ["CHECKPOINT_NAME", "CheckpointError", "CheckpointInfo", "CheckpointStore"]
 
 _LIBRARIES = ("torch", "torchrec", "deepspeed")
+_log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -149,6 +151,8 @@ class CheckpointStore:
             try:
                 chosen = info_of(url, self._verify(url, name))
                 break
+            except UnreadableError as error:
+                raise UnreadableError(f"checkpoint {url} is left as it is: {error}") from error
             except CheckpointError as error:
                 skipped.append(f"checkpoint {url} is skipped: {error}")
                 self._damaged.add(name)
@@ -251,7 +255,7 @@ class CheckpointStore:
         """Save through DCP; the files of every rank."""
         writer = CheckpointWriter(url)
         planner = dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        failure: str | None = None
+        failure: Failure | None = None
         try:
             dcp.save(
                 tensors,
@@ -269,7 +273,7 @@ class CheckpointStore:
         self, info: CheckpointInfo, metadata: Metadata, target: dict[str, Tensor]
     ) -> None:
         """Load through DCP, in place."""
-        failure: str | None = None
+        failure: Failure | None = None
         try:
             reader = CheckpointReader(info.url, metadata)
             dcp.load(target, storage_reader=reader, planner=TensorLoadPlanner())
@@ -329,8 +333,11 @@ class CheckpointStore:
             raise CheckpointError(f"checkpoint {info.url} cannot be loaded: {error}") from error
 
     def _prune(self) -> None:
-        """Keep the newest checkpoints; damaged ones do not count."""
-        self._directory.prune(self.keep, self._damaged)
+        """Keep the newest checkpoints; damaged ones do not count. No failure stops training."""
+        try:
+            self._directory.prune(self.keep, self._damaged)
+        except StorageError as error:
+            _log.warning("old checkpoints stay for now: %s", error)
 
 
 def _parse_metadata(url: str, manifest: CheckpointManifest) -> Metadata:
@@ -346,8 +353,9 @@ def _manifest(info: CheckpointInfo) -> CheckpointManifest:
     return manifest
 
 
-def _reason(error: CheckpointException, ctx: DistributedContext) -> str | None:
+def _reason(error: CheckpointException, ctx: DistributedContext) -> Failure | None:
     """What this rank, or for all of them rank 0, knows about a failure in DCP."""
     if ctx.rank in error.failures:
-        return first_line(error.failures[ctx.rank][0])
+        cause = error.failures[ctx.rank][0]
+        return Failure(first_line(cause), isinstance(cause, StorageError))
     return None

@@ -9,6 +9,7 @@ import time
 from collections.abc import Collection
 
 from configs import storage
+from configs.storage_faults import StorageError
 from sharding.checkpoint_manifest import MANIFEST
 
 _log = logging.getLogger(__name__)
@@ -31,8 +32,8 @@ class CheckpointDirectory:
 
     def fresh_name(self, step: int) -> str:
         """A name that sorts before all others, whatever the clocks say; also tidies up."""
-        self.remove_debris()
         names = self.newest_first()
+        self.remove_debris()
         last = int(names[0].rsplit("-", 1)[1], 16) if names else 0
         return f"step-{step:08d}-{max(time.time_ns(), last + 1):016x}"
 
@@ -45,9 +46,14 @@ class CheckpointDirectory:
         ]
 
     def remove_debris(self) -> None:
-        """Remove what saves that failed or were killed left behind."""
-        committed = set(self.committed())
-        for name in self.newest_first():
+        """Remove what saves that failed or were killed left behind, if the storage tells."""
+        try:
+            names = self.newest_first()
+            committed = set(self.committed())
+        except StorageError as error:
+            _log.warning("what unfinished saves left in %s stays for now: %s", self._root, error)
+            return
+        for name in names:
             if name not in committed:
                 self.remove(name)
 
@@ -57,6 +63,8 @@ class CheckpointDirectory:
             return []
         try:
             return [str(name) for name in storage.read_sealed(self._index)["names"]]
+        except StorageError:
+            raise
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return []
 

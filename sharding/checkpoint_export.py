@@ -73,6 +73,7 @@ def export_safetensors(
         raise ValueError(f"{target} is not empty: name a fresh directory to export into")
     tensors = CheckpointTensors(url)
     tensors.verify()
+    recipe = tensors.recipe()
     exports = [
         _Export(name, saved, tensors.num_bytes(saved))
         for saved in tensors.saved
@@ -84,7 +85,7 @@ def export_safetensors(
     storage.make_directory(target)
     for name, members in zip(names, files, strict=True):
         done = _write_file(storage.join(target, name), tensors, members, done, total, progress)
-    storage.write_json(storage.join(target, "recipe.json"), tensors.recipe())
+    storage.write_json(storage.join(target, "recipe.json"), recipe)
     index = {
         "metadata": {
             "total_size": total,

@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt, StringConstraints, ValidationError
 
 from configs import storage
-from configs.base import Config
+from configs.base import Config, Timestamp
+from configs.storage_faults import StorageError, explained, patiently
 from sharding.block_file import block_digest
 
 MANIFEST = "MANIFEST.json"
@@ -39,8 +40,8 @@ class CheckpointManifest(Config):
     format: Literal[1] = 1
     name: str
     step: NonNegativeInt
-    created: float
-    """Seconds since the epoch; orders checkpoints of one step."""
+    created: Timestamp
+    """Orders checkpoints of one step."""
     world_size: PositiveInt
     versions: dict[str, str]
     """Library → version it was written with."""
@@ -100,6 +101,7 @@ def read_manifest(url: str, name: str) -> CheckpointManifest:
 
     Raises:
         ValueError: it is missing, damaged, or belongs to another checkpoint.
+        StorageError: whether it does is not known.
     """
     try:
         content = storage.read_json(storage.join(url, MANIFEST))
@@ -110,6 +112,8 @@ def read_manifest(url: str, name: str) -> CheckpointManifest:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise ValueError(f"its {MANIFEST} is wrong at {place!r} ({first['msg']})") from error
+    except StorageError:
+        raise
     except ValueError as error:
         raise ValueError(f"its {MANIFEST} is not valid JSON") from error
     if manifest.fingerprint != _fingerprint(manifest) or manifest.name != name:
@@ -121,20 +125,29 @@ def verify_file(url: str, entry: CheckpointFile) -> None:
     """Check that one file of the checkpoint in directory `url` is there and unchanged.
 
     Raises:
-        ValueError: it is missing, leads elsewhere, or its size or hash differs from the manifest's.
+        ValueError: it is missing, leads elsewhere, cannot be read where a disk is broken, or its
+            size or hash differs from the manifest's.
+        StorageError: the storage refuses, or does not answer.
     """
     try:
         place = storage.inside(url, entry.path)
         size = storage.size(place)
         if size != entry.bytes:
             raise ValueError(f"{entry.path} has {size} bytes instead of {entry.bytes}")
-        digest = block_digest(place, entry.block) if entry.block else storage.sha256_file(place)
+        with explained(place, "read"):
+            digest = patiently(lambda: _digest(place, entry.block))
     except FileNotFoundError as error:
         raise ValueError(f"{entry.path} is missing") from error
+    except StorageError:
+        raise
     except OSError as error:
         raise ValueError(f"{entry.path} cannot be read ({error})") from error
     if digest != entry.sha256:
         raise ValueError(f"{entry.path} is damaged: its sha256 differs from the manifest's")
+
+
+def _digest(place: str, block: int | None) -> str:
+    return storage.sha256_file(place) if block is None else block_digest(place, block)
 
 
 def read_verified(url: str, manifest: CheckpointManifest, path: str) -> bytes:

@@ -60,8 +60,11 @@ class CheckpointTensors:
     def recipe(self) -> dict[str, Any]:
         """The resolved recipe it was trained with; empty where none was given."""
         name = "recipe.json"
-        data = read_verified(self.url, self.manifest, name)
-        return dict(storage.parse_json(data, storage.join(self.url, name)))
+        data, url = read_verified(self.url, self.manifest, name), storage.join(self.url, name)
+        recipe = storage.parse_json(data, url)
+        if not isinstance(recipe, dict):
+            raise ValueError(f"{url} is no recipe")
+        return recipe
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Size of a tensor."""

@@ -28,10 +28,8 @@ class ObjectStore(AbstractFileSystem):
 
     protocol = "objects"
     cachable = False
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.requests = 0
+    requests = 0
+    """Of this process, as each call of `configs.storage` makes a store of its own."""
 
     @classmethod
     def _strip_protocol(cls, path: Any) -> Any:
@@ -45,7 +43,7 @@ class ObjectStore(AbstractFileSystem):
         return Path(bucket) / quote(key, safe="")
 
     def _request(self) -> None:
-        self.requests += 1
+        ObjectStore.requests += 1
         every = int(os.environ.get(BREAKS, "0"))
         scattered = (self.requests * 2_654_435_761 >> 7) % 4_294_967_296
         if every and scattered % every == 0:

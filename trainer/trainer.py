@@ -6,7 +6,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 
+from configs.storage_faults import first_line
 from configs.training import CheckpointConfig, ValidationConfig
 from sharding.checkpoint import CheckpointStore
 from sharding.loss_module import NonFiniteLossError
@@ -83,8 +85,13 @@ class TrainerState:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TrainerState":
-        """What `to_dict` gave."""
-        return cls(**(values | {"watch": WatchState(**values["watch"])}))
+        """What `to_dict` gave. Raises ValueError where `values` are something else."""
+        try:
+            TypeAdapter(cls).validate_python(values)
+            return cls(**(values | {"watch": WatchState(**values["watch"])}))
+        except (ValidationError, TypeError, KeyError) as error:
+            reason = first_line(error)
+            raise ValueError(f"state.json is no state of a training ({reason})") from error
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,14 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType, TracebackType
-from typing import Any, Literal
+from typing import Literal
+
+from pydantic import NonNegativeFloat, NonNegativeInt
 
 from configs import storage
+from configs.base import Config, Timestamp
 from configs.failures import HangConfig
+from configs.storage_faults import StorageError
 
 EXIT_STATUS = 70
 """Of a rank that its watchdog ended."""
@@ -46,6 +50,23 @@ class _Sign:
     step: int
     phase: Phase
     at: float
+
+
+class HangReport(Config):
+    """Where a rank stood when its watchdog ran out."""
+
+    stage: str
+    rank: NonNegativeInt
+    step: NonNegativeInt
+    phase: Phase
+    seconds: NonNegativeFloat
+    """Since its last sign of life."""
+    time: Timestamp
+    waits_for_others: bool
+    host: str
+    process: int
+    stack: str
+    other_threads: dict[str, str]
 
 
 class Watchdog:
@@ -127,21 +148,21 @@ class Watchdog:
             for ident, frame in frames.items()
             if ident not in (self._watched, threading.get_ident())
         }
-        report = {
-            "stage": self._stage,
-            "rank": self._rank,
-            "step": sign.step,
-            "phase": sign.phase,
-            "seconds": round(time.monotonic() - sign.at, 1),
-            "time": time.time(),
-            "waits_for_others": inner.f_code.co_filename.endswith(_WAITS),
-            "host": os.uname().nodename,
-            "process": os.getpid(),
-            "stack": "".join(stack),
-            "other_threads": others,
-        }
+        report = HangReport(
+            stage=self._stage,
+            rank=self._rank,
+            step=sign.step,
+            phase=sign.phase,
+            seconds=round(time.monotonic() - sign.at, 1),
+            time=time.time(),
+            waits_for_others=inner.f_code.co_filename.endswith(_WAITS),
+            host=os.uname().nodename,
+            process=os.getpid(),
+            stack="".join(stack),
+            other_threads=others,
+        )
         name = f"hang-{self._stage}-{time.time_ns():x}-rank-{self._rank}.json"
-        storage.write_json(storage.join(self._failures, name), report)
+        storage.write_json(storage.join(self._failures, name), report.model_dump())
 
 
 def _in_code(frame: FrameType | None, name: str) -> bool:
@@ -170,37 +191,47 @@ def diagnose_hang(failures: str, since: float, ranks: int) -> str | None:
         since: seconds since the epoch.
         ranks: size of the group.
     """
-    reports: dict[int, tuple[str, dict[str, Any]]] = {}
+    reports: dict[int, tuple[str, HangReport]] = {}
     for name in storage.list_names(failures):
         if name.startswith("hang-"):
             url = storage.join(failures, name)
-            report = storage.read_json(url)
-            if report["time"] >= since:
-                reports[report["rank"]] = (url, report)
+            report = _read_report(url)
+            if report is not None and report.time >= since:
+                reports[report.rank] = (url, report)
     if not reports:
         return None
     silent = [rank for rank in range(ranks) if rank not in reports]
-    stuck = [entry for entry in reports.values() if not entry[1]["waits_for_others"]]
-    behind = min(reports.values(), key=lambda entry: entry[1]["step"])
+    stuck = [entry for entry in reports.values() if not entry[1].waits_for_others]
+    behind = min(report.step for _, report in reports.values())
     parts = [
-        f"rank {report['rank']} (host {report['host']}, process {report['process']}) made no "
-        f"progress for {report['seconds']:g} s after step {report['step']:,}, while "
-        f"{report['phase']}, at `{_last_line(report['stack'])}` (its stack: {url})"
-        for url, report in sorted(stuck)[:3]
+        f"rank {report.rank} (host {report.host}, process {report.process}) made no "
+        f"progress for {report.seconds:g} s after step {report.step:,}, while "
+        f"{report.phase}, at `{_last_line(report.stack)}` (its stack: {url})"
+        for url, report in sorted(stuck, key=lambda entry: entry[0])[:3]
     ]
     if silent:
         named = ", ".join(map(str, silent[:10]))
         parts.append(
             f"rank{'s' if len(silent) > 1 else ''} {named} gave no sign of life (stopped, or in "
-            f"native code: see the log of its process) after step {behind[1]['step']:,}"
+            f"native code: see the log of its process) after step {behind:,}"
         )
     if not parts:
         parts.append(
-            f"every rank waits for the others after step {behind[1]['step']:,}: their calls do not "
+            f"every rank waits for the others after step {behind:,}: their calls do not "
             f"match (stacks: {failures})"
         )
     return "; ".join(parts)
 
 
+def _read_report(url: str) -> HangReport | None:
+    """What a rank wrote; of a report that is damaged, nothing."""
+    try:
+        return HangReport.model_validate(storage.read_json(url))
+    except StorageError:
+        raise
+    except ValueError:
+        return None
+
+
 def _last_line(stack: str) -> str:
-    return stack.strip().splitlines()[-1].strip()
+    return (stack.strip().splitlines() or ["an unknown place"])[-1].strip()

@@ -104,7 +104,7 @@ class FailingStore(MemoryFileSystem):
     def _fail(self, *args: Any, **kwargs: Any) -> Any:
         raise self.error
 
-    _open = pipe_file = ls = info = exists = isdir = _fail
+    _open = pipe_file = ls = info = isdir = _fail  # `exists` is fsspec's, which asks `info`
 
 
 CALLS: dict[str, Callable[[str], Any]] = {
@@ -127,6 +127,8 @@ CALLS: dict[str, Callable[[str], Any]] = {
         (HttpError(403), "grant rights there"),
         (OSError(errno.ENOSPC, "No space left on device"), "free space there, or put `output`"),
         (HttpError(507), "free space there"),
+        (HttpError(503), "did not answer, however often it was asked"),
+        (OSError(errno.ESTALE, "Stale file handle"), "did not answer"),
     ],
 )
 def test_what_the_user_must_mend_is_one_sentence(call: str, error: Exception, said: str) -> None:

@@ -49,6 +49,7 @@ def test_every_phase_has_its_limit(
 
 def report(tmp_path: Path, rank: int, waits: bool, step: int = 3) -> None:
     content = {"rank": rank, "step": step, "phase": "updating", "seconds": 9.0, "time": 100.0}
+    content |= {"stage": "train", "other_threads": {}}
     content |= {"waits_for_others": waits, "host": "h", "process": 1, "stack": "  at x\n    x()\n"}
     (tmp_path / f"hang-train-{rank}-rank-{rank}.json").write_text(json.dumps(content))
 
