@@ -8,7 +8,9 @@ from configs.base import Config
 
 Action = Literal["warn", "stop", "roll_back"]
 """Say it and go on; end with the best policy that kept the limits; or return to the last policy
-that kept them and go on from there at a lower learning rate."""
+that kept them and go on from there at a lower learning rate.
+
+Policies are judged before the first step and at each validation; without it, as epochs end."""
 
 
 class LimitConfig(Config):
@@ -33,11 +35,13 @@ class DivergenceConfig(Config):
     """Reward hacking: what is optimised rises while what is wanted falls."""
 
     reward: str = "reward"
-    """A training metric, averaged between validations."""
+    """A training metric, averaged between validations. The start's is that of the first
+    `guardrails.window` logged steps, and of no more than half of those before validation."""
     metric: str = "ndcg@10"
     """A validation metric."""
     validations: PositiveInt = 2
-    """In a row, each with a higher reward and a lower metric than the one before."""
+    """In a row, each with a higher reward and a lower metric than the one before; the first is
+    compared with the start."""
     action: Action = "warn"
 
 

@@ -4,7 +4,7 @@ The watch itself decides; the training loop carries out. All its numbers are equ
 that every rank decides alike, and its state travels with the checkpoints.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -28,13 +28,19 @@ class Alarm:
     reason: str
     """A sentence without a full stop."""
 
-    def sentence(self) -> str:
-        """What is broken, and what follows."""
-        return f"guardrail: {self.reason}; {FOLLOWS[self.action]}"
-
     def to_dict(self) -> dict[str, Any]:
         """As results and reports keep it."""
         return asdict(self)
+
+
+def severest(alarms: Sequence[Alarm]) -> Action | None:
+    """What to do about all of them; None where there are none."""
+    return max((alarm.action for alarm in alarms), key=SEVERITY.__getitem__, default=None)
+
+
+def sentence(alarms: Sequence[Alarm], follows: Action) -> str:
+    """Everything that is broken, and what follows."""
+    return f"guardrail: {'; '.join(alarm.reason for alarm in alarms)}; {FOLLOWS[follows]}"
 
 
 @dataclass
@@ -47,8 +53,10 @@ class WatchState:
     """Training metric → its last logged values."""
     rewards: list[float] = field(default_factory=list)
     """Since the last validation."""
+    origin: float | None = None
+    """Divergence's metric of the last policy that kept the limits; a course begins there."""
     course: list[list[float]] = field(default_factory=list)
-    """Mean reward and metric of each validation."""
+    """Mean reward and metric of the origin and of each validation since."""
     rollbacks: int = 0
     lr_ratio: float = 1.0
     alarms: list[dict[str, Any]] = field(default_factory=list)
@@ -70,12 +78,17 @@ class Watch:
         return any(action != "warn" for action in actions)
 
     def begin(self, metrics: Mapping[str, float]) -> None:
-        """Validation before the first step, which drops are relative to."""
+        """Validation before the first step, which drops are relative to; empty without one."""
         self.state.start = dict(metrics)
-        self.state.course = []
+        self.kept(metrics)
 
-    def logged(self, step: int, metrics: Mapping[str, float]) -> Alarm | None:
-        """A training step that is logged; its worst alarm.
+    def kept(self, metrics: Mapping[str, float]) -> None:
+        """Validation of a policy that kept the limits, which a roll-back may return to."""
+        if self.config.divergence is not None:
+            self.state.origin = metrics.get(self.config.divergence.metric)
+
+    def logged(self, step: int, metrics: Mapping[str, float]) -> list[Alarm]:
+        """A training step that is logged; its alarms.
 
         Raises:
             ValueError: a limit's metric is measured nowhere.
@@ -91,12 +104,11 @@ class Watch:
             recent = [*state.recent.get(limit.metric, []), metrics[limit.metric]]
             state.recent[limit.metric] = recent = recent[-self.config.window :]
             if len(recent) == self.config.window:
-                mean = sum(recent) / len(recent)
-                alarms.append(self._held(limit, step, mean, None))
-        return self._worst(alarms)
+                alarms.append(self._held(limit, step, _mean(recent), None))
+        return self._raised(alarms)
 
-    def validated(self, step: int, metrics: Mapping[str, float]) -> Alarm | None:
-        """A validation; its worst alarm."""
+    def validated(self, step: int, metrics: Mapping[str, float]) -> list[Alarm]:
+        """A validation; its alarms."""
         alarms = [
             self._held(limit, step, metrics[limit.metric], self.state.start.get(limit.metric))
             for limit in self.config.limits
@@ -104,7 +116,7 @@ class Watch:
         ]
         if self.config.divergence is not None:
             alarms.append(self._diverged(self.config.divergence, step, metrics))
-        return self._worst(alarms)
+        return self._raised(alarms)
 
     def _refuse_unknown(self, logged: Mapping[str, float]) -> None:
         validated = self.state.start
@@ -144,7 +156,11 @@ class Watch:
         state = self.state
         if not state.rewards or config.metric not in metrics:
             return None
-        state.course.append([sum(state.rewards) / len(state.rewards), metrics[config.metric]])
+        if not state.course and state.origin is not None:
+            # The reward of where the course begins: of its first steps, never of most of them.
+            first = max(1, min(self.config.window, len(state.rewards) // 2))
+            state.course.append([_mean(state.rewards[:first]), state.origin])
+        state.course.append([_mean(state.rewards), metrics[config.metric]])
         state.rewards = []
         last = state.course[-config.validations - 1 :]
         if len(last) <= config.validations:
@@ -160,18 +176,17 @@ class Watch:
             f"{last[0][1]:.4f} to {last[-1][1]:.4f}",
         )
 
-    def _worst(self, alarms: list[Alarm | None]) -> Alarm | None:
-        """Keep all alarms; return what to do, or None. A roll-back too many stops."""
-        raised = [alarm for alarm in alarms if alarm is not None]
-        if not raised:
-            return None
-        worst = max(raised, key=lambda alarm: SEVERITY[alarm.action])
-        if worst.action == "roll_back" and self.state.rollbacks >= self.config.max_rollbacks:
-            more = f"{worst.reason}, after {self.state.rollbacks} roll-backs"
-            worst = Alarm(worst.step, "stop", more)
-        others = [alarm for alarm in raised if alarm.reason not in worst.reason]
-        self.state.alarms += [alarm.to_dict() for alarm in (*others, worst)]
-        return worst
+    def _raised(self, held: Sequence[Alarm | None]) -> list[Alarm]:
+        """Keep the alarms among what was held to limits. A roll-back too many stops."""
+        alarms = [self._bounded(alarm) for alarm in held if alarm is not None]
+        self.state.alarms += [alarm.to_dict() for alarm in alarms]
+        return alarms
+
+    def _bounded(self, alarm: Alarm) -> Alarm:
+        done = self.state.rollbacks
+        if alarm.action != "roll_back" or done < self.config.max_rollbacks:
+            return alarm
+        return Alarm(alarm.step, "stop", f"{alarm.reason}, after {done} roll-backs")
 
     def rolled_back(self) -> None:
         """Learn less from here; what was averaged belongs to the policy that was left."""
@@ -179,3 +194,7 @@ class Watch:
         state.rollbacks += 1
         state.lr_ratio *= self.config.rollback_lr_ratio
         state.recent, state.rewards, state.course = {}, [], []
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -216,14 +216,6 @@ class AskedStep:
         return self.sequences.step
 
     @property
-    def epoch(self) -> int:
-        return self.sequences.epoch
-
-    @property
-    def last_of_epoch(self) -> bool:
-        return self.sequences.last_of_epoch
-
-    @property
     def sample_ids(self) -> Any:
         return self.sequences.sample_ids
 

@@ -13,7 +13,7 @@ from configs.training import CheckpointConfig, ValidationConfig
 from sharding.checkpoint import CheckpointStore
 from sharding.loss_module import NonFiniteLossError
 from sharding.parallelize import ParallelModel, StepResult
-from trainer.guardrails import Alarm, Watch, WatchState
+from trainer.guardrails import Alarm, Watch, WatchState, sentence, severest
 from trainer.left_out import LeftOut, blame
 from trainer.monitor.stage_monitor import StageMonitor
 from trainer.stop_notice import StoppedError
@@ -24,11 +24,9 @@ class Step(Protocol):
     """One global batch as a loader hands it out."""
 
     @property
-    def step(self) -> int: ...
+    def sample_ids(self) -> Any: ...
     @property
-    def epoch(self) -> int: ...
-    @property
-    def last_of_epoch(self) -> bool: ...
+    def global_tokens(self) -> int: ...
 
 
 class Saver(Protocol):
@@ -120,6 +118,8 @@ class Trainer:
     model: ParallelModel
     loader: StepLoader
     updates: Callable[[Any], Iterable[Sequence[Any]]]
+    steps_per_epoch: int
+    """Updates that an epoch is, however many steps of the loader bring none."""
     total_steps: int
     state: TrainerState
     newest: CheckpointStore
@@ -154,7 +154,7 @@ class Trainer:
         self.model.may_skip = self.left_out.skips
         try:
             if self.measure_start and self.model.step == 0:
-                self._measure_start()
+                self._begin()
             if not self.state.finished:
                 for batches in self.loader:
                     if self._one_step(batches):
@@ -168,40 +168,40 @@ class Trainer:
                 self.monitor.close()
         return self.state
 
-    def _measure_start(self) -> None:
-        if self.validation is None:
-            return
-        self.sign(0, "validating")
-        metrics, name = self.validate(), self.validation.metric
-        self.sign(0, "loading")
-        self.state.start_value = metrics[name]
+    def _begin(self) -> None:
+        """Measure the policy that training begins with, and keep it. Collective."""
+        metrics: dict[str, float] = {}
+        if self.validation is not None:
+            self.sign(0, "validating")
+            metrics, name = self.validate(), self.validation.metric
+            self.state.start_value = metrics[name]
+            if self.monitor is not None:
+                told = f"at the start: {name} {metrics[name]:.4f}"
+                self.monitor.log_validation(0, metrics, told)
         if self.watch is not None:
             self.watch.begin(metrics)
-            self._keep_good()
-        if self.monitor is not None:
-            self.monitor.log_validation(0, metrics, f"at the start: {name} {metrics[name]:.4f}")
+            self._keep_good(metrics)
+        self.sign(0, "loading")
 
-    def _one_step(self, batches: Any) -> bool:
+    def _one_step(self, batches: Step) -> bool:
         """Train, validate and save as due; whether training has ended."""
-        before, epoch = self.model.step, batches.epoch
-        alarm: Alarm | None = None
-        stop = False
+        before, alarms, stop = self.model.step, list[Alarm](), False
         self.sign(before, "updating")
         for inputs in self.updates(batches):
             result = self._update(inputs, batches.sample_ids)
             if result is None:
                 continue
             stop = stop or result.stop
-            alarm = self._log(result, self.model.step, epoch, batches.global_tokens) or alarm
+            alarms += self._log(result, self.model.step, batches.global_tokens)
         step = self.model.step
         self.state.loader = self.loader.state().to_dict()
-        last = step >= self.total_steps
-        self.state.finished = last
-        self._heed(alarm)
+        self.state.finished = step >= self.total_steps
+        epoch_ends = step > before and step % self.steps_per_epoch == 0
         with self.monitor.paused() if self.monitor is not None else nullcontext():
-            if last or (batches.last_of_epoch and self._validates_after(step, epoch)):
-                self._validate(step, epoch)
-            due = self._saves_after(before, step, epoch, batches.last_of_epoch)
+            if self.state.finished or epoch_ends:
+                alarms = self._judge(step, alarms)
+            self._heed(alarms)
+            due = self._saves_after(before, step, epoch_ends)
             if self.state.finished or stop or due:
                 self._save(self.newest)
         if stop and not self.state.finished:
@@ -209,6 +209,10 @@ class Trainer:
             raise StoppedError(self.stage, step)
         self.sign(step, "loading")
         return self.state.finished
+
+    def _epoch(self, step: int) -> int:
+        """Of the update that made it `step`, from 0."""
+        return (step - 1) // self.steps_per_epoch
 
     def _update(self, inputs: Sequence[Any], sample_ids: Sequence[int]) -> StepResult | None:
         """One update; None if it is left out. Collective."""
@@ -227,16 +231,11 @@ class Trainer:
             self.monitor.log_alarm(sentence)
         return None
 
-    def _validates_after(self, step: int, epoch: int) -> bool:
-        """Whether an epoch is validated that ended at `step`, which brought no update maybe."""
-        if self.validation is None or (epoch + 1) % self.validation.every_epochs:
-            return False
-        return step != (self.state.validations[-1]["step"] if self.state.validations else 0)
-
-    def _saves_after(self, before: int, step: int, epoch: int, epoch_ends: bool) -> bool:
+    def _saves_after(self, before: int, step: int, epoch_ends: bool) -> bool:
         every_steps, every_epochs = self.checkpoint.every_steps, self.checkpoint.every_epochs
         by_step = every_steps is not None and step // every_steps > before // every_steps
-        by_epoch = epoch_ends and every_epochs is not None and (epoch + 1) % every_epochs == 0
+        done = self._epoch(step) + 1
+        by_epoch = epoch_ends and every_epochs is not None and done % every_epochs == 0
         return by_step or by_epoch
 
     def _save(self, store: CheckpointStore) -> None:
@@ -245,29 +244,48 @@ class Trainer:
             self.monitor.flush()
         self.saver.save(store, self.state.to_dict())
 
-    def _log(self, result: StepResult, step: int, epoch: int, tokens: int) -> Alarm | None:
+    def _log(self, result: StepResult, step: int, tokens: int) -> list[Alarm]:
         """Log an update, if it is one that is logged; what the guardrails say of it."""
         if self.monitor is not None:
             self.monitor.add_tokens(tokens)
         if step % self.log_every and step not in (1, self.total_steps):
-            return None
+            return []
         if self.monitor is not None:
             values = {"lr": result.lr, "sparse_lr": result.sparse_lr}
             values |= {"dense_grad_norm": result.dense_grad_norm} | result.metrics
-            self.monitor.log_step(step, epoch, result.loss, values)
+            self.monitor.log_step(step, self._epoch(step), result.loss, values)
         if self.watch is None:
-            return None
+            return []
         return self.watch.logged(step, {"loss": result.loss} | result.metrics)
 
-    def _validate(self, step: int, epoch: int) -> None:
-        if self.validation is None:
-            return
-        self.sign(step, "validating")
-        metrics = self.validate()
-        alarm = self.watch.validated(step, metrics) if self.watch is not None else None
-        value = metrics[self.validation.metric]
+    def _judge(self, step: int, alarms: list[Alarm]) -> list[Alarm]:
+        """At an epoch's end: validate if that is due, and keep a policy that breaks no limit.
+
+        Returns:
+            `alarms`, which its training steps raised, and those of validation. Collective.
+        """
+        metrics: dict[str, float] = {}
+        validation, done = self.validation, self._epoch(step) + 1
+        if validation is not None:
+            if done % validation.every_epochs and not self.state.finished:
+                return alarms
+            self.sign(step, "validating")
+            metrics = self.validate()
+            if self.watch is not None:
+                alarms = alarms + self.watch.validated(step, metrics)
+        sound = severest(alarms) in (None, "warn")
+        if validation is not None:
+            self._select(step, metrics, sound, validation)
+        if sound:
+            self._keep_good(metrics)
+        return alarms
+
+    def _select(
+        self, step: int, metrics: dict[str, float], sound: bool, validation: ValidationConfig
+    ) -> None:
+        """Keep the best of what is sound; end where nothing has been better for long."""
+        value, epoch = metrics[validation.metric], self._epoch(step)
         self.state.validations.append({"step": step, "epoch": epoch, **metrics})
-        sound = alarm is None or alarm.action == "warn"
         improved = sound and (self.state.best_value is None or value > self.state.best_value)
         if improved:
             self.state.best_value, self.state.best_step = value, step
@@ -275,17 +293,14 @@ class Trainer:
             self._save(self.best)
         else:
             self.state.stale_validations += 1
-        if sound:
-            self._keep_good()
-        patience = self.validation.patience
+        patience = validation.patience
         stops = patience is not None and self.state.stale_validations >= patience
         self.state.finished = self.state.finished or stops
         if self.monitor is not None:
-            sentence = f"validation after epoch {epoch + 1}: {self.validation.metric} {value:.4f}"
-            sentence += f" ({self._standing(improved)})"
-            sentence += f"; no better for {patience} validations, stopping" if stops else ""
-            self.monitor.log_validation(step, metrics, sentence)
-        self._heed(alarm)
+            told = f"validation after epoch {epoch + 1}: {validation.metric} {value:.4f}"
+            told += f" ({self._standing(improved)})"
+            told += f"; no better for {patience} validations, stopping" if stops else ""
+            self.monitor.log_validation(step, metrics, told)
 
     def _standing(self, improved: bool) -> str:
         """How a validation compares with all before it, that before training included."""
@@ -296,20 +311,24 @@ class Trainer:
             return f"best {start:.4f}, before training"
         return "best so far" if improved else f"best {best:.4f}"
 
-    def _keep_good(self) -> None:
-        """Save the policy to go back to, if a guardrail may ask for it."""
-        if self.watch is not None and self.watch.acts:
+    def _keep_good(self, metrics: dict[str, float]) -> None:
+        """Save the policy to go back to, of these validation metrics, if a guardrail may ask."""
+        if self.watch is None:
+            return
+        self.watch.kept(metrics)
+        if self.watch.acts:
             self._save(self.good)
 
-    def _heed(self, alarm: Alarm | None) -> None:
-        """Say what is broken, and do what the guardrail asks for. Collective."""
-        if alarm is None:
+    def _heed(self, alarms: Sequence[Alarm]) -> None:
+        """Say what is broken, and do what the severest alarm asks for. Collective."""
+        action = severest(alarms)
+        if action is None:
             return
         if self.monitor is not None:
-            self.monitor.log_alarm(alarm.sentence())
-        if alarm.action == "stop":
+            self.monitor.log_alarm(sentence(alarms, action))
+        if action == "stop":
             self.state.finished = True
-        if alarm.action == "roll_back":
+        if action == "roll_back":
             self._roll_back()
 
     def _roll_back(self) -> None:
@@ -319,9 +338,10 @@ class Trainer:
         good, step = self.good.newest(), self.model.step
         assert self.watch is not None, "only guardrails roll back"
         if good is None or self.good.skipped:
+            why = "; ".join(self.good.skipped) or f"nothing is in {self.good.root}"
             raise ValueError(
-                f"the policy to roll back to is damaged ({'; '.join(self.good.skipped)}): mend "
-                "the storage and run the same command again, which resumes before the alarm"
+                f"the policy to roll back to is damaged ({why}): mend the storage and run the same "
+                "command again, which resumes before the alarm"
             )
         self.good.load(self.model, good)
         self.model.step = step

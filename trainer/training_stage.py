@@ -154,6 +154,7 @@ class TrainingStage:
             model=policy,
             loader=loader,
             updates=self.updates,
+            steps_per_epoch=self.steps_per_epoch,
             total_steps=total_steps,
             state=state,
             newest=newest,
@@ -253,7 +254,8 @@ def _watch(config: TrainingConfig | AlignmentBase, state: TrainerState) -> Watch
 
 def _damaged(store: CheckpointStore, mend: str) -> str:
     """Of a checkpoint that the stage ends with; a sentence."""
-    return f"the stage's outcome in {store.root} is damaged ({'; '.join(store.skipped)}); {mend}"
+    why = "; ".join(store.skipped) or "nothing is there"
+    return f"the stage's outcome in {store.root} is damaged ({why}); {mend}"
 
 
 def _outcome(

@@ -136,3 +136,14 @@ def test_going_on_from_the_middle_of_an_epoch_changes_no_loss(
     assert again.keys() == whole.keys()
     for step, row in whole.items():
         assert again[step] == row, f"step {step}"
+
+
+def test_a_limit_on_training_alone_ends_with_the_policy_that_kept_it(
+    pretrained: Pretrained,
+) -> None:
+    limit = {"metric": "loss", "max": 0.0, "action": "stop"}
+    guarded = {"guardrails": {"limits": [limit], "window": 1}, "validation": None}
+    settings = settings_for(pretrained, "guarded", alignment=guarded)
+    [outputs] = run_ranks(1, align_worker, settings, quiet)
+    assert (outputs["selected_on"], outputs["steps"]) == ("guardrails", 1)
+    assert "/good/step-00000000-" in outputs["checkpoint"]["url"]

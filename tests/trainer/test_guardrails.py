@@ -1,7 +1,7 @@
 """The watch's decisions, without a training loop."""
 
 from configs.guardrails import DivergenceConfig, GuardrailsConfig, LimitConfig
-from trainer.guardrails import Watch, WatchState
+from trainer.guardrails import Watch, WatchState, sentence, severest
 
 
 def watch_of(**config: object) -> Watch:
@@ -17,9 +17,38 @@ def test_a_hacked_reward_is_told_after_so_many_validations() -> None:
         watch.logged(step, {"reward": reward - 0.1})
         watch.logged(step, {"reward": reward + 0.1})
         alarms.append(watch.validated(step, {"ndcg@10": value}))
-    assert alarms[:4] == [None] * 4  # the reward fell once in between
-    assert alarms[4] is not None and alarms[4].action == "stop"
-    assert "reward rose from 1.9000 to 2.6000 while ndcg@10 fell from 0.2800" in alarms[4].reason
+    assert alarms[:4] == [[]] * 4  # the reward fell once in between
+    [alarm] = alarms[4]
+    assert alarm.action == "stop"
+    assert "reward rose from 1.9000 to 2.6000 while ndcg@10 fell from 0.2800" in alarm.reason
+
+
+def test_the_start_is_where_the_course_begins() -> None:
+    """Its reward is that of the first steps: of a window's, and of half an interval's at most."""
+    watch = watch_of(divergence=DivergenceConfig(validations=2, action="roll_back"), window=3)
+
+    def interval(step: int, rewards: list[float], value: float) -> list[str]:
+        for reward in rewards:
+            assert not watch.logged(step, {"reward": reward})
+        return [alarm.reason for alarm in watch.validated(step, {"ndcg@10": value})]
+
+    watch.begin({"ndcg@10": 0.5})
+    assert interval(10, [1.0, 1.2, 1.1, 2.0, 2.0, 2.0, 2.0], 0.4) == []
+    [told] = interval(20, [3.0, 3.0], 0.3)
+    assert "rose from 1.1000 to 3.0000 while ndcg@10 fell from 0.5000 to 0.3000" in told
+    # After a roll-back it begins with the policy that was returned to.
+    watch.kept({"ndcg@10": 0.4})
+    watch.rolled_back()
+    assert interval(30, [1.5, 2.5], 0.39) == []
+    [told] = interval(40, [3.0], 0.38)
+    assert "rose from 1.5000 to 3.0000 while ndcg@10 fell from 0.4000 to 0.3800" in told
+
+
+def test_a_reward_that_does_not_rise_from_the_start_on_is_no_divergence() -> None:
+    watch = watch_of(divergence=DivergenceConfig(validations=1))
+    watch.begin({"ndcg@10": 0.5})
+    watch.logged(1, {"reward": 1.0})
+    assert watch.validated(1, {"ndcg@10": 0.4}) == []
 
 
 def test_a_rising_metric_is_no_divergence() -> None:
@@ -27,7 +56,7 @@ def test_a_rising_metric_is_no_divergence() -> None:
     watch.begin({"ndcg@10": 0.3})
     for step in range(4):
         watch.logged(step, {"reward": float(step)})
-        assert watch.validated(step, {"ndcg@10": 0.3 + step}) is None
+        assert watch.validated(step, {"ndcg@10": 0.3 + step}) == []
 
 
 def test_of_several_alarms_the_severest_counts_and_all_are_kept() -> None:
@@ -38,17 +67,22 @@ def test_of_several_alarms_the_severest_counts_and_all_are_kept() -> None:
     )
     watch = watch_of(limits=limits)
     watch.begin({"hr@50": 0.5, "legality": 1.0, "coverage@10": 0.5})
-    assert watch.validated(1, {"hr@50": 0.496, "legality": 1.0, "coverage@10": 0.2}) is None
-    alarm = watch.validated(2, {"hr@50": 0.49, "legality": 0.9, "coverage@10": 0.1})
-    assert alarm is not None and alarm.action == "stop" and "legality is 0.9000" in alarm.reason
-    assert sorted(a["action"] for a in watch.state.alarms) == ["roll_back", "stop", "warn"]
+    assert watch.validated(1, {"hr@50": 0.496, "legality": 1.0, "coverage@10": 0.2}) == []
+    alarms = watch.validated(2, {"hr@50": 0.49, "legality": 0.9, "coverage@10": 0.1})
+    assert severest(alarms) == "stop" and severest([]) is None
+    assert sentence(alarms, "stop") == (
+        "guardrail: hr@50 fell from 0.5000 to 0.4900, by 2.0%: more than the 1.0% allowed; "
+        "legality is 0.9000, below its limit of 1; coverage@10 is 0.1000, below its limit of 0.2; "
+        "stopping"
+    )
+    assert [a["action"] for a in watch.state.alarms] == ["warn", "stop", "roll_back"]
 
 
 def test_what_is_not_a_number_breaks_every_bound() -> None:
     watch = watch_of(limits=(LimitConfig(metric="kl", max=1.0),), window=1)
     watch.begin({})
-    assert watch.logged(1, {"kl": 0.5}) is None
-    assert watch.logged(2, {"kl": float("nan")}) is not None
+    assert watch.logged(1, {"kl": 0.5}) == []
+    assert len(watch.logged(2, {"kl": float("nan")})) == 1
 
 
 def test_a_state_that_travelled_decides_alike() -> None:
@@ -56,6 +90,6 @@ def test_a_state_that_travelled_decides_alike() -> None:
     watch = Watch(config, WatchState())
     watch.begin({})
     for step in (1, 2):
-        assert watch.logged(step, {"kl": 3.0}) is None
+        assert watch.logged(step, {"kl": 3.0}) == []
     moved = Watch(config, WatchState(**vars(watch.state)))
-    assert moved.logged(3, {"kl": 3.0}) is not None
+    assert len(moved.logged(3, {"kl": 3.0})) == 1

@@ -41,12 +41,8 @@ class Batches:
             step = self.at.epoch * STEPS_PER_EPOCH + self.at.epoch_step
             if step == self.fail_at:
                 raise OSError("the shard is gone")
-            last = self.at.epoch_step == STEPS_PER_EPOCH - 1
-            epoch = self.at.epoch
-            self.at = (
-                LoaderState(epoch + 1, 0) if last else LoaderState(epoch, self.at.epoch_step + 1)
-            )
-            yield OneStep(step, epoch, last)
+            self.at = LoaderState(*divmod(step + 1, STEPS_PER_EPOCH))
+            yield OneStep(step)
 
     def state(self) -> LoaderState:
         return self.at
@@ -58,8 +54,6 @@ class Batches:
 @dataclass
 class OneStep:
     step: int
-    epoch: int
-    last_of_epoch: bool
     sample_ids: tuple[int, ...] = ()
     global_tokens: int = 1
 
@@ -81,13 +75,21 @@ class AtOnce:
 
 
 class Heard:
-    """What the loop has its monitor say of validations."""
+    """What the loop has its monitor say of validations and alarms, and the steps it logs."""
 
     def __init__(self) -> None:
         self.sentences: list[str] = []
+        self.alarms: list[str] = []
+        self.steps: list[tuple[int, float]] = []
 
     def log_validation(self, step: int, metrics: dict[str, float], sentence: str) -> None:
         self.sentences.append(sentence)
+
+    def log_alarm(self, sentence: str) -> None:
+        self.alarms.append(sentence)
+
+    def log_step(self, step: int, epoch: int, loss: float, values: dict[str, float]) -> None:
+        self.steps.append((epoch, loss))
 
     def paused(self) -> Any:
         return nullcontext()
@@ -118,12 +120,14 @@ def run(root: str, values: list[float], changes: dict[str, Any]) -> dict[str, An
     restored: list[tuple[str, int]] = []
     settings: dict[str, Any] = {
         "loader": Batches(fail_at=changes.pop("fail_at", None)),
+        "steps_per_epoch": STEPS_PER_EPOCH,
         "total_steps": 8,
         "checkpoint": CheckpointConfig(every_epochs=None),
         "validation": ValidationConfig(),
         "measure_start": False,
     }
     guardrails, skipped = changes.pop("guardrails", None), changes.pop("skipped", ())
+    inner = changes.pop("inner", 1)
     state = TrainerState()
     settings |= changes
     said = Heard()
@@ -137,7 +141,7 @@ def run(root: str, values: list[float], changes: dict[str, Any]) -> dict[str, An
         model=policy,
         updates=lambda step: [
             [NextItemInputs(make_batch(step.step, ctx), None, None, 0)]
-            for _ in range(step.step not in skipped)
+            for _ in range(0 if step.step in skipped else inner)
         ],
         state=state,
         watch=None if guardrails is None else Watch(guardrails, state.watch),
@@ -164,6 +168,8 @@ def run(root: str, values: list[float], changes: dict[str, Any]) -> dict[str, An
         "error": error,
         "closed": settings["loader"].closed,
         "said": said.sentences,
+        "alarms": said.alarms,
+        "logged": said.steps,
         "state": trainer.state.to_dict(),
         **{name: None if info is None else info.step for name, info in found.items()},
     }
@@ -181,9 +187,14 @@ def test_the_best_validation_is_kept_apart_and_the_last_step_saved(tmp_path: Pat
     assert (done["state"]["best_value"], done["state"]["best_epoch"]) == (0.4, 1)
 
 
-def test_an_epoch_that_brought_no_update_is_not_validated_again(tmp_path: Path) -> None:
-    done = train(tmp_path, [0.1, 0.2, 0.3, 0.4], skipped=(0, 1, 3, 4, 5, 7), total_steps=4)
-    assert done["validated_at"] == [1, 2, 4] and done["steps"] == 4
+def test_epochs_are_counted_by_updates_whatever_steps_bring_none(tmp_path: Path) -> None:
+    done = train(tmp_path, [0.1, 0.2], skipped=(0, 1, 3, 4, 5, 7), total_steps=4)
+    assert done["validated_at"] == [2, 4] and done["steps"] == 4
+    assert [epoch for epoch, _ in done["logged"]] == [0, 0, 1, 1]
+    assert [line.split(":")[0] for line in done["said"]] == [
+        "validation after epoch 1",
+        "validation after epoch 2",
+    ]
 
 
 def test_every_other_epoch_is_validated_and_always_the_last(tmp_path: Path) -> None:
@@ -281,6 +292,50 @@ def test_a_training_metric_is_held_to_its_mean(tmp_path: Path) -> None:
     )
     assert (done["steps"], done["good"]) == (3, 2)
     assert "loss is" in done["state"]["watch"]["alarms"][0]["reason"]
+
+
+def on_loss(action: Action, **bound: float) -> LimitConfig:
+    return LimitConfig(metric="loss", action=action, **(bound or {"max": -1.0}))
+
+
+@pytest.mark.parametrize("action", ["stop", "roll_back"])
+def test_a_policy_that_training_stops_at_is_not_selected(tmp_path: Path, action: Action) -> None:
+    """On the last step of an epoch, where validation finds nothing wrong with it."""
+    guardrails = GuardrailsConfig(limits=(on_loss(action),), window=4, max_rollbacks=0)
+    done = train(tmp_path, [0.5, 0.6, 0.9], measure_start=True, guardrails=guardrails)
+    assert done["validated_at"] == [0, 2, 4] and done["steps"] == 4
+    assert (done["best"], done["good"], done["state"]["best_value"]) == (2, 2, 0.6)
+
+
+def test_a_stop_is_heeded_whatever_later_updates_of_the_batch_raise(tmp_path: Path) -> None:
+    free = train(tmp_path / "free", [], inner=2, total_steps=2, validation=None)
+    (_, first), (_, second) = free["logged"]
+    between = (first + second) / 2
+    assert second < between < first
+    limits = (on_loss("stop", max=between), on_loss("warn", min=between))
+    guardrails = GuardrailsConfig(limits=limits, window=1)
+    more = {"validation": None, "measure_start": True, "inner": 2}
+    done = train(tmp_path / "guarded", [], guardrails=guardrails, **more)
+    assert (done["steps"], done["good"]) == (2, 0) and done["state"]["finished"]
+    [told] = done["alarms"]  # all that is broken, and what follows
+    assert "above its limit" in told and "below its limit" in told and told.endswith("; stopping")
+
+
+def test_limits_on_training_metrics_need_no_validation(tmp_path: Path) -> None:
+    """What an epoch ends with is good where it broke no limit, and so is the start."""
+
+    def unvalidated(name: str, action: Action, window: int) -> dict[str, Any]:
+        guardrails = GuardrailsConfig(limits=(on_loss(action),), window=window)
+        more = {"validation": None, "measure_start": True}
+        return train(tmp_path / name, [], guardrails=guardrails, **more)
+
+    stopped = unvalidated("stop", "stop", 3)
+    assert (stopped["steps"], stopped["good"], stopped["best"]) == (3, 2, None)
+    returned = unvalidated("return", "roll_back", 3)
+    assert returned["restored"] == [("good", 2), ("good", 4)]
+    assert (returned["steps"], returned["good"]) == (8, 8)
+    at_once = unvalidated("at once", "roll_back", 1)
+    assert at_once["restored"] == [("good", 0), ("good", 0)] and at_once["steps"] == 3
 
 
 def test_a_limit_on_nothing_is_refused(tmp_path: Path) -> None:
