@@ -11,6 +11,7 @@ from configs.load import LoadedRecipe
 from configs.recipe import Recipe, StageName
 from configs.redaction import refuse_credentials
 from configs.rewards import FunctionReward
+from launch.other_trainings import other_trainings
 from launch.output_lock import OutputLock
 from launch.stages import GRAPH, Outputs, Stage, StageContext
 from launch.termination import Termination
@@ -133,6 +134,9 @@ class _Run:
 
     def _execute(self, stage: Stage, label: str, fingerprint: str) -> None:
         print(f"{label}: {_purpose(stage.name, self._recipe)}", flush=True)
+        if stage.name in ("train", "align"):
+            for line in other_trainings(self._layout, stage.name, fingerprint, self._recipe):
+                print(line, flush=True)
         started = time.monotonic()
         if stage.needs_ray:
             self._connect()

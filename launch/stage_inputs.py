@@ -62,7 +62,7 @@ def train_inputs(recipe: Recipe, done: dict[str, Outputs]) -> dict[str, Any]:
     settings = [
         *dump(recipe.data.split, recipe.model, recipe.tables),
         *dump(_as_it_counts(recipe.sharding), recipe.objective),
-        _without(recipe.data.loader, "prefetch", "cached_row_groups"),
+        _without(recipe.data.loader, *_OF_MEMORY),
         _without(layout_free, *_BY_THE_WAY, "start"),
         *_selecting(recipe, recipe.training.validation),
     ]
@@ -121,6 +121,8 @@ def _as_it_counts(sharding: ShardingConfig) -> ShardingConfig:
     )
 
 
+_OF_MEMORY = ("prefetch", "cached_row_groups", "tokens_per_micro_batch", "accumulation")
+"""Settings of a loader that change no step: what is in memory at once, and how a step is cut."""
 _BY_THE_WAY = ("log_every_steps", "checkpoint")
 """Settings of a training stage that change none of its numbers."""
 

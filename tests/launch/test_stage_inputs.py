@@ -21,6 +21,8 @@ def inputs(*overrides: str) -> object:
         "sharding.hbm_gb=2",
         "sharding.max_replicated_rows=7",
         "cluster.num_workers=1",
+        "data.loader.tokens_per_micro_batch=4096",
+        "data.loader.accumulation=2",
     ],
 )
 def test_another_layout_of_the_same_training_goes_on(override: str) -> None:

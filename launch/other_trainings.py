@@ -1,0 +1,67 @@
+"""What a user is told where a stage begins anew beside trainings of other settings."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from configs import storage
+from configs.layout import RunLayout
+from configs.recipe import Recipe, StageName
+from configs.storage_faults import StorageError
+
+_NAMED = 4
+"""Settings in a sentence."""
+_ELSEWHERE = ("name", "output", "cluster", "failures", "evaluation", "recommend")
+"""Blocks that decide nothing of a training."""
+
+
+def other_trainings(
+    layout: RunLayout, stage: StageName, fingerprint: str, recipe: Recipe
+) -> Iterator[str]:
+    """A sentence each of the stage's trainings in this output, where this recipe has none yet.
+
+    A run goes on with what its settings name; whoever changed one to go on must know that it did
+    not.
+    """
+    own = layout.checkpoints(stage, fingerprint)
+    if storage.list_names(own):
+        return
+    place, mine = own.rsplit("/", 2)[0], own.rsplit("/", 2)[1]
+    for name in storage.list_names(place):
+        saved = storage.join(place, name, "newest")
+        steps = [each for each in storage.list_names(saved) if each.startswith("step-")]
+        if not name.startswith(f"{stage}-") or name == mine or not steps:
+            continue
+        newest = max(steps, key=lambda each: each.rsplit("-", 1)[-1])
+        url = storage.join(saved, newest, "recipe.json")
+        yield (
+            f"{stage}: begins at its first step, beside {name} of this output, which is at step "
+            f"{int(newest.split('-')[1]):,} and was trained with {_difference(url, recipe, stage)}"
+        )
+
+
+def _difference(url: str, recipe: Recipe, stage: StageName) -> str:
+    try:
+        other = storage.read_json(url)
+    except StorageError:
+        raise
+    except (FileNotFoundError, ValueError):
+        return "settings that cannot be read"
+    elsewhere = {*_ELSEWHERE, "alignment"} if stage == "train" else {*_ELSEWHERE}
+    blocks = recipe.model_dump(mode="json", exclude=elsewhere)
+    theirs = {k: v for k, v in other.items() if k in blocks} if isinstance(other, dict) else {}
+    before, now = dict(_flat(theirs)), dict(_flat(blocks))
+    changed = [key for key in {**now, **before} if before.get(key) != now.get(key)]
+    if not changed:
+        return "other data or another start"
+    named = ", ".join(f"{key}={before.get(key)} (now {now.get(key)})" for key in changed[:_NAMED])
+    more = len(changed) - _NAMED
+    rest = f" and {more} more settings" if more > 0 else ""
+    return f"{named}{rest}: set that back to go on with it"
+
+
+def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for name, below in value.items():
+            yield from _flat(below, f"{key}.{name}" if key else str(name))
+    else:
+        yield key, value

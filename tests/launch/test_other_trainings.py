@@ -1,0 +1,68 @@
+"""Whoever changed a setting to go on with a training is told that it is another one."""
+
+from pathlib import Path
+
+import pytest
+
+from configs import storage
+from configs.layout import RunLayout
+from configs.load import load_recipe
+from configs.recipe import Recipe
+from launch.other_trainings import other_trainings
+
+THEIRS = "0123456789ab" + "0" * 52
+OURS = "f" * 64
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    return load_recipe("quickstart", [f"output={tmp_path}"]).recipe
+
+
+def saved(layout: RunLayout, recipe: Recipe, *steps: int) -> None:
+    for at, step in enumerate(steps):
+        url = storage.join(layout.checkpoints("train", THEIRS), f"step-{step:08d}-{at:016x}")
+        storage.write_json(storage.join(url, "recipe.json"), recipe.model_dump(mode="json"))
+
+
+def told(layout: RunLayout, recipe: Recipe) -> list[str]:
+    return list(other_trainings(layout, "train", OURS, recipe))
+
+
+def test_what_differs_is_named(tmp_path: Path, recipe: Recipe) -> None:
+    layout = RunLayout(str(tmp_path))
+    assert told(layout, recipe) == []
+    saved(layout, recipe, 20, 1040)
+    changed = load_recipe(
+        "quickstart",
+        [
+            f"output={tmp_path}",
+            "data.loader.max_length=21",
+            "cluster.num_workers=1",
+            "alignment=null",
+        ],
+    ).recipe
+    before = recipe.data.loader.max_length
+    assert told(layout, changed) == [
+        "train: begins at its first step, beside train-0123456789ab of this output, which is at "
+        f"step 1,040 and was trained with data.loader.max_length={before} (now 21): set that back "
+        "to go on with it"
+    ]
+    assert "with other data or another start" in told(layout, recipe)[0]
+
+
+def test_a_training_that_goes_on_tells_nothing(tmp_path: Path, recipe: Recipe) -> None:
+    layout = RunLayout(str(tmp_path))
+    saved(layout, recipe, 20)
+    storage.make_directory(storage.join(layout.checkpoints("train", OURS), "step-00000003-00"))
+    assert told(layout, recipe) == []
+    assert list(other_trainings(layout, "align", OURS, recipe)) == []
+
+
+@pytest.mark.parametrize("content", ["[", "3", "{}"])
+def test_a_recipe_that_is_none_stops_nothing(tmp_path: Path, recipe: Recipe, content: str) -> None:
+    layout = RunLayout(str(tmp_path))
+    saved(layout, recipe, 20)
+    [file] = tmp_path.rglob("recipe.json")
+    file.write_text(content)
+    assert len(told(layout, recipe)) == 1
