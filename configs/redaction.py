@@ -7,12 +7,12 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 HIDDEN = "***"
 _WORDS = (
-    r"token|secret|secrets|passwd|password|credential|credentials|signature|authorization|"
+    r"token|secret|secrets|passwd|password|passphrase|credential|credentials|signature|authorization|"
     r"(?:api|access|account|private|session|secret)[-_]?(?:key|token)(?:[-_]?id)?"
 )
 SECRET_NAME = re.compile(rf"(?:^|[^A-Za-z])(?:{_WORDS}|key|pass|sig)(?:$|[^A-Za-z])", re.IGNORECASE)
 """Of settings, variables and parameters that hold credentials."""
-_IN_URL = re.compile(r"(?P<kept>[A-Za-z][\w+.-]*://)[^\s/:@'\"]*:(?!\d+/)[^\s@'\"]*@")
+_IN_URL = re.compile(r"(?P<kept>[A-Za-z][\w+.-]*://)[^\s/:@'\"]*:(?!\d+/)[^\s'\"]*@")
 _LONE_IN_WEB_URL = re.compile(r"(?P<kept>https?://)[^\s/:@'\"]+@", re.IGNORECASE)
 _PARAMETER = re.compile(r"(?P<kept>[?&;](?P<name>[\w.%-]+)=)(?P<value>[^&;\s'\"#]+)")
 _ASSIGNED = re.compile(
@@ -20,6 +20,12 @@ _ASSIGNED = re.compile(
     r"(?P<value>[^\s'\",;}\)&]{8,})",
     re.IGNORECASE,
 )
+_PASSWORD = re.compile(
+    r"(?P<kept>(?<![A-Za-z])(?:passwd|password|passphrase)['\"]?\s*[:=]\s*['\"]?)"
+    r"(?P<value>[^\s'\",;}\)&]+)",
+    re.IGNORECASE,
+)
+"""However short."""
 _BEARER = re.compile(r"(?P<kept>\b(?:Bearer|Basic)\s+)[\w.~+/=-]{8,}")
 _SHORTEST = 8
 """Characters of a variable's value that is hidden wherever it stands; shorter ones are words."""
@@ -67,7 +73,8 @@ def _redacted_text(text: str) -> str:
     text = _IN_URL.sub(rf"\g<kept>{HIDDEN}@", text)
     text = _LONE_IN_WEB_URL.sub(rf"\g<kept>{HIDDEN}@", text)
     text = _PARAMETER.sub(_redacted_parameter, text)
-    text = _ASSIGNED.sub(rf"\g<kept>{HIDDEN}", text)
+    for pattern in (_ASSIGNED, _PASSWORD):
+        text = pattern.sub(rf"\g<kept>{HIDDEN}", text)
     return _BEARER.sub(rf"\g<kept>{HIDDEN}", text)
 
 

@@ -123,6 +123,7 @@ def render_inspection(url: str) -> str:
         lines += [f"recipe {recipe.get('name')}, model {kind}, seed {recipe.get('seed')}"]
     lines += [f"{name}: {value}" for name, value in sorted(manifest.fingerprints.items())]
     lines += [f"{name} {value}" for name, value in sorted(manifest.versions.items())]
+    lines += [f"whether it is whole tells `tandem checkpoint verify {place}`"]
     lines += ["", f"{'bytes':>10}  {'pieces':>6}  tensor"]
     for name in sorted(tensors.saved):
         shape = "×".join(f"{n:,}" for n in tensors.shape(name)) or "scalar"

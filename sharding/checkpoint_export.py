@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from configs import storage
+from configs.storage_faults import StorageError
 from sharding.checkpoint_tensors import CheckpointTensors
 
 BLOCK_BYTES = 64 << 20
@@ -71,8 +72,7 @@ def export_safetensors(
     """
     if storage.list_names(target):
         raise ValueError(f"{target} is not empty: name a fresh directory to export into")
-    tensors = CheckpointTensors(url)
-    tensors.verify()
+    tensors = _verified(url)
     recipe = tensors.recipe()
     exports = [
         _Export(name, saved, tensors.num_bytes(saved))
@@ -101,6 +101,20 @@ def export_safetensors(
     }
     storage.write_json(storage.join(target, INDEX), index)
     return [*names, "recipe.json", INDEX]
+
+
+def _verified(url: str) -> CheckpointTensors:
+    try:
+        tensors = CheckpointTensors(url)
+        tensors.verify()
+    except StorageError:
+        raise
+    except ValueError as error:
+        raise ValueError(
+            f"checkpoint {url} is not exported: {error}; `tandem checkpoint verify "
+            f"{url.rsplit('/', 1)[0]}` tells which others are whole: name one of them"
+        ) from error
+    return tensors
 
 
 def _packed(exports: list[_Export], max_file_bytes: int) -> list[list[_Export]]:

@@ -25,12 +25,19 @@ SECRET = "wJalrXUtnFEMI/K7MDENG"
         f"Authorization: Bearer {SECRET}",
         f"'Authorization': 'Basic {SECRET}'",
         f"account_key = {SECRET}",
+        f"passphrase={SECRET}",
+        f"ftp://alice:p@{SECRET}@host/x",
     ],
 )
 def test_credentials_are_hidden(text: str) -> None:
     shown = redacted(text)
     assert SECRET not in shown and SECRET.replace("/", "") not in shown and "***" in shown
     assert redacted(shown) == shown
+
+
+@pytest.mark.parametrize("text", ["password: hunter2", "password='abc'", "passwd=x"])
+def test_a_short_password_is_hidden(text: str) -> None:
+    assert redacted(text).rstrip("'").endswith("***")
 
 
 @pytest.mark.parametrize(
