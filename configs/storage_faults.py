@@ -103,6 +103,8 @@ def _sentence(url: str, done: str, error: BaseException) -> str | None:
     reason = getattr(error, "strerror", None) or first_line(error)
     for each in _causes(error):
         number, status = getattr(each, "errno", None), _status(each)
+        if isinstance(each, IsADirectoryError):
+            return f"{url} cannot be {done}: it is a directory; name a file"
         if _names(each) & _NAMELESS or status == 401:
             return (
                 f"{url} cannot be {done}: its store takes no credentials of this machine "

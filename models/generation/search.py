@@ -94,7 +94,8 @@ def generate(
             0 fills up rows. A search then equals one in the catalogue without them.
 
     Raises:
-        ValueError: trie, keys, allow-lists or exclusions do not fit.
+        ValueError: trie, keys, allow-lists or exclusions do not fit; or a logit is NaN, as of
+            weights that diverged (on CUDA an assert of the device says so).
     """
     _check(decoder, num_requests, trie, config, keys)
     restriction = restrict(trie, num_requests, allow, exclude)
@@ -104,6 +105,7 @@ def generate(
     tokens, undecided = None, None
     for level in range(trie.num_levels):
         logits = decoder.step(context, cache, level, tokens)
+        _refuse_nan(logits, level)
         if undecided is not None:
             logits = undecided.spread(logits)
         assert logits.shape == (*beams.states.shape, trie.codebook_sizes[level])
@@ -119,6 +121,20 @@ def generate(
                 parents, tokens = (x.gather(1, undecided.beams) for x in (parents, tokens))
             cache.select(parents)
     return _padded(beams, codes, width_of(config))
+
+
+def _refuse_nan(logits: Tensor, level: int) -> None:
+    """No beam would survive it, and an empty answer would pass for a catalogue that allows none."""
+    sound = ~logits.isnan().any()
+    sentence = (
+        f"the model's logits of level {level + 1} are NaN: its weights, or what it was given, are "
+        "not finite; go back to an earlier checkpoint"
+    )
+    if logits.device.type == "cpu":
+        if not sound:
+            raise ValueError(sentence)
+    else:
+        torch._assert_async(sound, sentence)
 
 
 def _padded(beams: Beams, codes: Tensor, width: int) -> Generated:

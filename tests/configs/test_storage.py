@@ -139,6 +139,11 @@ def test_what_the_user_must_mend_is_one_sentence(call: str, error: Exception, sa
     assert "failing://bucket/x cannot be" in str(told.value) and "\n" not in str(told.value)
 
 
+def test_a_directory_in_the_place_of_a_file_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="it is a directory; name a file"):
+        storage.read_bytes(str(tmp_path))
+
+
 def test_a_local_file_without_rights_is_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -300,3 +300,12 @@ def test_options_of_another_strategy_are_unknown_keys() -> None:
     ):
         with pytest.raises(ValidationError):
             adapter.validate_python(wrong)
+
+
+@pytest.mark.parametrize("level", [0, 1])
+def test_weights_that_diverged_give_no_empty_answer(level: int) -> None:
+    catalogue = Catalogue(torch.tensor([[0, 0], [0, 2], [1, 1]]), (3, 3))
+    decoder = TinyDecoder(catalogue.sizes, 0)
+    decoder.head[level][2, 1] = torch.nan
+    with pytest.raises(ValueError, match=f"logits of level {level + 1} are NaN"):
+        generate(decoder, decoder.contexts(2), 2, catalogue.trie, BeamConfig(beams=3))
