@@ -18,7 +18,7 @@ from configs.policy_gradient import (
     RolloutActorsConfig,
 )
 from configs.preferences import PreferenceRule, RatingRule
-from configs.rewards import HitReward, Reward
+from configs.rewards import DiversityReward, HitReward, LegalityReward, QuotaReward, Reward
 from configs.training import CheckpointConfig, OptimizerConfig, ValidationConfig
 
 
@@ -102,6 +102,11 @@ class OnlineBase(AlignmentBase):
                 f"kl.weight={self.kl.weight} needs a reference policy: remove reference=null, or "
                 "set kl.weight to 0"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _groups_teach(self) -> "OnlineBase":
+        _check_spread(self.generation, self.rewards)
         return self
 
 
@@ -189,10 +194,7 @@ class SelfPlayConfig(GeneratedPairsBase):
 
     @model_validator(mode="after")
     def _losers_are_generated(self) -> "SelfPlayConfig":
-        if isinstance(self.generation, BeamConfig):
-            option, size = "beams", self.generation.beams
-        else:
-            option, size = "samples", self.generation.samples
+        option, size = _size(self.generation)
         if self.losers >= size:
             raise ValueError(
                 f"losers={self.losers} must be below generation.{option}={size}: one of the "
@@ -213,6 +215,45 @@ class IterativePreferenceConfig(GeneratedPairsBase):
     kind: Literal["ipa"] = "ipa"
     generation: GenerationConfig = BeamConfig(beams=32)
     rewards: tuple[Reward, ...] = Field((HitReward(),), min_length=1)
+
+    @model_validator(mode="after")
+    def _groups_teach(self) -> "IterativePreferenceConfig":
+        _check_spread(self.generation, self.rewards)
+        return self
+
+
+def _size(generation: GenerationConfig) -> tuple[str, int]:
+    """Candidates of a prompt, and the option that says so."""
+    if isinstance(generation, BeamConfig):
+        return "beams", generation.beams
+    return "samples", generation.samples
+
+
+def _check_spread(generation: GenerationConfig, rewards: tuple[Reward, ...]) -> None:
+    """Refuse what rates all candidates of a group alike, whatever the policy and the data are."""
+    option, size = _size(generation)
+    if size < 2:
+        raise ValueError(
+            f"generation.{option}={size} makes groups of one, which has nothing to be compared "
+            "with and teaches nothing: generate at least 2"
+        )
+    terms = [each for each in rewards if not isinstance(each, QuotaReward) and each.weight != 0]
+    if not terms:
+        raise ValueError(
+            "rewards have no term of a weight other than 0 (a quota only cuts what others give), "
+            "so that all candidates are worth the same: add one, such as {kind: hit}"
+        )
+    # Search is constrained to the catalogue, and only independent samples repeat an item.
+    even: tuple[type[Reward], ...] = (LegalityReward,)
+    if not isinstance(generation, AncestralConfig):
+        even = (LegalityReward, DiversityReward)
+    if len(terms) == len(rewards) and all(isinstance(term, even) for term in terms):
+        kinds = " and ".join(dict.fromkeys(term.kind for term in terms))
+        raise ValueError(
+            f"rewards of {kinds} alone are the same for all candidates that "
+            f"generation.kind={generation.kind!r} makes, so that nothing is learnt: add another, "
+            "such as {kind: hit}"
+        )
 
 
 GeneratedAlignment = SelfPlayConfig | IterativePreferenceConfig

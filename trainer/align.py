@@ -34,6 +34,7 @@ from trainer.objectives.dpo import PreferenceInputs, PreferenceLoss
 from trainer.objectives.logged import LoggedLoss
 from trainer.objectives.online import OnlineLoss
 from trainer.policy import Say, Worker, open_checkpoint, start_worker
+from trainer.probe import PolicyProbe
 from trainer.reference_policy import ReferencePolicy
 from trainer.rollout_actors import RolloutActors, snapshots_url
 from trainer.scoring import Likelihood, build_scorer, pair_candidates
@@ -80,7 +81,7 @@ def offline_stage(
         loss=loss,
         steps_per_epoch=steps,
         loader_at=lambda state: preference_loader(worker, config, pairs, reference, state),
-        updates=OneUpdate(PreferenceInputsMaker(worker, config, loss.model)),
+        updates=LoggedPairs(worker, config, loss.model, config.epochs * steps),
         before=before,
         **shared_settings(worker, config, settings),
     )
@@ -146,11 +147,12 @@ def generated_stage(
     )
     with prompt_loader(worker, config, TrainerState()) as probe:
         steps = probe.steps_per_epoch
+    measured = PolicyProbe(worker, config, config.epochs * steps)
     return TrainingStage(
         loss=loss,
         steps_per_epoch=steps,
         loader_at=lambda state: prompt_loader(worker, config, state),
-        updates=GeneratedPairs(worker, config, loss, start),
+        updates=GeneratedPairs(worker, config, loss, start, measured),
         before=lambda policy, afresh: load_pretrained(worker, policy, settings, afresh),
         **shared_settings(worker, config, settings),
     )
@@ -210,16 +212,24 @@ def preference_loader(
     )
 
 
-class PreferenceInputsMaker:
-    """Turns a step's pairs into loss inputs, with targets for the supervised term."""
+class LoggedPairs(OneUpdate):
+    """Turns a step's pairs into one update, with targets for the supervised term."""
 
-    def __init__(self, worker: Worker, config: OfflineAlignment, model: TableModel) -> None:
+    def __init__(
+        self, worker: Worker, config: OfflineAlignment, model: TableModel, total_steps: int
+    ) -> None:
+        super().__init__(self._inputs)
         self._worker = worker
         self._model = model
         self._supervised = SupervisedTargets(worker, model, config.supervised_weight)
+        self._probe = PolicyProbe(worker, config, total_steps)
 
-    def __call__(self, step: Any) -> list[PreferenceInputs]:
-        """Inputs of each micro batch of this rank. Collective if positives are shared."""
+    def attach(self, policy: ParallelModel) -> None:
+        """Measure `policy` where a step is logged."""
+        self._probe.attach(policy)
+
+    def _inputs(self, step: Any) -> list[PreferenceInputs]:
+        """Inputs of each micro batch of this rank. Collective."""
         pairs = step.micro_batches
         candidates = [pair_candidates(self._worker, self._model, batch) for batch in pairs]
         reference = [
@@ -227,10 +237,11 @@ class PreferenceInputsMaker:
             for batch in pairs
         ]
         supervised = self._supervised(candidates, step.step)
-        return [
+        inputs = [
             PreferenceInputs(*parts).to(self._worker.ctx.device)
             for parts in zip(candidates, reference, supervised, strict=True)
         ]
+        return self._probe(inputs, [batch.batch for batch in pairs], step.step, None)
 
 
 def write_reference_once(worker: Worker, policy: ParallelModel, settings: dict[str, Any]) -> None:

@@ -17,12 +17,14 @@ from torch import Tensor
 from configs.alignment import GeneratedAlignment, IterativePreferenceConfig, SelfPlayConfig
 from sharding.checkpoint import CheckpointStore
 from sharding.parallelize import ParallelModel
-from trainer.align_online import reward_sum
+from trainer.align_online import SpreadCheck, reward_sum, spread
 from trainer.objectives.dpo import PreferenceInputs, PreferenceLoss
 from trainer.objectives.scoring import Candidates
 from trainer.policy import Worker
+from trainer.probe import PolicyProbe
 from trainer.prompts import prompts_of_step
 from trainer.reference_policy import ReferencePolicy
+from trainer.rewards import rules
 from trainer.rewards.group import Group
 from trainer.rewards.total import RewardSum
 from trainer.rollout import Rollout, RolloutEngine
@@ -42,14 +44,17 @@ class GeneratedPairs:
         config: GeneratedAlignment,
         loss: PreferenceLoss,
         start: ReferencePolicy,
+        probe: PolicyProbe,
     ) -> None:
         """`start` holds the round's start and follows the policy; `loss` is the trained one's."""
         self._worker = worker
         self._config = config
         self._start = start
+        self._probe = probe
         self._supervised = SupervisedTargets(worker, loss.model, config.supervised_weight)
         self._policy: ParallelModel | None = None
         self._engine = RolloutEngine(worker, start.policy, config.generation)
+        self._check_spread = SpreadCheck(worker.ctx, worker.tell)
         self._rewards: RewardSum | None = None
         if isinstance(config, IterativePreferenceConfig):
             self._rewards = reward_sum(worker, config.rewards)
@@ -57,6 +62,7 @@ class GeneratedPairs:
     def attach(self, policy: ParallelModel) -> None:
         """Train `policy`, whose weights and step are in place. Collective."""
         self._policy = policy
+        self._probe.attach(policy)
 
     def save(self, beside: CheckpointStore) -> None:
         """Save the round's start with the policy's next checkpoint in `beside`. Collective."""
@@ -79,26 +85,43 @@ class GeneratedPairs:
         prompts = prompts_of_step(self._worker, self._config.prompts, step)
         rollouts = [self._engine(each, step.step) for each in prompts]
         chosen = [self._pairs(rollout) for rollout in rollouts]
+        if self._rewards is not None:
+            self._check_spread([measures["tied"] > 0 for _, measures in chosen])
         supervised = self._supervised([candidates for candidates, _ in chosen], step.step)
-        return [
+        per_pair = self._per_pair([candidates for candidates, _ in chosen])
+        reference = self._start.likelihood()
+        inputs = [
             PreferenceInputs(
                 candidates,
-                self._start.likelihood()(candidates),
+                reference(candidates),
                 supervised[at],
                 measures=measures,
+                per_pair=per_pair,
             )
             for at, (candidates, measures) in enumerate(chosen)
         ]
+        contexts = [each.batch for each in prompts]
+        return self._probe(inputs, contexts, step.step, reference)
+
+    def _per_pair(self, candidates: Sequence[Candidates]) -> Tensor:
+        """Prompts of the global batch for each that has a pair; 0 if none has. Collective."""
+        there = torch.cat([(each.items[:, 1:] > 0).any(1) for each in candidates])
+        counts = torch.stack([there.sum(), torch.ones_like(there).sum()]).double()
+        pairs, total = self._worker.ctx.all_reduce_sum(counts).unbind()
+        return (total / pairs.clamp(min=1) * (pairs > 0)).float()
 
     def _pairs(self, rollout: Rollout) -> tuple[Candidates, dict[str, Tensor]]:
         """Winners and losers [N, 1 + K], and what is measured of the groups, [N] each."""
         match self._config:
             case SelfPlayConfig(losers=losers):
-                return self_play_pairs(rollout.candidates, rollout.group, losers)
+                chosen = self_play_pairs(rollout.candidates, rollout.group, losers)
+                worth = rules.hit(rollout.group, "item")
             case IterativePreferenceConfig():
                 assert self._rewards is not None
-                total = self._rewards(rollout.group).total
-                return extreme_pairs(rollout.candidates, rollout.group, total)
+                worth = self._rewards(rollout.group).total
+                chosen = extreme_pairs(rollout.candidates, rollout.group, worth)
+        pairs, told = chosen
+        return pairs, told | spread(rollout.group, worth) | {"legality": _legality(rollout.group)}
 
 
 def extreme_pairs(
@@ -157,6 +180,10 @@ def _taken(candidates: Candidates, places: Tensor, there: Tensor) -> Candidates:
     if codes is not None:
         codes = codes.gather(1, places[..., None].expand(-1, -1, codes.shape[2]))
     return replace(candidates, items=items, codes=codes)
+
+
+def _legality(group: Group) -> Tensor:
+    return _mean_of(rules.legality(group), group.valid)
 
 
 def _mean_of(values: Tensor, there: Tensor) -> Tensor:

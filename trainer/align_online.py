@@ -3,7 +3,7 @@
 Shape legend: N prompts, G candidates of a prompt, L parts of a candidate's log π.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from data_loaders.prompts import PromptLoader
 from models.base import TableModel
 from sharding.checkpoint import CheckpointStore
 from sharding.parallelize import ParallelModel
+from sharding.process_group import DistributedContext
 from trainer.objectives import policy_gradient as pg
 from trainer.objectives.logged import LoggedInputs
 from trainer.objectives.online import OnlineInputs, OnlineLoss
@@ -119,6 +120,7 @@ class OnlineUpdates:
         self.rewards = reward_sum(worker, config.rewards)
         self._worker = worker
         self._config = config
+        self._check_spread = SpreadCheck(worker.ctx, worker.tell)
         self._reference = reference
         self._supervised = SupervisedTargets(worker, loss.model, config.supervised_weight)
         self._policy: ParallelModel | None = None
@@ -173,7 +175,11 @@ class OnlineUpdates:
 
     def rewarded(self, rollouts: Sequence[Rollout]) -> list[Rewarded]:
         """What the groups are worth. Collective."""
-        return [self.rewards(rollout.group) for rollout in rollouts]
+        rewarded = [self.rewards(rollout.group) for rollout in rollouts]
+        valid = [rollout.group.valid for rollout in rollouts]
+        totals = zip((each.total for each in rewarded), valid, strict=True)
+        self._check_spread([pg.zero_std(*pair) for pair in totals])
+        return rewarded
 
     def inputs(
         self,
@@ -239,18 +245,46 @@ def measures(group: Group, rewarded: Rewarded) -> dict[str, Tensor]:
     `unique` (share of a group's candidates that are distinct items) and `legality`.
     """
 
-    def of_groups(values: Tensor) -> Tensor:
-        return values.float()[:, None].expand(group.items.shape)
-
-    distinct = rules.diversity(group).sum(1) / group.valid.sum(1).clamp(min=1)
     parts = {f"reward/{name}": part for name, part in rewarded.parts.items()}
-    return parts | {
-        "reward": rewarded.total,
-        "reward_std": of_groups(pg.group_std(rewarded.total, group.valid)),
-        "zero_std": of_groups(pg.zero_std(rewarded.total, group.valid)),
-        "unique": of_groups(distinct),
-        "legality": rules.legality(group),
+    told = {"reward": rewarded.total, "legality": rules.legality(group)}
+    of_groups = spread(group, rewarded.total)
+    whole = {name: each[:, None].expand(group.items.shape) for name, each in of_groups.items()}
+    return parts | told | whole
+
+
+def spread(group: Group, rewards: Tensor) -> dict[str, Tensor]:
+    """How much the candidates of a group differ: name → [N] float32.
+
+    `reward_std`, `zero_std` (whether the rewards are all equal, so that the group teaches nothing)
+    and `unique` (share of the candidates that are distinct items).
+    """
+    return {
+        "reward_std": pg.group_std(rewards, group.valid),
+        "zero_std": pg.zero_std(rewards, group.valid).float(),
+        "unique": rules.diversity(group).sum(1) / group.valid.sum(1).clamp(min=1),
     }
+
+
+class SpreadCheck:
+    """Says, of the first groups alone, that no reward tells their candidates apart."""
+
+    def __init__(self, ctx: DistributedContext, tell: Callable[[str], None]) -> None:
+        self._ctx, self._tell, self._done = ctx, tell, False
+
+    def __call__(self, even: Sequence[Tensor]) -> None:
+        """Look at a step's groups: bool [N] of each micro batch, no spread. Collective."""
+        if self._done:  # later steps shall not wait for the device
+            return
+        self._done = True
+        equal = torch.cat(list(even)).double()
+        counts = torch.stack([equal.sum(), torch.ones_like(equal).sum()])
+        without, groups = (int(count) for count in self._ctx.all_reduce_sum(counts).tolist())
+        if groups and without == groups:
+            self._tell(
+                f"all candidates of each of the first {groups:,} groups are worth the same: "
+                "nothing is learnt from such groups (see train/zero_std); if it stays so, mend "
+                "alignment.rewards, or have more candidates generated"
+            )
 
 
 def _moved(values: Tensor | None, device: torch.device) -> Tensor | None:

@@ -44,7 +44,10 @@ def test_defaults_need_no_preferences() -> None:
         ({"kind": "grpo", "delta": 0.1}, "delta"),
         ({"kind": "gbpo", "clip_high": 0.2}, "clip_high"),
         ({"kind": "gbpo", "logged": {"rule": {"kind": "watch_time"}}}, "columns.dwell"),
-        ({"kind": "grpo", "rewards": [{"kind": "quota", "feature": "kind"}]}, "does not provide"),
+        (
+            {"kind": "grpo", "rewards": [{"kind": "hit"}, {"kind": "quota", "feature": "kind"}]},
+            "does not provide",
+        ),
         ({"kind": "grpo", "rollout_actors": {}}, "needs 3 CPUs of the embedded Ray, which has"),
         ({"kind": "grpo", "rollout_actors": {"snapshot_every": 5}}, "more than max_staleness=4"),
         ({"kind": "gbpo", "logged": {"alone": True}}, "rule"),
@@ -53,11 +56,33 @@ def test_defaults_need_no_preferences() -> None:
             "logged.alone=true generates nothing, which kl and inner_epochs would be for",
         ),
         ({"kind": "dpo", "rule": None}, "rule"),
+        ({"kind": "grpo", "generation": {"kind": "ancestral", "samples": 1}}, "samples=1 makes gr"),
+        ({"kind": "ipa", "generation": {"kind": "beam", "beams": 1}}, "beams=1 makes groups of"),
+        ({"kind": "grpo", "rewards": [{"kind": "quota"}]}, "no term of a weight other than 0"),
+        ({"kind": "ipa", "rewards": [{"kind": "hit", "weight": 0}]}, "no term of a weight other"),
+        ({"kind": "grpo", "rewards": [{"kind": "legality"}]}, "of legality alone are the same"),
+        (
+            {"kind": "ipa", "rewards": [{"kind": "legality"}, {"kind": "diversity"}]},
+            "legality and diversity alone .* generation.kind='beam' makes",
+        ),
     ],
 )
 def test_what_cannot_be(alignment: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValidationError, match=sentence):
         recipe(alignment)
+
+
+@pytest.mark.parametrize(
+    "alignment",
+    [
+        {"kind": "grpo", "rewards": [{"kind": "diversity"}]},
+        {"kind": "grpo", "rewards": [{"kind": "legality"}, {"kind": "quota"}]},
+        {"kind": "grpo", "rewards": [{"kind": "legality"}, {"kind": "prefix"}]},
+        {"kind": "grpo", "generation": {"kind": "ancestral", "samples": 2}},
+    ],
+)
+def test_what_may_teach_is_allowed(alignment: dict[str, Any]) -> None:
+    assert recipe(alignment).alignment is not None
 
 
 def test_what_generates_nothing_rates_nothing() -> None:

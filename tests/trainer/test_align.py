@@ -14,6 +14,7 @@ from data_loaders.pairs import read_pairs
 from data_loaders.preferences import read_reference
 from tests.harness import run_ranks
 from tests.trainer.runs import (
+    ITEMS,
     Pretrained,
     all_keys,
     logged,
@@ -115,6 +116,12 @@ def test_the_first_step_starts_at_the_reference_in_every_world(
         assert rows[1]["train/preference_loss"] == pytest.approx(math.log(2), abs=1e-5)
         assert rows[1]["train/margin"] == pytest.approx(0, abs=1e-5)
         assert abs(rows[max(rows)]["train/margin"]) > 1e-3
+        for name in ("rewards/chosen", "rewards/rejected"):  # complete, though log Z cancels
+            assert rows[1][f"train/{name}"] == pytest.approx(0, abs=1e-4)
+        last = rows[max(step for step in rows if "train/loss" in rows[step])]
+        apart = last["train/rewards/chosen"] - last["train/rewards/rejected"]
+        assert apart == pytest.approx(last["train/margin"], abs=1e-5)
+        assert 0 < rows[1]["train/entropy"] < 2 * math.log(ITEMS)
     assert shared.keys() == whole.keys()
     for step, row in whole.items():
         for tag in row.keys() & {"train/loss", "train/preference_loss", "train/supervised_loss"}:

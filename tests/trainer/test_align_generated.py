@@ -94,7 +94,7 @@ def test_what_cannot_be_is_refused() -> None:
 PAIRS: dict[str, dict[str, Any]] = {
     "sprec": {"kind": "sprec", "losers": 2, "round_steps": 4, "beta": 1.0, "rewards": None},
     "ipa": {"kind": "ipa", "round_steps": 4, "generation": {"kind": "beam", "beams": 6}}
-    | {"rewards": [{"kind": "novelty"}], "beta": 1.0},
+    | {"rewards": [{"kind": "hit"}], "beta": 1.0},
 }
 
 
@@ -107,9 +107,17 @@ def test_rounds_worlds_and_resume(
     assert len([step for step in whole if step]) == 2 * STEPS_PER_EPOCH == 6
     first = whole[1]
     assert first["train/margin"] == pytest.approx(0, abs=1e-5)
-    assert first["train/accuracy"] == pytest.approx(0.5, abs=0.5 if kind == "ipa" else 1e-6)
+    assert first["train/accuracy"] == pytest.approx(0.5, abs=1e-6)
     per_pair = math.log(3) if kind == "sprec" else math.log(2)
+    if kind == "ipa":  # prompts whose candidates are worth the same are no pairs
+        assert first["train/preference_loss"] == pytest.approx(per_pair, abs=1e-5)
     assert 0 < first["train/preference_loss"] <= per_pair + 1e-5
+    assert first["train/legality"] == 1 and 0 < first["train/unique"] <= 1
+    assert first["train/reward_std"] >= 0 <= first["train/zero_std"]
+    for name in ("rewards/chosen", "rewards/rejected", "kl"):
+        assert first[f"train/{name}"] == pytest.approx(0, abs=1e-5), name
+        assert abs(whole[4][f"train/{name}"]) > 1e-6, name
+    assert first["train/entropy"] > 0
     # A new round begins after four steps: the policy is its own reference again.
     assert abs(whole[4]["train/margin"]) > 1e-4
     assert whole[5]["train/margin"] == pytest.approx(0, abs=1e-5)

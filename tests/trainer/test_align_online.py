@@ -4,11 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from sharding.process_group import DistributedContext
 from tests.harness import run_ranks
 from tests.trainer.runs import USERS, logged, quiet, settings_of
 from tests.trainer.test_align import align, interrupting
 from tests.trainer.test_code_stages import BLOCKS, write_run
+from trainer.align_online import SpreadCheck
 from trainer.pretrain import train_worker
 
 PER_STEP = 32
@@ -120,6 +123,20 @@ def test_first_step_worlds_and_resume(root: Path, started: tuple[str, dict[str, 
     assert again.keys() == whole.keys()
     for step, row in whole.items():
         assert again[step] == row, f"step {step}"
+
+
+def test_first_groups_without_spread_are_told() -> None:
+    """Once, and only if every one of them is so."""
+    told: list[str] = []
+    alone = DistributedContext(0, 1, torch.device("cpu"))
+    even, mixed = torch.tensor([True, True]), torch.tensor([True, False])
+    SpreadCheck(alone, told.append)([even, mixed])
+    SpreadCheck(alone, told.append)([even[:0]])
+    assert told == []
+    check = SpreadCheck(alone, told.append)
+    check([even, even])
+    check([even, even])
+    assert len(told) == 1 and "each of the first 4 groups are worth the same" in told[0]
 
 
 FOLLOWING: dict[str, tuple[dict[str, Any], str]] = {

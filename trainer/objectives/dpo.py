@@ -83,6 +83,12 @@ class PreferenceInputs:
     """For the supervised loss on the pairs' own contexts and winners; None without it."""
     measures: dict[str, Tensor] = field(default_factory=dict)
     """Name → [B] float32, to be averaged and logged."""
+    log_probs: Tensor | None = None
+    """[B, 1 + K] float32, complete log π of the candidates, to be logged where the scorer leaves
+    log Z out; None where that was not computed."""
+    per_pair: Tensor | None = None
+    """Scalar float32: entries of the global batch for each of them that has a loser, 0 where none
+    has one; None where all have."""
 
     def to(self, device: torch.device | str) -> "PreferenceInputs":
         """Copy on `device`."""
@@ -92,14 +98,17 @@ class PreferenceInputs:
             reference=self.reference.to(device, non_blocking=True),
             supervised=None if self.supervised is None else self.supervised.to(device),
             measures={name: values.to(device) for name, values in self.measures.items()},
+            log_probs=None if self.log_probs is None else self.log_probs.to(device),
+            per_pair=None if self.per_pair is None else self.per_pair.to(device),
         )
 
 
 class PreferenceLoss(nn.Module):
     """Sum over pairs of the preference loss + λ · mean supervised loss over context and winner.
 
-    Every pair counts once, however long its context is. Dropout stays off also in training mode,
-    because the reference's log-probabilities were taken without it.
+    Every pair counts once, however long its context is. What has no loser is no pair: the mean of
+    the preference loss is over pairs, that of the supervised one over all contexts. Dropout stays
+    off also in training mode, because the reference's log-probabilities were taken without it.
     """
 
     def __init__(self, scorer: Scorer, config: OfflineAlignment | GeneratedAlignment) -> None:
@@ -122,37 +131,51 @@ class PreferenceLoss(nn.Module):
         return self._scorer.required_ids(inputs.candidates, inputs.supervised)
 
     def weight(self, inputs: PreferenceInputs) -> Tensor:
-        """Number of pairs."""
+        """Number of pairs, and of contexts without one."""
         items = inputs.candidates.items
         return torch.tensor(float(items.shape[0]), device=items.device)
 
     def forward(self, inputs: PreferenceInputs, rows: dict[str, Tensor], index: Ids) -> LossOutput:
         """Loss of a micro batch.
 
-        Metrics: `accuracy` (share of losers below their winner; a tie is half), `margin` (β Δ, mean
-        over a winner's losers), `preference_loss`, `supervised_loss`; where log π is normalised
-        also `chosen_log_ratio` and `rejected_log_ratio` (ρ_w, and ρ_l's mean over losers).
+        Metrics, means over pairs: `accuracy` (share of losers below their winner; a tie is half,
+        and so is a step without a pair), `margin` (β Δ, mean over a winner's losers),
+        `preference_loss`; where log π is complete also `rewards/chosen` and `rewards/rejected`
+        (β ρ_w, and β ρ_l's mean over losers). Over contexts: `supervised_loss`, and the inputs' own
+        measures.
         """
         scored = self._scorer(inputs.candidates, inputs.supervised, rows, index)
         there = inputs.candidates.items > 0
-        ratios = (scored.log_probs.sum(-1) - inputs.reference).where(there, 0.0)
+        log_probs = scored.log_probs.sum(-1)
+        ratios = (log_probs - inputs.reference).where(there, 0.0)
         differences, losers = ratios[:, :1] - ratios[:, 1:], there[:, 1:]
         losses = self._losses(differences, losers)
-        margins = self.config.beta * differences.detach()
-        metrics = {
-            "accuracy": _mean(pairs_won(differences), losers).sum(),
-            "margin": _mean(margins, losers).sum(),
-            "preference_loss": losses.detach().sum(),
-        }
-        if self._scorer.normalised:
-            metrics["chosen_log_ratio"] = ratios[:, 0].detach().sum()
-            metrics["rejected_log_ratio"] = _mean(ratios[:, 1:].detach(), losers).sum()
+        if inputs.per_pair is not None:
+            losses = losses * inputs.per_pair
+        metrics = {"preference_loss": losses.detach().sum()}
+        metrics |= self._measured(differences.detach(), losers, inputs.per_pair)
+        complete = log_probs.detach() if self._scorer.normalised else inputs.log_probs
+        if complete is not None:
+            rewards = self.config.beta * (complete - inputs.reference).where(there, 0.0)
+            won, lost = rewards[:, 0] * losers.any(1), _mean(rewards[:, 1:], losers)
+            metrics["rewards/chosen"] = _of_pairs(won, inputs.per_pair)
+            metrics["rewards/rejected"] = _of_pairs(lost, inputs.per_pair)
         metrics |= {name: values.sum() for name, values in inputs.measures.items()}
         total = self._weight * losses.sum()
         if scored.supervised is not None:
             total = total + self.config.supervised_weight * scored.supervised.sum()
             metrics["supervised_loss"] = scored.supervised.detach().sum()
         return LossOutput(total, metrics)
+
+    def _measured(
+        self, differences: Tensor, losers: Tensor, per_pair: Tensor | None
+    ) -> dict[str, Tensor]:
+        """What Δ [B, K] says of the pairs."""
+        accuracy = _of_pairs(_mean(pairs_won(differences), losers), per_pair)
+        if per_pair is not None:
+            accuracy = torch.where(per_pair > 0, accuracy, 0.5 * losers.shape[0])
+        margins = _mean(self.config.beta * differences, losers)
+        return {"accuracy": accuracy, "margin": _of_pairs(margins, per_pair)}
 
     def flops_per_token(self, mean_length: float) -> float:
         """Forward FLOPs per context token; scoring a pair's items is left out."""
@@ -178,3 +201,8 @@ class PreferenceLoss(nn.Module):
 def _mean(values: Tensor, there: Tensor) -> Tensor:
     """Mean over those of values [B, K] that are there: [B]."""
     return (values * there).sum(1) / there.sum(1).clamp(min=1)
+
+
+def _of_pairs(values: Tensor, per_pair: Tensor | None) -> Tensor:
+    """Sum of values [B], 0 of no pair: scalar, whose mean over all entries is that of pairs."""
+    return values.sum() if per_pair is None else values.sum() * per_pair

@@ -137,7 +137,7 @@ def test_module_equals_a_plain_computation(config: OfflineAlignment, losers: int
     item, batch = tables["item"], pairs.candidates.batch
     queries = module.model(batch, {"item": item[batch.item_ids]}, 0)
     log_probs = torch.log_softmax(queries @ module.model.item_keys(item[1:]).T / 0.5, dim=-1)
-    names = ("loss", "chosen_log_ratio", "rejected_log_ratio", "accuracy", "margin")
+    names = ("loss", "rewards/chosen", "rewards/rejected", "accuracy", "margin")
     expected = dict.fromkeys(names, 0.0)
     for b in range(3):
         own = tokens_of(batch, log_probs, b)
@@ -148,8 +148,8 @@ def test_module_equals_a_plain_computation(config: OfflineAlignment, losers: int
         margins = [0.3 * (ratios[0] - loser) for loser in ratios[1:]]
         context = -own[torch.arange(len(targets)), targets - 1].mean().item()
         expected["loss"] += plainly(config, margins) + config.supervised_weight * context
-        expected["chosen_log_ratio"] += ratios[0]
-        expected["rejected_log_ratio"] += sum(ratios[1:]) / len(margins)
+        expected["rewards/chosen"] += 0.3 * ratios[0]
+        expected["rewards/rejected"] += 0.3 * sum(ratios[1:]) / len(margins)
         expected["accuracy"] += sum(m > 0 for m in margins) / len(margins)
         expected["margin"] += sum(margins) / len(margins)
     found = {name: value.item() for name, value in output.metrics.items()}
@@ -157,6 +157,45 @@ def test_module_equals_a_plain_computation(config: OfflineAlignment, losers: int
     for name, value in expected.items():
         assert found[name] == pytest.approx(value, rel=1e-4), name
     assert module.weight(inputs_of(FULL, pairs)) == 3
+
+
+def test_rewards_where_the_scorer_leaves_log_z_out() -> None:
+    """They are those of the complete log π, which the step was given."""
+    tables, pairs = table(), make_pairs([4, 1, 9], 3)
+    whole = run_loss(build(DPOConfig(), FULL), inputs_of(FULL, pairs), tables).metrics
+    module = build(DPOConfig(), SAMPLED)
+    bare = run_loss(module, inputs_of(SAMPLED, pairs), tables).metrics
+    assert not [name for name in bare if name.startswith("rewards")]
+    item, batch = tables["item"], pairs.candidates.batch
+    queries = module.model(batch, {"item": item[batch.item_ids]}, 0)[batch.offsets[1:] - 1]
+    log_probs = torch.log_softmax(queries @ module.model.item_keys(item[1:]).T / 0.5, dim=-1)
+    log_probs = log_probs.gather(1, (pairs.candidates.items - 1).clamp(min=0)).detach()
+    told = run_loss(module, replace(inputs_of(SAMPLED, pairs), log_probs=log_probs), tables).metrics
+    for name in ("rewards/chosen", "rewards/rejected"):
+        torch.testing.assert_close(told[name], whole[name])
+
+
+@pytest.mark.parametrize("config", [DPOConfig(beta=0.3), SoftmaxDPOConfig(beta=0.3)])
+def test_what_has_no_loser_is_no_pair(config: OfflineAlignment) -> None:
+    """Two of four contexts have none: the preference loss and what is said of pairs are means over
+    the other two, while the supervised loss stays that of all four."""
+    pairs = make_pairs([4, 1, 9, 2])
+    tied = replace(pairs.candidates, items=pairs.candidates.items.clone())
+    tied.items[1], tied.items[3, 1] = 0, 0
+    inputs = inputs_of(FULL, replace(pairs, candidates=tied, per_pair=torch.tensor(2.0)))
+    module, tables = build(config, FULL), table()
+    found = run_loss(module, inputs, tables)
+    alone = run_loss(module, inputs_of(FULL, take_pairs(pairs, [0, 2])), tables).metrics
+    for name in ("accuracy", "margin", "preference_loss", "rewards/chosen", "rewards/rejected"):
+        torch.testing.assert_close(found.metrics[name] / 4, alone[name] / 2)
+    supervised = run_loss(module, inputs_of(FULL, pairs), tables).metrics["supervised_loss"]
+    torch.testing.assert_close(found.metrics["supervised_loss"], supervised)
+    expected = found.metrics["preference_loss"] + supervised
+    torch.testing.assert_close(found.loss_sum.detach(), expected)
+    tied.items[:, 1:] = 0
+    nobody = run_loss(module, replace(inputs, per_pair=torch.tensor(0.0)), tables)
+    assert nobody.metrics["accuracy"] == 2.0 and nobody.metrics["margin"] == 0
+    torch.testing.assert_close(nobody.loss_sum.detach(), supervised)
 
 
 def plainly(config: OfflineAlignment, margins: list[float]) -> float:
