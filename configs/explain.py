@@ -16,8 +16,11 @@ _NOT_A_BLOCK = ("model_type", "model_attributes_type", "dict_type", "union_tag_n
 def explain(error: ValidationError, tree: Node, root: type[Config]) -> str:
     """One sentence a problem, one problem a line."""
     lines: dict[tuple[str, ...], str] = {}
-    for detail in error.errors():
-        path, annotation, around = schema.locate(root, detail["loc"])
+    located = [(detail, *schema.locate(root, detail["loc"])) for detail in error.errors()]
+    around_wrong = {path[:end] for _, path, *_ in located for end in range(len(path))}
+    for detail, path, annotation, around in located:
+        if detail["type"] == "too_short" and path in around_wrong:
+            continue  # its entries that are wrong did not count
         sentence = _sentence(detail, path, annotation, around, tree, root)
         lines.setdefault((*path, sentence if detail["type"] == "value_error" else ""), sentence)
     return "\n".join(lines.values())
@@ -44,6 +47,8 @@ def _sentence(
         return _unknown_key(path, tree, around or root, root)
     if detail["type"] in _NOT_A_BLOCK:
         return _not_a_block(path, tree, annotation)
+    if detail["type"] == "tuple_type":
+        return f"{_assignment(path, tree)} must be a list{_whole_list(path, tree)}"
     if schema.literals(annotation):
         return _bad_choice(path, tree, schema.literals(annotation))
     message = detail["msg"].removeprefix("Input ")
@@ -85,6 +90,13 @@ def _not_a_block(path: tuple[str, ...], tree: Node, annotation: Any) -> str:
     names = [name for block in schema.blocks(annotation)[:1] for name in block.model_fields]
     hint = f"with kind: {' | '.join(tagged)}" if tagged else f"of {', '.join(names) or 'names'}"
     return f"{_assignment(path, tree)} must be a mapping {hint}"
+
+
+def _whole_list(path: tuple[str, ...], tree: Node) -> str:
+    value = tree.nearest(path).plain()
+    if not isinstance(value, dict) or not all(str(key).isdigit() for key in value):
+        return ""
+    return f": its entries cannot be set one by one, so set {'.'.join(path)}=[…] as a whole"
 
 
 def _assignment(path: tuple[str, ...], tree: Node) -> str:

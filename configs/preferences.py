@@ -11,11 +11,12 @@ from configs.data import LabelName
 class PairRule(Config):
     """How pairs are dealt, whatever tells liked from disliked.
 
-    The context of a pair is the user's training history before the earliest of its events; winner
-    and losers lie within `window` consecutive events of the user.
+    The context of a pair is the user's training history before the earliest of its events.
     """
 
     window: PositiveInt = 20
+    """Consecutive events of the user that a winner and a loser lie within. The losers of a list may
+    be on both sides of their winner: it lies within 2 · window - 1."""
     pairs_per_user: PositiveInt = 8
     """Pairs, or lists where a winner is compared with several losers."""
     rejected_per_chosen: PositiveInt = 1

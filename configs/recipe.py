@@ -273,21 +273,21 @@ def _features_are_mapped(recipe: Recipe) -> None:
             "data.source.columns.rating"
         )
     if recipe.alignment is not None and recipe.alignment.rule is not None:
-        _rule_is_mapped(recipe.alignment.rule, source.columns)
+        _rule_is_mapped("alignment.rule", recipe.alignment.rule, source.columns)
     if isinstance(recipe.alignment, GBPOConfig) and recipe.alignment.logged is not None:
-        _rule_is_mapped(recipe.alignment.logged.rule, source.columns)
+        _rule_is_mapped("alignment.logged.rule", recipe.alignment.logged.rule, source.columns)
     if isinstance(recipe.objective, MultiTaskConfig):
         _tasks_are_mapped(recipe.objective, source.columns)
 
 
-def _rule_is_mapped(rule: PreferenceRule, columns: ColumnMap) -> None:
+def _rule_is_mapped(place: str, rule: PreferenceRule, columns: ColumnMap) -> None:
     named: tuple[str, ...] = ()
     match rule:
         case RatingRule():
             if columns.rating is None:
                 raise ValueError(
-                    "alignment needs liked and disliked items: map data.source.columns.rating, "
-                    "choose another alignment.rule.kind, or set alignment to null"
+                    f"{place} needs liked and disliked items: map data.source.columns.rating, "
+                    f"choose another {place}.kind, or set alignment to null"
                 )
         case LabelRule():
             named = (*rule.liked, *rule.disliked)
@@ -295,13 +295,13 @@ def _rule_is_mapped(rule: PreferenceRule, columns: ColumnMap) -> None:
             named = rule.negative
             if columns.dwell is None or columns.duration is None:
                 raise ValueError(
-                    "alignment.rule.kind='watch_time' compares how long items were watched: map "
+                    f"{place}.kind='watch_time' compares how long items were watched: map "
                     "data.source.columns.dwell and data.source.columns.duration"
                 )
     unknown = [name for name in named if name not in columns.labels]
     if unknown:
         raise ValueError(
-            f"alignment.rule names the labels {unknown}, which data.source.columns.labels "
+            f"{place} names the labels {unknown}, which data.source.columns.labels "
             f"{list(columns.labels)} does not map"
         )
 

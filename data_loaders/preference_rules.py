@@ -40,15 +40,17 @@ class Outcomes:
         )
 
 
-def check_rule(rule: PreferenceRule, data: DatasetManifest, url: str) -> None:
-    """Raise ValueError where the data set in `url` lacks what the rule reads."""
+def check_rule(
+    rule: PreferenceRule, data: DatasetManifest, url: str, place: str = "alignment.rule"
+) -> None:
+    """Raise ValueError where the data set in `url` lacks what the rule at the key `place` reads."""
     match rule:
         case RatingRule():
             if not data.has_ratings:
                 raise ValueError(
                     f"{url} has no ratings, so liked and disliked items are unknown; map "
-                    "data.source.columns.rating, choose another alignment.rule.kind, or set "
-                    "alignment to null"
+                    f"data.source.columns.rating, choose another {place}.kind, or set alignment to "
+                    "null"
                 )
             return
         case LabelRule():
@@ -59,7 +61,7 @@ def check_rule(rule: PreferenceRule, data: DatasetManifest, url: str) -> None:
             for column, present in missing.items():
                 if not present:
                     raise ValueError(
-                        f"{url} has no {column} times, which alignment.rule.kind='watch_time' "
+                        f"{url} has no {column} times, which {place}.kind='watch_time' "
                         f"compares; map data.source.columns.{column} or choose another rule"
                     )
         case _:
@@ -68,7 +70,7 @@ def check_rule(rule: PreferenceRule, data: DatasetManifest, url: str) -> None:
         unknown = [name for name in names if name not in data.labels]
         if unknown:
             raise ValueError(
-                f"alignment.rule.{key} names {unknown}, but the events of {url} carry the labels "
+                f"{place}.{key} names {unknown}, but the events of {url} carry the labels "
                 f"{list(data.labels)}; map them in data.source.columns.labels"
             )
 

@@ -44,7 +44,8 @@ def prompt_loader(
     """Training sequences to cut prompts from, at the state's position."""
     rule = _logged_rule(config)
     if rule is not None:
-        check_rule(rule, worker.dataset.manifest, worker.layout.data)
+        place = "alignment.logged.rule"
+        check_rule(rule, worker.dataset.manifest, worker.layout.data, place)
     return PromptLoader(
         worker.dataset,
         worker.recipe.data.loader,

@@ -88,6 +88,32 @@ def test_there_are_shipped_recipes() -> None:
     assert {"quickstart", "debug/tiny"} <= set(shipped_recipes())
 
 
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (
+            ["alignment={kind: grpo, rewards: [{kind: function, path: a.b}]}"],
+            "alignment.rewards.0.path=[{kind: function, path: a.b}] (override) String should match",
+        ),
+        (
+            ["alignment={kind: grpo, rewards: []}"],
+            "alignment.rewards=[] (override) Tuple should have at least 1 item",
+        ),
+        (
+            ["alignment.kind=grpo", "alignment.rewards.0.path=a:b"],
+            "must be a list: its entries cannot be set one by one, so set alignment.rewards=[…]",
+        ),
+        (["evaluation.ks=10"], "evaluation.ks=10 (override) must be a list"),
+    ],
+)
+def test_lists_and_their_entries_are_told_apart(overrides: list[str], sentence: str) -> None:
+    """One sentence: what is wrong with an entry is not said of the list as well."""
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("quickstart", overrides)
+    assert sentence in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
 def test_origins_name_file_and_line_override_or_default(folder: Path) -> None:
     origins = load_recipe("base.yaml", ["model.num_layers=4", "sharding.placement={item: auto}"])
     assert origins.origins["data.loader.global_batch"] == "base.yaml:6"

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 from configs.alignment import GBPOConfig, GRPOConfig, rewards_of
 from configs.recipe import Recipe
 
+SKIPS = {"skip_is_disliked": True}
 ALONE = {"alone": True, "rule": {"kind": "rating"}}
 
 
@@ -60,6 +61,11 @@ def test_defaults_need_no_preferences() -> None:
         ({"kind": "ipa", "generation": {"kind": "beam", "beams": 1}}, "beams=1 makes groups of"),
         ({"kind": "grpo", "rewards": [{"kind": "quota"}]}, "no term of a weight other than 0"),
         ({"kind": "ipa", "rewards": [{"kind": "hit", "weight": 0}]}, "no term of a weight other"),
+        (
+            {"kind": "gbpo", "logged": {"rule": {"kind": "labels", "liked": ["no"]} | SKIPS}},
+            r"alignment\.logged\.rule names the labels \['no'\]",
+        ),
+        ({"kind": "grpo", "rule": {"kind": "labels", "liked": ["no"]} | SKIPS}, r"nt\.rule names"),
         ({"kind": "grpo", "rewards": [{"kind": "legality"}]}, "of legality alone are the same"),
         (
             {"kind": "ipa", "rewards": [{"kind": "legality"}, {"kind": "diversity"}]},

@@ -87,6 +87,8 @@ def test_lists_deal_every_candidate_to_its_winner(users: Users, losers: int) -> 
         own = [int(r) for r in rejected if r >= 0]
         assert own and [int(r) for r in rejected] == own + [-1] * (losers - len(own))
         assert earlier == min(chosen, *own)
+        assert max(abs(chosen - loser) for loser in own) < rule.window
+        assert max(chosen, *own) - earlier < 2 * rule.window - 1  # on both sides of the winner
         found += [(int(user), int(chosen), r) for r in own]
         lists.setdefault(int(chosen), []).append(len(own))
     assert len(found) == len(set(found)) == pairs.candidates

@@ -144,6 +144,8 @@ def test_what_the_data_set_lacks_is_named(tmp_path: Any) -> None:
         return str(error.value)
 
     assert "no ratings" in refused(RatingRule())
+    with pytest.raises(ValueError, match=r"choose another alignment\.logged\.rule\.kind"):
+        check_rule(RatingRule(), bare, "the-url", "alignment.logged.rule")
     assert "alignment.rule.liked names ['follow']" in refused(
         LabelRule(liked=("follow", "like"), skip_is_disliked=True)
     )

@@ -125,6 +125,24 @@ def test_quota_by_hand() -> None:
     assert over.tolist() == [[True, True, False, False], [False, True, True, False]]
 
 
+@pytest.mark.parametrize(("share", "over"), [(0.5, False), (0.49, True), (0.51, False)])
+def test_a_quota_that_is_just_filled_is_kept(share: float, over: bool) -> None:
+    """Two of four items are half of them: not more."""
+    limited = rules.with_quota(rules.popularity_classes(COUNTS, 3), torch.tensor([0]))
+    found = group([[1, 2, 5, 6, 0, -1]], [1])
+    expected = [[over, over, False, False, False, False]]
+    assert rules.over_represented(found, limited, share).tolist() == expected
+
+
+@pytest.mark.parametrize("number", [10, 20, 30])
+def test_rounding_fills_no_quota(number: int) -> None:
+    """Every share in percent that is a whole number of items."""
+    classes = torch.tensor([-1, 0, -1])
+    for same in range(1, number):
+        found = group([[1] * same + [2] * (number - same)], [1])
+        assert not rules.over_represented(found, classes, same / number).any()
+
+
 KINDS = ItemFeature(torch.tensor([0, 1, 1, 2, 2, 0, 0], dtype=torch.int32), ("song", "clip"))
 """Items 5 and 6 have no category."""
 
