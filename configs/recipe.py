@@ -26,6 +26,7 @@ from configs.decoders import (
 from configs.evaluation import DEFAULT_CHUNK, EvaluationConfig, RecommendConfig
 from configs.failures import FailuresConfig
 from configs.generation import AncestralConfig, SearchConfig
+from configs.measured import check_metrics
 from configs.models import HSTURankingConfig, InitConfig, Model
 from configs.objectives import MultiTaskConfig, NextCodeConfig, Objective, SampledSoftmaxConfig
 from configs.preferences import LabelRule, PreferenceRule, RatingRule, WatchTimeRule
@@ -324,21 +325,13 @@ def _tasks_are_mapped(objective: MultiTaskConfig, columns: ColumnMap) -> None:
 
 
 def _metric_is_measured(recipe: Recipe) -> None:
-    ranking = [f"{m}@{k}" for m in ("hr", "ndcg") for k in recipe.evaluation.ks] + ["mrr"]
-    if isinstance(recipe.objective, MultiTaskConfig):
-        labels = [task.name for task in recipe.objective.tasks if task.kind == "label"]
-        ranking = [*(["auc"] if labels else []), *(f"auc/{name}" for name in labels)]
-        ranking += [f"r2/{task.name}" for task in recipe.objective.tasks if task.kind == "dwell"]
-    blocks = [("training", recipe.training.validation, ranking)]
-    if recipe.alignment is not None:
-        judged = recipe.alignment.rule is not None
-        allowed = [*ranking, "preference_accuracy"] if judged else ranking
-        blocks.append(("alignment", recipe.alignment.validation, allowed))
-    for name, block, allowed in blocks:
-        if block is not None and block.metric not in allowed:
-            raise ValueError(
-                f"{name}.validation.metric={block.metric!r} is not measured; allowed: {allowed}"
-            )
+    check_metrics(
+        recipe.objective,
+        recipe.evaluation.ks,
+        recipe.training.validation,
+        recipe.alignment,
+        writes_codes=recipe.writes_codes,
+    )
 
 
 def _placed_tables_exist(recipe: Recipe) -> None:

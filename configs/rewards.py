@@ -3,6 +3,8 @@
 Formulas: algorithms reference §7. The functions are in `trainer/rewards/`.
 """
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field, FiniteFloat, PositiveFloat, PositiveInt, model_validator
@@ -126,3 +128,12 @@ Reward = Annotated[
     | FunctionReward,
     Field(discriminator="kind"),
 ]
+
+
+def reward_names(rewards: Sequence[Reward]) -> tuple[str, ...]:
+    """What each reward of a list is called: its kind, numbered where that stands there again."""
+    repeated, seen, names = Counter(each.kind for each in rewards), Counter[str](), []
+    for kind in (each.kind for each in rewards):
+        seen[kind] += 1
+        names.append(f"{kind}_{seen[kind]}" if repeated[kind] > 1 else kind)
+    return tuple(names)

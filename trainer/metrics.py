@@ -12,9 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-GROUPS = ("", "/head", "/tail", "/cold")
-"""Key suffixes: every user, users whose target is popular, the other users, and those of them whose
-target no training event has."""
+from configs.measured import GROUPS
 
 
 @dataclass(frozen=True)

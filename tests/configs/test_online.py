@@ -34,9 +34,39 @@ def test_defaults_need_no_preferences() -> None:
     assert found.generation.kind == "ancestral"
 
 
+def limit(**fields: Any) -> dict[str, Any]:
+    return {"guardrails": {"limits": [{"metric": "hr@50", "max_drop": 0.01}, fields]}}
+
+
+DROP = {"metric": "preference_accuracy", "max_drop": 0.01}
+DIVERGENCE: dict[str, Any] = {"guardrails": {"divergence": {}}}
+
+
 @pytest.mark.parametrize(
     ("alignment", "sentence"),
     [
+        ({"kind": "dpo"} | limit(metric="hr@50", min=0.1) | DIVERGENCE, "divergence.reward='rewa"),
+        (
+            {"kind": "grpo"} | limit(metric="hr@5O", max_drop=0.1),
+            r"limits.1.metric='hr@5O' is not "
+            r"measured \(did you mean hr@5\?\); allowed: \['hr@1', ",
+        ),
+        (
+            {"kind": "grpo", "validation": None} | limit(**DROP),
+            "limits.0.metric='hr@50' is not me"
+            "asured; allowed.*; alignment.validation=null: validation measures nothing",
+        ),
+        (
+            {"kind": "grpo"} | limit(**DROP),
+            "limits.1.metric=.* measured, which needs alignment.rule",
+        ),
+        ({"kind": "grpo", "reference": None} | limit(metric="kl", max=1), "'kl' is not measured"),
+        ({"kind": "grpo"} | limit(metric="kl", max_drop=0.1), "'kl' has a max_drop, which is rela"),
+        (
+            {"kind": "grpo", "epochs": 1} | DIVERGENCE,
+            "validations=2 can never be reached: there are 1 after the start",
+        ),
+        ({"kind": "grpo", "guardrails": {"divergence": {"metric": "ndcg@7"}}}, "mean ndcg@"),
         ({"kind": "grpo", "kl": {"weight": 0.1}, "reference": None}, "needs a reference policy"),
         ({"kind": "grpo", "prompts": {"per_step": 3}}, "prompts.per_step=3 must be a multiple"),
         ({"kind": "grpo", "generation": {"kind": "ancestral", "top_p": 0.9}}, "set top_p to 1"),
@@ -89,6 +119,16 @@ def test_what_cannot_be(alignment: dict[str, Any], sentence: str) -> None:
 )
 def test_what_may_teach_is_allowed(alignment: dict[str, Any]) -> None:
     assert recipe(alignment).alignment is not None
+
+
+@pytest.mark.parametrize(
+    "metric", ["hr@50/tail", "coverage@10", "loss", "reward/hit_2", "kl", "preference_accuracy"]
+)
+def test_guardrails_may_watch_what_is_measured(metric: str) -> None:
+    rewards = [{"kind": "hit"}, {"kind": "hit", "by": "id"}]
+    alignment = {"kind": "grpo", "rule": {"kind": "rating"}, "rewards": rewards}
+    assert recipe(alignment | limit(metric=metric, min=0) | {"epochs": 2})
+    assert recipe(alignment | DIVERGENCE)
 
 
 def test_what_generates_nothing_rates_nothing() -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from configs.layout import RunLayout
+from configs.measured import GROUPS, training_metrics, validation_metrics
 from configs.recipe import Recipe
 from data_loaders.manifest import read_manifest
 from models.batch import JaggedBatch
@@ -92,6 +93,23 @@ def logged(root: Path, stage: str, fingerprint: str) -> dict[int, dict[str, floa
         assert not rows.get(row.step, {}).keys() & kept.keys(), f"step {row.step} is there twice"
         rows.setdefault(row.step, {}).update(kept)
     return rows
+
+
+def assert_named(settings: dict[str, Any], rows: dict[int, dict[str, float]]) -> None:
+    """An alignment measures exactly what recipes are held to; of groups, what has users."""
+    recipe = Recipe.model_validate(settings["recipe"])
+    assert recipe.alignment is not None
+    codes, judged = recipe.writes_codes, recipe.alignment.rule is not None
+    found = {tag.removeprefix("train/") for tag in rows[1] if tag.startswith("train/")}
+    known = set(training_metrics(recipe.alignment))
+    assert found - {"lr", "sparse_lr", "dense_grad_norm"} == known
+    measured = validation_metrics(
+        recipe.objective, recipe.evaluation.ks, judged=judged, writes_codes=codes
+    )
+    found = {tag.removeprefix("validation/") for tag in rows[0]}
+    found = {name for name in found if not name.startswith("users")}
+    assert found <= set(measured)
+    assert {name for name in measured if not name.endswith(GROUPS[1:])} <= found
 
 
 def query_of(policy: ParallelModel, row: dict[str, Any], history: slice, request: int) -> Tensor:

@@ -17,6 +17,7 @@ from tests.trainer.runs import (
     ITEMS,
     Pretrained,
     all_keys,
+    assert_named,
     logged,
     query_of,
     quiet,
@@ -79,9 +80,12 @@ def reference_of(settings: dict[str, Any]) -> Tensor:
 @pytest.fixture(scope="module")
 def whole(pretrained: Pretrained) -> dict[int, dict[str, float]]:
     """What an uninterrupted alignment on one rank measured."""
-    [outputs] = run_ranks(1, align_worker, settings_for(pretrained, "whole"), quiet)
+    settings = settings_for(pretrained, "whole")
+    [outputs] = run_ranks(1, align_worker, settings, quiet)
     assert outputs["selected_on"] == "validation"
-    return logged(pretrained.root, "align", "whole")
+    rows = logged(pretrained.root, "align", "whole")
+    assert_named(settings, rows)
+    return rows
 
 
 def test_the_reference_is_the_starting_policys_dense_log_softmax(

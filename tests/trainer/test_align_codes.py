@@ -13,7 +13,7 @@ from models.base import CodeDecoder, TableModel
 from models.generation.log_probs import sequence_log_probs
 from tests.harness import run_ranks
 from tests.trainer.conftest import write_pairs
-from tests.trainer.runs import logged, quiet, settings_of
+from tests.trainer.runs import assert_named, logged, quiet, settings_of
 from tests.trainer.test_align import align, interrupting, read_all
 from tests.trainer.test_code_stages import BLOCKS, write_run
 from trainer.align import align_worker
@@ -108,6 +108,7 @@ def test_the_reference_is_teacher_forced_and_the_world_changes_nothing(
     two = settings_for(root, f"two-{model}", model, 2, "of-two", start=start)
     assert len(run_ranks(2, align_worker, two, quiet)) == 2
     alone, shared = (logged(root, "align", f"{n}-{model}") for n in ("align", "two"))
+    assert_named(settings, alone)
     counts = there[:, 1:].sum(1)
     for found in (alone, shared):
         assert found[1]["train/margin"] == pytest.approx(0, abs=1e-4)

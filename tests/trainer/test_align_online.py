@@ -8,7 +8,7 @@ import torch
 
 from sharding.process_group import DistributedContext
 from tests.harness import run_ranks
-from tests.trainer.runs import USERS, logged, quiet, settings_of
+from tests.trainer.runs import USERS, assert_named, logged, quiet, settings_of
 from tests.trainer.test_align import align, interrupting
 from tests.trainer.test_code_stages import BLOCKS, write_run
 from trainer.align_online import SpreadCheck
@@ -94,7 +94,9 @@ def run(
     name = f"{name}-{family}"
     settings = settings_for(root, name, family, start=start, workers=workers, **more)
     run_ranks(workers, align, settings, say)
-    return logged(root, "align", name)
+    rows = logged(root, "align", name)
+    assert_named(settings, rows)
+    return rows
 
 
 def test_first_step_worlds_and_resume(root: Path, started: tuple[str, dict[str, Any]]) -> None:

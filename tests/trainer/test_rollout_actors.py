@@ -12,7 +12,7 @@ from configs.cluster import ClusterConfig
 from data_loaders.synthetic import write_synthetic
 from launch.cluster import connect
 from tests.harness import run_ranks
-from tests.trainer.runs import ITEMS, USERS, logged, quiet
+from tests.trainer.runs import ITEMS, USERS, assert_named, logged, quiet
 from tests.trainer.test_align import InterruptedRunError
 from tests.trainer.test_align_online import STEPS_PER_EPOCH, settings_for
 from trainer.align import align_worker
@@ -97,7 +97,10 @@ def start(root: Path) -> dict[str, Any]:
 def run(root: Path, start: dict[str, Any], name: str, how: tuple[bool, bool], **actors: Any) -> Any:
     settings = settings_for(root, name, "hstu", start=start, rewards=REWARDS, rollout_actors=actors)
     [ended] = run_ranks(1, align_with_actors, settings, *how, timeout=TIMEOUT_S)
-    return *ended, logged(root, "align", name)
+    rows = logged(root, "align", name)
+    if 1 in rows:
+        assert_named(settings, rows)
+    return *ended, rows
 
 
 def test_groups_grow_no_older_than_allowed_through_kills_and_resume(

@@ -3,7 +3,6 @@
 Shape legend: N prompts, G candidates of a prompt, V items.
 """
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, assert_never
@@ -66,14 +65,9 @@ class RewardSum:
         self._counts = train_counts
         self._features = features or {}
         self._models = models or {}
-        repeated = Counter(config.kind for config in configs)
-        seen: Counter[str] = Counter()
         self._terms: list[tuple[str, float, Part]] = []
         self._quotas: list[tuple[str, kinds.QuotaReward, Tensor]] = []
-        for config in configs:
-            seen[config.kind] += 1
-            again = repeated[config.kind] > 1
-            name = f"{config.kind}_{seen[config.kind]}" if again else config.kind
+        for name, config in zip(kinds.reward_names(configs), configs, strict=True):
             if isinstance(config, kinds.QuotaReward):
                 self._quotas.append((name, config, self._classes(config)))
             else:
