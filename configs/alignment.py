@@ -1,8 +1,15 @@
 """Preference optimisation."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from configs.base import Config
 from configs.generation import AncestralConfig, BeamConfig, GenerationConfig
@@ -20,6 +27,10 @@ from configs.policy_gradient import (
 from configs.preferences import PreferenceRule, RatingRule
 from configs.rewards import DiversityReward, HitReward, LegalityReward, QuotaReward, Reward
 from configs.training import CheckpointConfig, OptimizerConfig, ValidationConfig
+
+
+LOSERS = 3
+"""Of a winner under S-DPO, where the recipe does not say how many."""
 
 
 class AlignmentBase(Config):
@@ -68,11 +79,25 @@ class IPOConfig(OfflineBase):
 class SoftmaxDPOConfig(OfflineBase):
     """S-DPO (arXiv 2406.09215): a winner against several losers at once, the Plackett-Luce way.
 
-    `rule.rejected_per_chosen` says how many.
+    `rule.rejected_per_chosen` says how many; three where a rule does not say it.
     """
 
     kind: Literal["s_dpo"] = "s_dpo"
-    rule: PreferenceRule = RatingRule(rejected_per_chosen=3)
+    rule: PreferenceRule = RatingRule(rejected_per_chosen=LOSERS)
+
+    @field_validator("rule", mode="before")
+    @classmethod
+    def _several_by_default(cls, rule: Any) -> Any:
+        return {"rejected_per_chosen": LOSERS} | rule if isinstance(rule, dict) else rule
+
+    @field_validator("rule")
+    @classmethod
+    def _there_are_several(cls, rule: PreferenceRule) -> PreferenceRule:
+        if rule.rejected_per_chosen == 1:
+            raise ValueError(
+                "rejected_per_chosen=1 makes s_dpo what dpo is: raise it, or choose kind: dpo"
+            )
+        return rule
 
 
 class OnlineBase(AlignmentBase):

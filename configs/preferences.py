@@ -20,7 +20,8 @@ class PairRule(Config):
     pairs_per_user: PositiveInt = 8
     """Pairs, or lists where a winner is compared with several losers."""
     rejected_per_chosen: PositiveInt = 1
-    """Losers of one winner that are compared with it at once (S-DPO); what lacks is left open."""
+    """Losers of one winner that are compared with it at once (S-DPO, which has three unless told);
+    what lacks is left open."""
     min_context: PositiveInt = 3
 
 
