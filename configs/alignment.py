@@ -28,7 +28,6 @@ from configs.preferences import PreferenceRule, RatingRule
 from configs.rewards import DiversityReward, HitReward, LegalityReward, QuotaReward, Reward
 from configs.training import CheckpointConfig, OptimizerConfig, ValidationConfig
 
-
 LOSERS = 3
 """Of a winner under S-DPO, where the recipe does not say how many."""
 
