@@ -137,8 +137,10 @@ def preference_batches(
     pairs_per_batch: int,
     rank: int,
     world_size: int,
+    most: int | None = None,
 ) -> Iterator[PreferenceBatch]:
-    """All pairs of a part once, in order of pair id; this rank's contiguous share of them.
+    """All pairs of a part once (its first `most`), in order of pair id; this rank's contiguous
+    share of them.
 
     Every rank yields as many batches (the last ones may be empty) and at least one if there is a
     pair.
@@ -146,6 +148,7 @@ def preference_batches(
     pairs = PairDataset(url, cached_row_groups=2)
     begin = pairs.num_training_pairs if part == "validation" else 0
     end = pairs.num_training_pairs if part == "train" else pairs.manifest.num_pairs
+    end = end if most is None else min(end, begin + most)
     for ids in rank_share(np.arange(begin, end), pairs_per_batch, rank, world_size):
         yield pairs.batch(ids)
 

@@ -42,6 +42,9 @@ from trainer.supervised import SupervisedTargets
 from trainer.trainer import Limits, StepLoader, TrainerState
 from trainer.training_stage import OneUpdate, TrainingStage
 
+PROBED = 256
+"""Held-out pairs in whose contexts an offline policy's divergence is measured."""
+
 
 def align_worker(settings: dict[str, Any], say: Say) -> dict[str, Any]:
     """Align on this rank; rank 0's answer names the selected checkpoint.
@@ -73,15 +76,19 @@ def offline_stage(
     with preference_loader(worker, config, pairs, None, TrainerState()) as probe:
         steps = probe.steps_per_epoch
 
+    updates = LoggedPairs(worker, config, loss.model, config.epochs * steps)
+
     def before(policy: ParallelModel, afresh: bool) -> None:
         write_reference_once(worker, policy, settings)
+        load_policy(worker, policy, settings["start"])
+        updates.draw(policy, pairs)
         load_pretrained(worker, policy, settings, afresh)
 
     return TrainingStage(
         loss=loss,
         steps_per_epoch=steps,
         loader_at=lambda state: preference_loader(worker, config, pairs, reference, state),
-        updates=LoggedPairs(worker, config, loss.model, config.epochs * steps),
+        updates=updates,
         before=before,
         **shared_settings(worker, config, settings),
     )
@@ -223,6 +230,19 @@ class LoggedPairs(OneUpdate):
         self._model = model
         self._supervised = SupervisedTargets(worker, model, config.supervised_weight)
         self._probe = PolicyProbe(worker, config, total_steps)
+
+    def draw(self, start: ParallelModel, pairs_url: str) -> None:
+        """Have the divergence from `start` told in held-out pairs' contexts. Collective."""
+        ctx = self._worker.ctx
+        held_out = preference_batches(
+            pairs_url,
+            "validation",
+            pairs_per_batch=self._worker.recipe.evaluation.users_per_batch,
+            rank=ctx.rank,
+            world_size=ctx.world_size,
+            most=PROBED,
+        )
+        self._probe.draw(start, (pairs.batch for pairs in held_out))
 
     def attach(self, policy: ParallelModel) -> None:
         """Measure `policy` where a step is logged."""

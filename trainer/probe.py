@@ -6,9 +6,10 @@ which not every step shall pay for.
 Shape legend: N contexts, K losers of a winner, L parts of log π.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from configs.alignment import AlignmentBase
@@ -32,6 +33,18 @@ class PolicyProbe:
         self._every, self._total = config.log_every_steps, total_steps
         self._policy: ParallelModel | None = None
         self._engine: RolloutEngine | None = None
+        self._drawn: list[Rollout] = []
+
+    def draw(self, start: ParallelModel, contexts: Iterable[JaggedBatch]) -> None:
+        """Keep draws of the reference, which `start` is now, for where it is not held. Collective.
+
+        Args:
+            start: it may be trained on later.
+            contexts: a few, equally many batches on all ranks.
+        """
+        engine = RolloutEngine(self._worker, start, AncestralConfig(samples=1))
+        engine.refresh()
+        self._drawn = [engine(_prompts(batch), 0) for batch in contexts]
 
     def attach(self, policy: ParallelModel) -> None:
         """Measure `policy`."""
@@ -51,24 +64,40 @@ class PolicyProbe:
             inputs: of the step's micro batches, on the policy's device.
             contexts: theirs, whole, as the loader has them.
             step: of the loader; keys what is drawn.
-            reference: π_ref, where it is held; without it there is no divergence.
+            reference: π_ref, where it is held; otherwise its draws tell the divergence.
         """
         assert self._policy is not None and self._engine is not None, "attach comes first"
         coming = self._policy.step + 1
         if coming % self._every and coming not in (1, self._total):
             return list(inputs)
         self._engine.refresh()
-        likelihood = None
-        if not self._worker.recipe.writes_codes:
-            likelihood = Likelihood.of(self._worker, self._policy)
+        likelihood = Likelihood.of(self._worker, self._policy)
+        writes_codes = self._worker.recipe.writes_codes
+        divergence = self._from_draws(likelihood) if self._drawn else None
         measured = []
         for each, batch in zip(inputs, contexts, strict=True):
-            targets = batch.target_ids[batch.offsets[1:] - 1]
-            drawn = self._engine(Prompts(batch, targets, None), step)
-            told = sampled_measures(drawn, reference)
-            log_probs = None if likelihood is None else likelihood(each.candidates)
+            told = sampled_measures(self._engine(_prompts(batch), step), reference)
+            if divergence is not None:
+                told["kl"] = divergence.expand(batch.num_sequences)
+            log_probs = None if writes_codes else likelihood(each.candidates)
             measured.append(replace(each, log_probs=log_probs, measures=each.measures | told))
         return measured
+
+    def _from_draws(self, likelihood: Likelihood) -> Tensor:
+        """KL(π_ref‖π), k3 from draws of π_ref: scalar, equal on all ranks. Collective."""
+        sums = torch.zeros(2, dtype=torch.float64, device=self._worker.ctx.device)
+        for drawn in self._drawn:
+            there = drawn.group.valid[..., None]
+            new = likelihood.parts(drawn.candidates).where(there, 0.0)
+            values = pg.divergences(drawn.log_probs.where(there, 0.0), new, "k3").mean((1, 2))
+            sums += torch.stack([values.sum().double(), torch.ones_like(values).sum().double()])
+        total, number = self._worker.ctx.all_reduce_sum(sums).unbind()
+        return (total / number.clamp(min=1)).float()
+
+
+def _prompts(batch: JaggedBatch) -> Prompts:
+    """Contexts to generate after, whatever was taken next."""
+    return Prompts(batch, batch.target_ids[batch.offsets[1:] - 1], None)
 
 
 def sampled_measures(drawn: Rollout, reference: Likelihood | None) -> dict[str, Tensor]:

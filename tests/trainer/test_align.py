@@ -126,10 +126,13 @@ def test_the_first_step_starts_at_the_reference_in_every_world(
         apart = last["train/rewards/chosen"] - last["train/rewards/rejected"]
         assert apart == pytest.approx(last["train/margin"], abs=1e-5)
         assert 0 < rows[1]["train/entropy"] < 2 * math.log(ITEMS)
+        assert abs(rows[1]["train/kl"]) < 1e-6 < last["train/kl"]
     assert shared.keys() == whole.keys()
     for step, row in whole.items():
         for tag in row.keys() & {"train/loss", "train/preference_loss", "train/supervised_loss"}:
             assert shared[step][tag] == pytest.approx(row[tag], rel=1e-3)
+        if "train/kl" in row:
+            assert shared[step]["train/kl"] == pytest.approx(row["train/kl"], rel=0.05, abs=1e-6)
 
 
 def test_going_on_from_the_middle_of_an_epoch_changes_no_loss(
