@@ -59,9 +59,9 @@ def training_metrics(alignment: Alignment) -> list[str]:
     if isinstance(alignment, OnlineBase):
         return names + _of_groups(alignment)
     names += ["preference_loss", "accuracy", "margin", "rewards/chosen", "rewards/rejected"]
-    names += ["entropy"]
+    names += ["entropy", "kl"]
     if isinstance(alignment, GeneratedPairsBase):
-        names += ["kl", "reward", *_SPREAD]
+        names += ["reward", *_SPREAD]
     if isinstance(alignment, IterativePreferenceConfig):
         names += ["reward_best", "reward_worst", "tied"]
     return names

@@ -43,7 +43,7 @@ from trainer.trainer import Limits, StepLoader, TrainerState
 from trainer.training_stage import OneUpdate, TrainingStage
 
 PROBED = 256
-"""Held-out pairs in whose contexts an offline policy's divergence is measured."""
+"""Training pairs in whose contexts an offline policy's divergence is measured."""
 
 
 def align_worker(settings: dict[str, Any], say: Say) -> dict[str, Any]:
@@ -232,17 +232,17 @@ class LoggedPairs(OneUpdate):
         self._probe = PolicyProbe(worker, config, total_steps)
 
     def draw(self, start: ParallelModel, pairs_url: str) -> None:
-        """Have the divergence from `start` told in held-out pairs' contexts. Collective."""
+        """Have the divergence from `start` told in the contexts of a few pairs. Collective."""
         ctx = self._worker.ctx
-        held_out = preference_batches(
+        few = preference_batches(
             pairs_url,
-            "validation",
+            "train",
             pairs_per_batch=self._worker.recipe.evaluation.users_per_batch,
             rank=ctx.rank,
             world_size=ctx.world_size,
             most=PROBED,
         )
-        self._probe.draw(start, (pairs.batch for pairs in held_out))
+        self._probe.draw(start, (pairs.batch for pairs in few))
 
     def attach(self, policy: ParallelModel) -> None:
         """Measure `policy` where a step is logged."""
