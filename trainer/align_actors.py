@@ -26,7 +26,8 @@ from trainer.trainer import TrainerState
 
 
 class ActorUpdates(OnlineUpdates):
-    """Turns the groups that actors generated for a step into updates, unless they are too old.
+    """Turns the groups that actors generated for a step into updates, unless they are too old, or
+    of a policy that was given up since.
 
     It logs `staleness` (batches of prompts since the group's policy, on the rank where it is
     largest), `queue_wait` (seconds) and `dropped` (share of the batches since the stage went on).
@@ -44,7 +45,7 @@ class ActorUpdates(OnlineUpdates):
         assert config.rollout_actors is not None, "there are actors"
         self._settings: RolloutActorsConfig = config.rollout_actors
         self._actors = actors
-        self._answered = self._dropped = 0
+        self._answered = self._dropped = self._line = 0
 
     def loader(self, state: TrainerState) -> AskingLoader:
         """The stage's loader at the position of a state; its steps are asked for ahead."""
@@ -57,10 +58,11 @@ class ActorUpdates(OnlineUpdates):
         self._actors.start()
 
     def restore(self, beside: CheckpointStore, step: int) -> None:
-        """As in `OnlineUpdates`; the actors go on with the policy that was returned to."""
+        """As in `OnlineUpdates`; the actors go on with the policy that was returned to, and what
+        others generated is dropped."""
         super().restore(beside, step)
-        assert self._policy is not None, "attach comes first"
-        self._actors.publish(self._policy)
+        self._line += 1
+        self._publish()
 
     def __call__(self, step: Any) -> Iterator[Sequence[OnlineInputs]]:
         """Inputs of each update; none where the groups are too old. Collective."""
@@ -69,10 +71,11 @@ class ActorUpdates(OnlineUpdates):
         found = self._actors.answer(step.asked)
         waited = time.monotonic() - began
         epochs = self._config.inner_epochs
-        staleness = (self._policy.step - found.version) // epochs
-        staleness = max(self._worker.ctx.all_gather_object(staleness))
+        mine = ((self._policy.step - found.version) // epochs, found.line != self._line)
+        ages, given_up = zip(*self._worker.ctx.all_gather_object(mine), strict=True)
+        staleness = max(ages)
         self._answered += 1
-        if staleness > self._settings.max_staleness:
+        if staleness > self._settings.max_staleness or any(given_up):
             self._dropped += 1
             return
         rollouts = [each.to(self._worker.ctx.device) for each in found.rollouts]
@@ -84,7 +87,11 @@ class ActorUpdates(OnlineUpdates):
         }
         yield from self.trained([_measuring(each, told) for each in inputs])
         if (self._policy.step // epochs) % self._settings.snapshot_every == 0:
-            self._actors.publish(self._policy)
+            self._publish()
+
+    def _publish(self) -> None:
+        assert self._policy is not None, "attach comes first"
+        self._actors.publish(self._policy, self._line)
 
     def _ask(self, sequences: StepBatches[PromptSequences]) -> AskedStep:
         prompts = self.cut(sequences)

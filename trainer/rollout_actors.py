@@ -39,6 +39,8 @@ KEPT = 3
 """Snapshots: the newest, and those that an actor may be reading."""
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 """What an actor may inherit from who started Ray; it is a world of its own."""
+LINE = "line"
+"""Of a snapshot's policy, among the snapshot's fingerprints."""
 ATTEMPTS = 3
 """To read a snapshot; one may be replaced by newer ones meanwhile."""
 
@@ -49,6 +51,8 @@ class Trajectories:
 
     version: int
     """Optimizer step of the policy that generated them."""
+    line: int
+    """Of the snapshot, as `publish` was given it."""
     rollouts: list[Rollout]
     """One per micro batch."""
 
@@ -78,7 +82,7 @@ class _RolloutActor:
         self._refresh()
         assert self._now is not None
         rollouts = [self._engine(each, step).to("cpu") for each in prompts]
-        return Trajectories(self._now.step, rollouts)
+        return Trajectories(self._now.step, int(self._now.fingerprints[LINE]), rollouts)
 
     def _refresh(self) -> None:
         for attempt in range(1, ATTEMPTS + 1):
@@ -164,9 +168,15 @@ class RolloutActors:
             return f"a rollout actor did not start: {users_error(error)}"
         return None
 
-    def publish(self, policy: ParallelModel) -> None:
-        """Leave a snapshot of the policy's weights. Collective."""
-        self._store.write(policy.step, weights(policy), {}, {})
+    def publish(self, policy: ParallelModel, line: int) -> None:
+        """Leave a snapshot of the policy's weights. Collective.
+
+        Args:
+            policy: as it is.
+            line: one for all policies between two returns to an earlier one; optimizer steps go on
+                then, and do not tell the policies apart.
+        """
+        self._store.write(policy.step, weights(policy), {}, {LINE: str(line)})
 
     def ask(self, prompts: Sequence[Prompts], step: int) -> ray.ObjectRef:
         """Have groups generated for this rank's prompts of a step."""

@@ -94,8 +94,16 @@ def start(root: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def run(root: Path, start: dict[str, Any], name: str, how: tuple[bool, bool], **actors: Any) -> Any:
-    settings = settings_for(root, name, "hstu", start=start, rewards=REWARDS, rollout_actors=actors)
+def run(
+    root: Path,
+    start: dict[str, Any],
+    name: str,
+    how: tuple[bool, bool],
+    more: dict[str, Any] | None = None,
+    **actors: Any,
+) -> Any:
+    more = {"rewards": REWARDS, "rollout_actors": actors} | (more or {})
+    settings = settings_for(root, name, "hstu", start=start, **more)
     [ended] = run_ranks(1, align_with_actors, settings, *how, timeout=TIMEOUT_S)
     rows = logged(root, "align", name)
     if 1 in rows:
@@ -129,3 +137,17 @@ def test_an_actor_that_dies_too_often_is_told(root: Path, start: dict[str, Any])
     killed, why, _ = run(root, start, "dead", (True, False), max_restarts=0)
     assert killed == 1
     assert "alignment.rollout_actors.max_restarts=0 allows" in why
+
+
+def test_after_a_roll_back_nothing_is_trained_that_the_abandoned_policy_generated(
+    root: Path, start: dict[str, Any]
+) -> None:
+    """Its steps run on, so that its groups are young: they were asked for before the roll-back."""
+    limit = {"metric": "ratio", "min": 2.0, "action": "roll_back"}  # broken by every window
+    guardrails = {"limits": [limit], "window": 3, "max_rollbacks": 1}
+    more = {"guardrails": guardrails, "validation": None, "rewards": REWARDS[:1], "epochs": 4}
+    _, why, rows = run(root, start, "back", (False, False), more, ahead=1, max_staleness=4)
+    assert (why, max(rows)) == ("", 6)
+    assert rows[4]["train/staleness"] == 0
+    assert rows[4]["train/ratio"] == pytest.approx(1.0, abs=1e-5)
+    assert rows[4]["train/kl"] == pytest.approx(0.0, abs=1e-6)  # the start again
