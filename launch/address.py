@@ -5,6 +5,7 @@ import os
 import secrets
 import socket
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -41,6 +42,25 @@ def refuse_open(address: str, what: str) -> None:
         "anyone who reaches that port could run code: start the cluster with RAY_AUTH_MODE=token "
         "and set it here, too"
     )
+
+
+def refuse_unguarded(address: str, what: str, lets_in: Callable[[str], bool]) -> None:
+    """Refuse an address beyond loopback that asks for no token, whatever is set here.
+
+    Args:
+        address: as for `is_loopback`.
+        what: the setting that names it, for the message.
+        lets_in: whether what answers there does what it is asked without a token.
+
+    Raises:
+        ValueError: one sentence with the mend.
+    """
+    if not is_loopback(address) and lets_in(address):
+        raise ValueError(
+            f"{what}={address!r} asks for no token, so anyone who reaches that port can run code "
+            "there: start the cluster anew with RAY_AUTH_MODE=token on all its nodes, and the same "
+            f"token in {token_file()} there and here"
+        )
 
 
 def token_file() -> Path:

@@ -12,6 +12,7 @@ from configs.load import LoadedRecipe, load_recipe
 from configs.recipe import STAGES, StageName
 from configs.redaction import redacted
 from launch.bench import add_commands
+from launch.busy import EXIT_STATUS, BusyError
 
 USER_ERRORS = (ValueError, FileNotFoundError, PermissionError)
 RECIPE_HELP = "RECIPE is the path of a .yaml file or a shipped name; KEY=VALUE overrides a setting."
@@ -21,7 +22,8 @@ FORCE_HELP = "Discard stages and their checkpoints, interrupted ones too: all, o
 
 
 class _Command(click.Command):
-    """Reports a user's mistake as its sentence (exit 2); anything else is a traceback (exit 1)."""
+    """Reports a user's mistake as its sentence (exit 2), as it does what may succeed later (75);
+    anything else is a traceback (exit 1)."""
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
@@ -32,11 +34,11 @@ class _Command(click.Command):
         debug = ctx.params.pop("debug")
         try:
             return super().invoke(ctx)
-        except USER_ERRORS as error:
+        except (*USER_ERRORS, BusyError) as error:
             if debug:
                 raise
             click.secho(f"error: {redacted(str(error))}", fg="red", err=True)
-            ctx.exit(2)
+            ctx.exit(EXIT_STATUS if isinstance(error, BusyError) else 2)
 
 
 class _Group(click.Group):

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from fsspec.implementations.memory import MemoryFileSystem
 from pyarrow.fs import FSSpecHandler, PyFileSystem
@@ -24,23 +23,16 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import ray
-from ray._private.services import get_ray_address_from_environment
+from ray._private import worker as ray_worker
 from ray._private.state import state
 from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from launch.address import (
-    answers,
-    make_token,
-    protect_token,
-    refuse_open,
-    refuse_open_embedded,
-    token_file,
-)
+from launch.address import make_token, protect_token, refuse_open_embedded
+from launch.busy import BusyError
 from launch.console import Console, Line
 from launch.elastic import ElasticGroup, GroupTrainer
 from launch.failures import (
@@ -51,7 +43,9 @@ from launch.failures import (
     processes_killed_for_memory,
     summary,
 )
-from launch.termination import current_termination
+from launch.joining import check_door, why_not
+from launch.rendezvous import GroupConfig, loopback_interface
+from launch.termination import current_termination, unheard
 from trainer.stop_notice import install_notice
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
@@ -70,12 +64,19 @@ def worker_environment(cluster: ClusterConfig) -> dict[str, str]:
     environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
     if cluster.device == "cpu":
         environment["DS_ACCELERATOR"] = "cpu"
+    if cluster.address == "local":  # ranks talk to each other without tokens
+        environment["GLOO_SOCKET_IFNAME"] = loopback_interface()
     return environment
 
 
 @contextmanager
 def connect(cluster: ClusterConfig) -> Iterator[None]:
-    """Join the recipe's cluster, or start an embedded one that ends with this process."""
+    """Join the recipe's cluster, or start an embedded one that ends with this process.
+
+    Raises:
+        ValueError: the cluster is not there, or lets anyone in, or does not let this job in.
+        BusyError: the embedded one was not there in time.
+    """
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(cluster.start_timeout_s)
     os.environ.setdefault("RAY_raylet_start_wait_time_s", str(cluster.start_timeout_s))
     runtime_env: dict[str, Any] = {"env_vars": worker_environment(cluster)}
@@ -93,57 +94,49 @@ def connect(cluster: ClusterConfig) -> Iterator[None]:
     protect_token()
     try:
         if not embedded and not in_ray_job:  # a job is there already; `submit` checked the door
-            _refuse_open_cluster(cluster.address)
-            if urlsplit(f"//{cluster.address}").port is not None and not answers(cluster.address):
-                raise ConnectionError("connection refused")
-        ray.init(
-            address=cluster.address,
-            runtime_env=runtime_env,
-            log_to_driver=False,
-            logging_level="ERROR",
-            **options,
-        )
+            check_door(cluster.address)
+        with unheard():
+            ray.init(
+                address=cluster.address,
+                runtime_env=runtime_env,
+                log_to_driver=False,
+                logging_level="ERROR",
+                **options,
+            )
     except ConnectionError as error:
-        raise ValueError(_why_not(cluster.address, error)) from error
+        raise ValueError(why_not(cluster.address, error)) from error
     except Exception as error:
         if "timed out" not in str(error):
             raise
-        raise ValueError(
+        raise BusyError(
             f"Ray did not start within cluster.start_timeout_s={cluster.start_timeout_s}: "
             f"{error}; the machine is busy: raise it, or run again later"
         ) from error
-    _quiet_data_progress()
+    _quiet()
     try:
         yield
     finally:
-        ray.shutdown()
+        _leave()
 
 
-def _why_not(address: str, error: ConnectionError) -> str:
-    """A sentence on why the cluster at `address` was not joined."""
-    if answers(address):
-        return (
-            f"cluster.address={address!r}: what answers there does not let this job in; if it asks "
-            f"for a token, export RAY_AUTH_MODE=token here, and put its token into {token_file()} "
-            "(mode 0600)"
-        )
-    return (
-        f"cluster.address={address!r}: no Ray cluster answers there ({error}); "
-        "start one with `ray start --head`, or use cluster.address=local"
-    )
+def _leave() -> None:
+    """Disconnect, and end what was started here.
+
+    `ray.shutdown` would ask every daemon by SIGTERM, which they do not hear (`unheard`), and wait a
+    second for each.
+    """
+    started, ray_worker._global_node = ray_worker._global_node, None
+    ray.shutdown()
+    if started is not None:
+        if started.is_head():
+            started.destroy_external_storage()
+        started.kill_all_processes(check_alive=False, allow_graceful=False)
 
 
-def _refuse_open_cluster(address: str) -> None:
-    """`refuse_open` for the address that Ray will join, which `auto` leaves for Ray to find."""
-    if address != "auto":
-        refuse_open(address, "cluster.address")
-        return
-    found = get_ray_address_from_environment("auto", None)  # Ray's own search; may find no Ray
-    named = os.environ.get("RAY_ADDRESS")
-    refuse_open(found, "RAY_ADDRESS" if named else "cluster.address (auto)")
-
-
-def _quiet_data_progress() -> None:
+def _quiet() -> None:
+    """Leave the terminal to what the run itself prints."""
+    # Paragraphs on each lost worker, which come besides the logs; `failures` says it in a line.
+    ray_worker._worker_logs_enabled = False
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -297,8 +290,9 @@ def _run_group(
         _enter,
         group=group,
         train_loop_config={"entry": entry, "settings": settings, "line": line, "group": group},
-        torch_config=TorchConfig(
-            backend="cpu:gloo,cuda:nccl" if cluster.device == "cuda" else "gloo"
+        torch_config=GroupConfig(
+            backend="cpu:gloo,cuda:nccl" if cluster.device == "cuda" else "gloo",
+            loopback=cluster.address == "local",
         ),
         scaling_config=ScalingConfig(
             num_workers=cluster.num_workers if group is None else (group.sizes[0], group.sizes[-1]),

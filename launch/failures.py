@@ -128,8 +128,9 @@ def _memory(causes: list[BaseException]) -> str | None:
 
 
 _HOST_MEND = (
-    "lower data.loader.cached_row_groups, shuffle_window or prefetch, set "
-    "checkpoint.behind_training to false, or spread the ranks over more nodes"
+    "lower data.loader.cached_row_groups (not below data.loader.shuffle_window) or "
+    "data.loader.prefetch, set training.checkpoint.behind_training=false (when aligning "
+    "alignment.checkpoint.behind_training=false), or spread the ranks over more nodes"
 )
 
 

@@ -191,7 +191,6 @@ class _Run:
 
         self._cluster.enter_context(connect(self._recipe.cluster))
         self._connected = True
-        self._termination.install()  # Ray has put its own handler of SIGTERM there
         check_output(self._layout.root)
 
 

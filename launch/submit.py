@@ -5,6 +5,7 @@ project's folder does, and no credentials.
 """
 
 import asyncio
+import json
 import logging
 import os
 import shlex
@@ -16,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
+from urllib.request import urlopen
 
 import click
 
@@ -29,7 +31,7 @@ from configs import storage
 from configs.load import LoadedRecipe
 from configs.recipe import Recipe
 from configs.redaction import SECRET_NAME, redacted
-from launch.address import protect_token, refuse_open, token_file
+from launch.address import PROBE_S, protect_token, refuse_open, refuse_unguarded, token_file
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("configs", "models", "data_loaders", "sharding", "trainer", "launch")
@@ -163,6 +165,7 @@ def start(
     for name in CHATTY:
         logging.getLogger(name).setLevel(logging.WARNING)
     client = _connect(address)
+    refuse_unguarded(address, "--address", server_lets_in)
     command = [python, "-m", "launch.cli", "run", RECIPE_FILE, *options]
     with tempfile.TemporaryDirectory(prefix="tandem-submit-") as folder:
         stage(loaded, Path(folder))
@@ -269,6 +272,16 @@ def _connect(address: str) -> JobSubmissionClient:
             f"no Ray job server answers at {address} ({reason}); start one with `ray start --head` "
             "and give the address of its dashboard"
         ) from error
+
+
+def server_lets_in(address: str) -> bool:
+    """Whether the job server at `address` answers a caller that shows no token."""
+    url = address if "://" in address else f"http://{address}"
+    try:
+        with urlopen(f"{url.rstrip('/')}/api/version", timeout=PROBE_S) as answer:
+            return "ray_version" in json.load(answer)
+    except (OSError, ValueError):  # refused, or no answer of Ray's
+        return False
 
 
 @contextmanager

@@ -17,10 +17,11 @@ from configs import storage
 from configs.layout import RunLayout
 from configs.recipe import Recipe
 from launch.address import answers
+from launch.termination import ENDINGS
 
 SUPERVISED = "TANDEM_SUPERVISED"
 """Set in the environment of a driver that has a supervisor."""
-ENDED = {0, 2, 128 + signal.SIGTERM, 128 + signal.SIGINT}
+ENDED = {0, 2, *(128 + number for number in ENDINGS)}
 """Exit statuses of a driver that is done: finished, told what is wrong, or asked to end."""
 POLL_S = 0.5
 
@@ -87,7 +88,8 @@ def _run_once(command: Sequence[str]) -> int:
     def hand_on(number: int, frame: FrameType | None) -> None:
         driver.send_signal(number)
 
-    before = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    heard = [number for number in ENDINGS if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, hand_on) for number in heard}
     try:
         return driver.wait()
     finally:

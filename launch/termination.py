@@ -1,18 +1,25 @@
-"""SIGTERM to the driver: its workers are asked to save, and the run ends with status 143."""
+"""SIGTERM, Ctrl-C or a hang-up to the driver: its workers are asked to save, and the run ends."""
 
 import os
 import signal
+import stat
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
-from trainer.stop_notice import EXIT_STATUS
+ENDINGS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""Signals that ask a run to end: of schedulers and service managers, of Ctrl-C, of a terminal that
+is closed."""
+REPEAT_S = 1.0
+"""Signals so close together are one: who tells a whole group of processes tells the supervisor as
+well, which hands it on; and `timeout` tells its child, then its group."""
 
 
 class Termination:
-    """Context of a run; while it lasts it is the main thread's handler of SIGTERM.
+    """Context of a run; while it lasts it is the main thread's handler of `ENDINGS`.
 
     Where no worker group trains, nothing is lost by ending at once. Otherwise the group is asked to
     save; a second signal, or the end of the time it is given, ends the run without waiting.
@@ -20,13 +27,21 @@ class Termination:
 
     def __init__(self) -> None:
         self.asked = False
+        self._by = signal.SIGTERM
+        self._told_at = -REPEAT_S
+        self._late = False
         self._ask: Callable[[], None] | None = None
         self._grace_s = 0.0
         self._timer: threading.Timer | None = None
-        self._before: Any = None
+        self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "Termination":
-        self.install()
+        if threading.current_thread() is threading.main_thread():
+            for number in ENDINGS:
+                # A run of `nohup`, or in a script's background, shall not hear of these.
+                ignored = signal.getsignal(number) == signal.SIG_IGN
+                if number == signal.SIGTERM or not ignored:
+                    self._before[number] = signal.signal(number, self)
         return self
 
     def __exit__(
@@ -35,32 +50,36 @@ class Termination:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        mine: Any = self
-        if self._before is not None and signal.getsignal(signal.SIGTERM) is mine:
-            signal.signal(signal.SIGTERM, self._before)
-
-    def install(self) -> None:
-        """Become the handler, again after a library took the place. A thread changes nothing."""
-        if threading.current_thread() is not threading.main_thread():
-            return
-        before = signal.signal(signal.SIGTERM, self)
-        if self._before is None:
-            self._before = before
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """Ask the worker group, or end."""
+        told_at, self._told_at = self._told_at, time.monotonic()
+        if self._told_at - told_at < REPEAT_S and not self._late:
+            return
+        if not self.asked:
+            self._by = signal.Signals(number)
+            if self._by == signal.SIGHUP:
+                _leave_terminal()
         if self._ask is None or self.asked:
-            self.end("ended by SIGTERM; what is committed stands, and the same command goes on")
+            self.end(
+                f"ended by {self._by.name}; what is committed stands: the same command goes on"
+            )
         self.asked = True
         print(
-            f"SIGTERM: the workers are asked to save and end, within {self._grace_s:g} s; "
+            f"{self._by.name}: the workers are asked to save and end, within {self._grace_s:g} s; "
             "a second one ends the run at once",
             flush=True,
         )
         self._ask()
-        self._timer = threading.Timer(self._grace_s, os.kill, (os.getpid(), signal.SIGTERM))
+        self._timer = threading.Timer(self._grace_s, self._hurry)
         self._timer.daemon = True
         self._timer.start()
+
+    def _hurry(self) -> None:
+        self._late = True
+        os.kill(os.getpid(), self._by)
 
     @contextmanager
     def asks(self, ask: Callable[[], None], grace_s: float) -> Iterator[None]:
@@ -76,15 +95,44 @@ class Termination:
     def check(self) -> None:
         """End the run if it was asked to end, although the group had finished before it knew."""
         if self.asked:
-            self.end("ended by SIGTERM after the stage had finished; the same command goes on")
+            name = self._by.name
+            self.end(f"ended by {name} after the stage had finished; the same command goes on")
 
     def end(self, sentence: str) -> NoReturn:
-        """Say why, and leave with the status of a process that SIGTERM ended."""
+        """Say why, and leave with the status of a process that the signal ended."""
         print(sentence, flush=True)
-        raise SystemExit(EXIT_STATUS)
+        raise SystemExit(128 + self._by)
 
 
 def current_termination() -> Termination:
     """That of the run of this process; one that is never asked where there is none."""
     handler = signal.getsignal(signal.SIGTERM)
     return handler if isinstance(handler, Termination) else Termination()
+
+
+@contextmanager
+def unheard() -> Iterator[None]:
+    """What this thread starts meanwhile is never told by `ENDINGS`, nor is what that starts.
+
+    A signal to the whole group of processes, or to all of a service or a job, would otherwise end
+    the daemons of an embedded Ray before the workers have saved. One that comes meanwhile is heard
+    afterwards, by the handlers of before.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    handlers = {number: signal.getsignal(number) for number in ENDINGS} if main else {}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDINGS)
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _leave_terminal() -> None:
+    """Let what is printed from now on vanish where it went to a terminal, which is gone."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        if stat.S_ISCHR(os.fstat(stream).st_mode):
+            os.dup2(nowhere, stream)
+    os.close(nowhere)

@@ -207,8 +207,9 @@ class ParallelModel:
         self.ctx.all_reduce_sum(totals)
         samples = "unknown" if sample_ids is None else _name_samples(sample_ids)
         where = f"step {self.step + 1}, rank {self.ctx.rank} (samples {samples})"
-        mend = "nothing was updated; lower training.optimizer.lr, inspect these samples, or leave "
-        mend += "such steps out by failures.non_finite.action=skip"
+        mend = "nothing was updated; lower training.optimizer.lr, or inspect these samples"
+        if not self.may_skip:
+            mend += ", or leave such steps out by failures.non_finite.action=skip"
         sentence = f"{where}: the loss or its gradient is not finite; {mend}"
         _require(mine, sentence, mine=True, wait=self.may_skip)
         theirs = totals.isfinite().all()

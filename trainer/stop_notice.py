@@ -12,9 +12,6 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-EXIT_STATUS = 128 + signal.SIGTERM
-"""Of a process that ended because it was asked to, as shells have it."""
-
 
 class StoppedError(Exception):
     """Training ended where it was asked to, and is saved there; the same on every rank."""
@@ -26,8 +23,8 @@ class StoppedError(Exception):
 
     def __str__(self) -> str:
         return (
-            f"stage {self.stage!r} was asked to end (SIGTERM or a node that is taken away) and is "
-            f"saved at step {self.step:,}; the same command goes on from there"
+            f"stage {self.stage!r} was asked to end (a signal, or a node that is taken away) and "
+            f"is saved at step {self.step:,}; the same command goes on from there"
         )
 
 
@@ -40,8 +37,12 @@ class StopNotice:
         self._before: Any = signal.SIG_DFL
 
     def install(self) -> None:
-        """Become the handler of SIGTERM. Only the main thread may."""
+        """Become the handler of SIGTERM. Only the main thread may.
+
+        What an embedded Ray starts does not hear of it (`launch.termination.unheard`) until here.
+        """
         self._before = signal.signal(signal.SIGTERM, self)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """Take note; where nobody attends, do what would have been done without this."""

@@ -1,6 +1,6 @@
 """The run as a user starts it: told to end, its driver killed, then one of its workers told to end.
 
-Beside it lies what an older Ray Train left, cut short; nothing reads it.
+Where Ray Train would keep its snapshots by itself lies one that is cut short, and would block it.
 """
 
 import os
@@ -50,13 +50,15 @@ def test_told_to_end_killed_and_told_again(tmp_path: Path) -> None:
     failures = {"driver": {"max_restarts": 1}}
     path = write_recipe(tmp_path, training=TRAINING, alignment=None, failures=failures)
     recipe = str(path)
-    stale = run / "ray-train" / "pretrain-train_worker" / "checkpoint_manager_snapshot.json"
+    stale = tmp_path / "ray_results" / "pretrain-train_worker" / "checkpoint_manager_snapshot.json"
     stale.parent.mkdir(parents=True)
     stale.write_text('{"version": 1, "latest_check')
-
-    job = start("run", recipe, "--until", "train")
+    cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")  # what is compiled
+    home = {"HOME": str(tmp_path), "XDG_CACHE_HOME": cache}
+    job = start("run", recipe, "--until", "train", variables=home)
     wait_for(lambda: checkpoints(run, "train"), job=job)
-    job.send_signal(signal.SIGTERM)
+    # As a service manager or a scheduler does: the supervisor, the driver, and all daemons of Ray.
+    os.killpg(job.pid, signal.SIGTERM)
     output, _ = job.communicate(timeout=300)
     assert job.returncode == 128 + signal.SIGTERM, output
     saved = re.search(r"asked to end .* is saved at step (\d+); the same command goes on", output)
@@ -66,7 +68,7 @@ def test_told_to_end_killed_and_told_again(tmp_path: Path) -> None:
     assert max(losses(run, "train")) == step  # no step was done and not saved
 
     before = checkpoints(run, "train")
-    job = start("run", recipe, "--until", "train")
+    job = start("run", recipe, "--until", "train", variables=home)
     wait_for(lambda: checkpoints(run, "train") - before, job=job)
     workers = workers_below(job.pid)
     os.kill(driver_of(job.pid), signal.SIGKILL)  # the driver alone

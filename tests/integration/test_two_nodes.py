@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from launch.joining import cluster_lets_in
+from launch.submit import server_lets_in
 from tests.integration.jobs import (
     ROOT,
     checkpoints,
@@ -84,6 +86,7 @@ def test_killed_twice_a_node_replaced_then_submitted(
     assert died, output
     assert "resuming from step" in restarted and "2 workers on 2 nodes" in restarted, output
 
+    assert not cluster_lets_in(nodes.address) and not server_lets_in(nodes.job_server)
     output = finish(start("submit", *arguments, "--address", nodes.job_server, variables=token))
     assert "[2/6] train: unchanged, skipped" in output
     assert "2 workers on 2 nodes" in output and "resuming from step" in output

@@ -1,6 +1,7 @@
 """What a worker group's failure is taken for, and what each answer of the recipe does about it."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import torch
 from configs.cluster import ClusterConfig
 from configs.failures import FailuresConfig
 from configs.layout import RunLayout
+from configs.load import load_recipe
 from data_loaders.poison import PoisonedSampleError, read_quarantined
 from launch.failures import Failure, Place, Restarts, diagnose
 from sharding.loss_module import NonFiniteLossError
@@ -74,6 +76,11 @@ def test_memory_is_told_apart_and_its_mend_named(tmp_path: Path) -> None:
     ):
         host = told([PEER, error], tmp_path)
         assert host.kind == "out_of_memory" and "cached_row_groups" in host.sentence
+        keys = re.findall(r"\b[a-z]+(?:\.[a-z_]+){2,}\b", host.sentence)
+        assert len(keys) == 5
+        for key in keys:  # every one is a setting, and one that may be lowered alone
+            whole = 64 if key.startswith("data") else "false"
+            load_recipe("quickstart", [f"{key}={whole}"])
     killed = told([RuntimeError("died")], tmp_path, lost_memory=lambda: True)
     assert killed.kind == "out_of_memory" and "the kernel killed a process" in killed.sentence
 

@@ -1,6 +1,7 @@
 """Submitting: what travels, what is refused, and a real job server that runs it."""
 
 import os
+import re
 import signal
 import socket
 import sys
@@ -9,11 +10,14 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from ray._private.services import get_node_ip_address
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
 from configs.load import load_recipe
 from launch import cli, submit
+from launch.address import is_loopback
+from launch.joining import check_door, cluster_lets_in
 from tests.integration.jobs import start, wait_for, write_recipe
 
 
@@ -72,8 +76,8 @@ def test_a_token_that_is_not_taken_is_one_sentence(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.fixture(scope="module")
-def job_server() -> Iterator[str]:
-    """A Ray head with its job server, in processes of its own."""
+def head() -> Iterator[tuple[str, str]]:
+    """The address of a Ray head that asks for no token, and of its job server."""
     from ray.cluster_utils import Cluster
 
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -81,6 +85,7 @@ def job_server() -> Iterator[str]:
         agent_port = probe.getsockname()[1]  # the default may belong to another Ray on this host
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", path)
+        patch.setenv("RAY_AUTH_MODE", "disabled")  # whatever this process did before
         cluster = Cluster(
             initialize_head=True,
             head_node_args={
@@ -91,9 +96,37 @@ def job_server() -> Iterator[str]:
             },
         )
     try:
-        yield f"http://{cluster.head_node.webui_url}"
+        yield cluster.address, f"http://{cluster.head_node.webui_url}"
     finally:
         cluster.shutdown()
+
+
+@pytest.fixture
+def job_server(head: tuple[str, str]) -> str:
+    """That of the head."""
+    return head[1]
+
+
+@pytest.mark.slow
+def test_what_asks_for_no_token_is_refused_although_one_is_set_here(
+    head: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (address, server), port = head, head[0].rpartition(":")[2]
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    here = get_node_ip_address()  # beyond loopback, unless this machine has no network
+    refused = is_loopback(here)
+    try:
+        check_door(f"{here}:{port}")
+    except ValueError as error:
+        refused = re.match("cluster.address='.*' asks for no token, so anyone", str(error))
+    assert refused
+    assert cluster_lets_in(address) and submit.server_lets_in(server)
+    check_door(f"127.0.0.1:{port}")  # on loopback only this machine's users come by
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        other = f"127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setattr(submit, "PROBE_S", 0.2)
+        assert not submit.server_lets_in(other)
+    assert not cluster_lets_in(other)
 
 
 @pytest.mark.slow

@@ -58,7 +58,14 @@ def attempts(tmp_path: Path) -> list[str]:
 
 @pytest.mark.parametrize(
     ("then", "status", "times"),
-    [("0", 0, 1), ("2", 2, 1), ("143", 143, 1), ("die,1,0", 0, 3), ("die,die,die,0", -9, 3)],
+    [
+        ("0", 0, 1),
+        ("2", 2, 1),
+        ("143", 143, 1),
+        ("75,0", 0, 2),
+        ("die,1,0", 0, 3),
+        ("die,die,die,0", -9, 3),
+    ],
 )
 def test_only_a_death_is_a_reason_to_start_again(
     tmp_path: Path, then: str, status: int, times: int

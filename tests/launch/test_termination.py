@@ -1,4 +1,4 @@
-"""SIGTERM to a driver: asks a group that trains, ends the rest, and leaves with its status."""
+"""Signals to a driver: ask a group that trains, end the rest, and leave their status."""
 
 import os
 import signal
@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from launch.termination import Termination, current_termination
+from launch import termination as module
+from launch.termination import ENDINGS, Termination, current_termination, unheard
 from tests.integration.jobs import ROOT
 
 
@@ -16,22 +17,73 @@ def terminate() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_a_group_is_asked_once_and_a_second_signal_ends(capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_group_is_asked_once_and_a_second_signal_ends(
+    number: signal.Signals,
+    status: int,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     asked: list[float] = []
-    before = signal.getsignal(signal.SIGTERM)
+    before = [signal.getsignal(each) for each in ENDINGS]
     with Termination() as termination:
         assert current_termination() is termination
         termination.check()
         with termination.asks(lambda: asked.append(time.monotonic()), 60):
-            terminate()
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)  # a supervisor, told as well, has handed it on
             assert termination.asked and len(asked) == 1
+            monkeypatch.setattr(module, "REPEAT_S", 0.0)
             with pytest.raises(SystemExit) as ended:
-                terminate()
-        assert ended.value.code == 143
+                os.kill(os.getpid(), number)
+        assert ended.value.code == status
         with pytest.raises(SystemExit):
             termination.check()  # no further stage begins
-    assert signal.getsignal(signal.SIGTERM) == before
-    assert "asked to save and end, within 60 s" in capfd.readouterr().out
+    assert [signal.getsignal(each) for each in ENDINGS] == before
+    told = capfd.readouterr().out
+    assert f"{number.name}: the workers are asked to save and end, within 60 s" in told
+    assert "the same command goes on" in told
+
+
+def test_what_is_started_unheard_is_told_nothing() -> None:
+    code = "import os, sys; os.killpg(0, 15); os.killpg(0, 1); os.killpg(0, 2); print('here')"
+    told: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
+    try:
+        with unheard():
+            command = [sys.executable, "-c", code]
+            done = subprocess.run(command, capture_output=True, text=True, process_group=0)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as Ray takes the place
+            terminate()
+            assert told == []
+        assert told == [signal.SIGTERM]  # heard late, by the handler of before
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert done.stdout == "here\n"
+
+
+def test_a_run_that_shall_not_hear_of_ctrl_c_does_not() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Termination():
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_hang_up_leaves_the_terminal_that_is_gone() -> None:
+    code = "import os, signal, time; from launch.termination import *\n"
+    code += "with Termination() as t, t.asks(lambda: None, 60):\n"
+    code += "    os.kill(os.getpid(), signal.SIGHUP); time.sleep(0.1); print('on', flush=True)\n"
+    code += "t.end('saved')"
+    ours, theirs = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", "input();" + code], cwd=ROOT, stdin=subprocess.PIPE, stdout=theirs
+    )
+    os.close(theirs)
+    os.close(ours)  # what is printed fails from now on
+    process.communicate(b"\n", timeout=60)
+    assert process.returncode == 129
 
 
 def test_without_a_group_the_run_ends_at_once() -> None:

@@ -1,5 +1,6 @@
 """A dead worker is replaced, a mistake of the user's is not, and there is an end to replacing."""
 
+import json
 import os
 import signal
 import time
@@ -7,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from configs.cluster import ClusterConfig
@@ -59,7 +61,26 @@ def work(settings: dict[str, Any], say: Callable[[str], None]) -> str:
             raise StoppedError("train", 8)
         case "poison":
             raise PoisonedSampleError([7], "collating it", "KeyError: 'x'")
+        case "listen":
+            return json.dumps(listening())
     return "done"
+
+
+def listening() -> list[str]:
+    """Where this rank listens for others without asking for a token; Ray's own ports do ask."""
+    store = int(os.environ["MASTER_PORT"])
+    found = psutil.Process().net_connections("tcp")
+    places = [place.laddr for place in found if place.status == psutil.CONN_LISTEN]
+    return [
+        place.ip for place in places if place.port == store or place.ip not in ("0.0.0.0", "::")
+    ]
+
+
+def test_ranks_of_one_machine_listen_on_its_loopback_alone(embedded: None, tmp_path: Path) -> None:
+    pair = CLUSTER.model_copy(update={"num_workers": 2})
+    settings = {"attempts": str(tmp_path / "attempts"), "then": ("listen", "listen")}
+    places = json.loads(run(settings, pair))
+    assert len(places) >= 2 and set(places) == {"127.0.0.1"}, places  # the store, and gloo's
 
 
 def test_a_dead_worker_is_replaced_and_a_mistake_is_not(
@@ -73,7 +94,9 @@ def test_a_dead_worker_is_replaced_and_a_mistake_is_not(
 
     assert run_anew("die", "done") == "done"
     assert attempts.read_text() == "xx"
-    assert "restarting from the newest checkpoint, attempt 2 of 2" in capfd.readouterr().out
+    said = capfd.readouterr()
+    assert "restarting from the newest checkpoint, attempt 2 of 2" in said.out
+    assert "A worker died" not in said.out + said.err  # Ray's paragraph on it
     with pytest.raises(ValueError, match=r"^the recipe asks for the moon; ask for less$"):
         run_anew("mistake", "done")
     assert attempts.read_text() == "x"

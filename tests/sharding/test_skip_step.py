@@ -29,11 +29,14 @@ def leave_out(bad_rank: int) -> None:
         ctx = current_context("cpu")
         policy, other = make_policy(ctx, settings), make_policy(ctx, settings)
         train(policy, 2)
+        policy.may_skip = stage > 0
         if ctx.rank == bad_rank:
             spoil_once(policy)
         with pytest.raises(NonFiniteLossError) as error:
             train(policy, 1)
         assert error.value.mine == (ctx.rank == bad_rank)
+        told = "failures.non_finite.action=skip" in str(error.value)
+        assert told == (not policy.may_skip)  # no advice that is followed already
         policy.skip_step()
         losses = train(policy, 3)
 
