@@ -38,14 +38,15 @@ class HeadConfig(Config):
 class PreemptionConfig(Config):
     """A rank gets SIGTERM, or Ray is about to take a node away: all ranks save at the same step.
 
-    SIGTERM to the driver does that too, and always ends the run.
+    SIGTERM, Ctrl-C or a hang-up to the driver, alone or with all its processes, does that too, and
+    always ends the run.
     """
 
     action: Literal["restart", "stop"] = "restart"
     """Go on with a new worker group (where there is room), or end the run with status 143."""
     max_restarts: Restarts = 100
     grace_s: PositiveFloat = 120.0
-    """How long a driver that got SIGTERM waits for its workers to save."""
+    """How long a driver that was asked to end waits for its workers to save."""
 
 
 class HangConfig(Config):
