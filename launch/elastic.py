@@ -68,6 +68,9 @@ class GroupTrainer(TorchTrainer):
         super().__init__(*args, **kwargs)
         self._group = group
 
+    def _register_sigint_handler(self, *_: Any) -> None:
+        """Leave Ctrl-C to `launch.termination`; Ray Train's handler aborts the group unsaved."""
+
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
         # Ray Train has no public place for a policy: it chooses one by the type of num_workers.
         if self._group is not None:

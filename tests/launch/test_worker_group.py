@@ -92,7 +92,9 @@ def test_a_dead_worker_is_replaced_and_a_mistake_is_not(
         attempts.unlink(missing_ok=True)
         return run({"attempts": str(attempts), "then": then})
 
+    before = signal.getsignal(signal.SIGINT)
     assert run_anew("die", "done") == "done"
+    assert signal.getsignal(signal.SIGINT) == before  # Ctrl-C is not Ray Train's to handle
     assert attempts.read_text() == "xx"
     said = capfd.readouterr()
     assert "restarting from the newest checkpoint, attempt 2 of 2" in said.out
