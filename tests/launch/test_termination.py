@@ -6,12 +6,23 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 
 import pytest
 
 from launch import termination as module
 from launch.termination import ENDINGS, Termination, current_termination, unheard
 from tests.integration.jobs import ROOT
+
+
+@pytest.fixture(autouse=True)
+def heard() -> Iterator[None]:
+    """Also where these tests run in a script's background, which ignores Ctrl-C."""
+    defaults = (signal.SIG_DFL, signal.default_int_handler, signal.SIG_DFL)
+    before = [signal.signal(n, handler) for n, handler in zip(ENDINGS, defaults, strict=True)]
+    yield
+    for number, handler in zip(ENDINGS, before, strict=True):
+        signal.signal(number, handler)
 
 
 def terminate() -> None:
