@@ -24,7 +24,8 @@ def assert_same(fast: Tensor, exact: Tensor, leaves: tuple[Tensor, ...]) -> None
     expected = torch.autograd.grad(exact, leaves, upstream.double())
     for a, e in zip(actual, expected, strict=True):
         scale = e.abs().max().item() if e.numel() else 0.0
-        torch.testing.assert_close(a, e, rtol=0, atol=1e-5 * scale + 1e-7)
+        # Where p is nearly 1, 1 - p is known to 6e-8 only: times 1 / τ and the upstream gradient.
+        torch.testing.assert_close(a, e, rtol=0, atol=1e-5 * scale + 3e-6)
 
 
 def test_sampled_loss_equals_the_formula() -> None:
