@@ -87,7 +87,11 @@ class TrainerState:
         try:
             TypeAdapter(cls).validate_python(values)
             return cls(**(values | {"watch": WatchState(**values["watch"])}))
-        except (ValidationError, TypeError, KeyError) as error:
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"])) or "the top"
+            raise ValueError(f"state.json is wrong at {place} ({first['msg']})") from error
+        except (TypeError, KeyError) as error:
             reason = first_line(error)
             raise ValueError(f"state.json is no state of a training ({reason})") from error
 
