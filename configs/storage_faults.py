@@ -43,7 +43,7 @@ _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _FORBIDDEN = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 
 
-class StorageError(OSError, ValueError):
+class StorageError(OSError):
     """There is no room, no right, no credentials or no answer: a sentence with place and mend.
 
     It says nothing of what lies there: that may be whole, and must not be taken for damaged.

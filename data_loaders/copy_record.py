@@ -8,7 +8,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from configs import storage
-from configs.storage_faults import StorageError
 from data_loaders.download import RemoteFile, Say
 
 RECORD = "source.json"
@@ -86,8 +85,6 @@ def _recorded(url: str, mend: str) -> dict[str, Any]:
         for block in (record.get("sha256", {}), record.get("files", {})):
             block.items()
         return record
-    except StorageError:
-        raise
     except (AttributeError, ValueError) as error:
         raise ValueError(f"{source} cannot be read; delete it and {mend}") from error
 

@@ -180,11 +180,12 @@ def offsets(reports: list[Report], key: str, partitions: int) -> np.ndarray:
 
 
 def users_error(error: Exception) -> Exception:
-    """The ValueError that our own code raised inside a task, or the error as it is."""
+    """The sentence that our own code raised inside a task, or the error as it is."""
     cause: BaseException | None = error
     while cause is not None:
         inner = getattr(cause, "cause", None) or cause.__cause__
-        if type(cause) in (ValueError, StorageError):
-            return ValueError(str(cause).partition("\n")[0])  # Ray appends advice about retries
+        for kind in (ValueError, StorageError):
+            if type(cause) is kind:
+                return kind(str(cause).partition("\n")[0])  # Ray appends advice about retries
         cause = inner
     return error

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from configs.data import LoaderConfig
+from configs.storage_faults import StorageError
 from data_loaders.collate import Following, jagged_batch, split_last
 from data_loaders.dataset import SequenceDataset, ShardReader
 from data_loaders.poison import find_poisoned
@@ -210,7 +211,7 @@ class StepLoader(ABC, Generic[BatchT]):
         """The batch of samples, or an error that names the one that cannot be in it."""
         try:
             return self._batch(sample_ids)
-        except ValueError:  # names what is wrong already: a file, or a sample
+        except (ValueError, StorageError):  # name what is wrong already: a file, or a sample
             raise
         except Exception as error:
             raise (find_poisoned(self._batch, sample_ids, error) or error) from error

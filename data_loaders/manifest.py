@@ -153,8 +153,6 @@ def refuse_other_manifest(url: str) -> None:
     path = storage.join(url, MANIFEST)
     try:
         content = storage.read_json(path)
-    except StorageError:
-        raise
     except (FileNotFoundError, ValueError):
         return
     if not isinstance(content, dict) or not {"format", "fingerprint"} <= content.keys():

@@ -148,6 +148,8 @@ def _make_copy(entry: PublicSet, url: str, say: Say) -> None:
     try:
         tables = convert(paths)
     except _DAMAGE as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # a disk or a right of this machine, which says nothing of the file
         for path in paths.values():
             path.unlink()
         raise ValueError(

@@ -12,9 +12,8 @@ from configs.load import LoadedRecipe, load_recipe
 from configs.recipe import STAGES, StageName
 from configs.redaction import redacted
 from launch.bench import add_commands
-from launch.busy import EXIT_STATUS, BusyError
+from launch.user_errors import BUSY_STATUS, USER_ERRORS, BusyError
 
-USER_ERRORS = (ValueError, FileNotFoundError, PermissionError)
 RECIPE_HELP = "RECIPE is the path of a .yaml file or a shipped name; KEY=VALUE overrides a setting."
 
 FROM_HELP = "Run this stage and later ones anew; one that was interrupted goes on."
@@ -38,7 +37,7 @@ class _Command(click.Command):
             if debug:
                 raise
             click.secho(f"error: {redacted(str(error))}", fg="red", err=True)
-            ctx.exit(EXIT_STATUS if isinstance(error, BusyError) else 2)
+            ctx.exit(BUSY_STATUS if isinstance(error, BusyError) else 2)
 
 
 class _Group(click.Group):

@@ -32,7 +32,6 @@ from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, Wo
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from launch.address import make_token, protect_token, refuse_open_embedded
-from launch.busy import BusyError
 from launch.console import Console, Line
 from launch.elastic import ElasticGroup, GroupTrainer
 from launch.failures import (
@@ -46,6 +45,7 @@ from launch.failures import (
 from launch.joining import check_door, why_not
 from launch.rendezvous import GroupConfig, loopback_interface
 from launch.termination import current_termination, unheard
+from launch.user_errors import BusyError
 from trainer.stop_notice import install_notice
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent

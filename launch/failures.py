@@ -12,10 +12,10 @@ from configs import storage
 from configs.failures import FailuresConfig
 from configs.layout import RunLayout
 from data_loaders.poison import PoisonedSampleError, quarantine, read_quarantined
+from launch.user_errors import USER_ERRORS
 from trainer.stop_notice import StoppedError
 from trainer.watchdog import diagnose_hang
 
-USER_ERRORS = (ValueError, FileNotFoundError, PermissionError)
 Kind = Literal["worker", "node", "preemption", "hang", "out_of_memory", "poisoned_sample"]
 NAMES: dict[Kind, str] = {
     "worker": "worker group failed",

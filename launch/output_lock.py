@@ -16,7 +16,6 @@ from typing import Any
 
 from configs import storage
 from configs.base import Config, Timestamp
-from configs.storage_faults import StorageError
 
 FILE = ".tandem-run.lock"
 """Hidden, so that it is no log of a user's, and of a name that nothing else has."""
@@ -96,8 +95,6 @@ class OutputLock:
             return _Holder.model_validate(storage.read_json(self._url)).model_dump()
         except FileNotFoundError:
             return None
-        except StorageError:
-            raise
         except ValueError:  # as a machine that lost power may leave it
             return None
 

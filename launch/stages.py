@@ -8,7 +8,6 @@ from configs import storage
 from configs.alignment import AlignmentBase
 from configs.layout import RunLayout
 from configs.recipe import Recipe, StageName
-from configs.storage_faults import StorageError
 from launch.stage_inputs import (
     Outputs,
     align_inputs,
@@ -116,8 +115,6 @@ def _prepared_data_stand(outputs: Outputs) -> bool:
 
     try:
         return read_manifest(outputs["url"]).fingerprint == outputs["data"]
-    except StorageError:
-        raise
     except ValueError:
         return False
 

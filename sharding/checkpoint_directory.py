@@ -63,8 +63,6 @@ class CheckpointDirectory:
             return []
         try:
             return [str(name) for name in storage.read_sealed(self._index)["names"]]
-        except StorageError:
-            raise
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return []
 

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from configs import storage
-from configs.storage_faults import StorageError
 from sharding.checkpoint_tensors import CheckpointTensors
 
 BLOCK_BYTES = 64 << 20
@@ -107,8 +106,6 @@ def _verified(url: str) -> CheckpointTensors:
     try:
         tensors = CheckpointTensors(url)
         tensors.verify()
-    except StorageError:
-        raise
     except ValueError as error:
         raise ValueError(
             f"checkpoint {url} is not exported: {error}; `tandem checkpoint verify "

@@ -112,8 +112,6 @@ def read_manifest(url: str, name: str) -> CheckpointManifest:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise ValueError(f"its {MANIFEST} is wrong at {place!r} ({first['msg']})") from error
-    except StorageError:
-        raise
     except ValueError as error:
         raise ValueError(f"its {MANIFEST} is not valid JSON") from error
     if manifest.fingerprint != _fingerprint(manifest) or manifest.name != name:

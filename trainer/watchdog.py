@@ -23,7 +23,6 @@ from pydantic import NonNegativeFloat, NonNegativeInt
 from configs import storage
 from configs.base import Config, Timestamp
 from configs.failures import HangConfig
-from configs.storage_faults import StorageError
 
 EXIT_STATUS = 70
 """Of a rank that its watchdog ended."""
@@ -227,8 +226,6 @@ def _read_report(url: str) -> HangReport | None:
     """What a rank wrote; of a report that is damaged, nothing."""
     try:
         return HangReport.model_validate(storage.read_json(url))
-    except StorageError:
-        raise
     except ValueError:
         return None
 

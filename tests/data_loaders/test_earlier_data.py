@@ -81,6 +81,21 @@ def test_a_disk_that_is_full_at_the_last_moment_costs_nothing(
     assert _versions(tmp_path) == {earlier.version}  # the room that the attempt took is free again
 
 
+def test_a_storage_that_does_not_answer_is_no_absence_of_earlier_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _write_log(tmp_path, bad=0)
+    earlier = _prepare(tmp_path)
+
+    def fail(url: str) -> DatasetManifest:
+        raise StorageError("no answer")
+
+    with monkeypatch.context() as patch, pytest.raises(StorageError):
+        patch.setattr(sequences, "read_manifest", fail)
+        _prepare(tmp_path)
+    _check_whole(tmp_path, earlier)
+
+
 def test_the_same_data_have_the_same_fingerprint_whatever_was_there_before(tmp_path: Path) -> None:
     write_synthetic(str(tmp_path / "data"), 10, 10, 5, 0)  # files directly in their directories
     killed = tmp_path / "data" / "sequences" / "20260101-000000-abcdef"
