@@ -55,7 +55,7 @@ def training_metrics(alignment: Alignment) -> list[str]:
     """What an alignment's training steps measure."""
     names = ["loss", *(["supervised_loss"] if alignment.supervised_weight > 0 else [])]
     if isinstance(alignment, GBPOConfig) and not alignment.generates:
-        return [*names, "logged_loss", "liked", "disliked"]
+        return [*names, "logged_loss", "liked", "disliked", "entropy", "kl"]
     if isinstance(alignment, OnlineBase):
         return names + _of_groups(alignment)
     names += ["preference_loss", "accuracy", "margin", "rewards/chosen", "rewards/rejected"]

@@ -28,7 +28,8 @@ from models.base import TableModel
 from sharding.parallelize import ParallelModel
 from trainer.align_actors import ActorUpdates
 from trainer.align_generated import GeneratedPairs
-from trainer.align_online import LoggedInputsMaker, OnlineUpdates, prompt_loader
+from trainer.align_logged import LoggedImpressions
+from trainer.align_online import OnlineUpdates, prompt_loader
 from trainer.evaluate import load_policy, preference_accuracy, validation_ranker
 from trainer.objectives.dpo import PreferenceInputs, PreferenceLoss
 from trainer.objectives.logged import LoggedLoss
@@ -131,12 +132,19 @@ def logged_stage(worker: Worker, config: GBPOConfig, settings: dict[str, Any]) -
     loss = LoggedLoss(build_scorer(worker, normalised=True), config)
     with prompt_loader(worker, config, TrainerState()) as probe:
         steps = probe.steps_per_epoch
+    updates = LoggedImpressions(worker, config, loss.model, config.epochs * steps)
+
+    def before(policy: ParallelModel, afresh: bool) -> None:
+        load_policy(worker, policy, settings["start"])
+        updates.draw(policy)
+        load_pretrained(worker, policy, settings, afresh)
+
     return TrainingStage(
         loss=loss,
         steps_per_epoch=steps,
         loader_at=lambda state: prompt_loader(worker, config, state),
-        updates=OneUpdate(LoggedInputsMaker(worker, config, loss.model)),
-        before=lambda policy, afresh: load_pretrained(worker, policy, settings, afresh),
+        updates=updates,
+        before=before,
         **shared_settings(worker, config, settings),
     )
 

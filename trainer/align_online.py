@@ -17,12 +17,10 @@ from data_loaders.items import item_feature, train_counts
 from data_loaders.loader import LoaderState
 from data_loaders.preference_rules import check_rule
 from data_loaders.prompts import PromptLoader
-from models.base import TableModel
 from sharding.checkpoint import CheckpointStore
 from sharding.parallelize import ParallelModel
 from sharding.process_group import DistributedContext
 from trainer.objectives import policy_gradient as pg
-from trainer.objectives.logged import LoggedInputs
 from trainer.objectives.online import OnlineInputs, OnlineLoss
 from trainer.objectives.scoring import Candidates
 from trainer.policy import Worker
@@ -33,7 +31,6 @@ from trainer.rewards import rules
 from trainer.rewards.group import Group
 from trainer.rewards.total import Rewarded, RewardSum
 from trainer.rollout import Rollout, RolloutEngine
-from trainer.scoring import candidates_of
 from trainer.supervised import SupervisedTargets
 from trainer.trainer import TrainerState
 
@@ -77,30 +74,6 @@ def _logged_rule(config: OnlineAlignment | GeneratedAlignment) -> PreferenceRule
     if isinstance(config, GBPOConfig) and config.logged is not None:
         return config.logged.rule
     return None
-
-
-class LoggedInputsMaker:
-    """Turns a step's sequences into one update on what users took next (GBPO without rollouts)."""
-
-    def __init__(self, worker: Worker, config: GBPOConfig, model: TableModel) -> None:
-        self._worker = worker
-        self._config = config
-        self._model = model
-        self._supervised = SupervisedTargets(worker, model, config.supervised_weight)
-
-    def __call__(self, step: Any) -> list[LoggedInputs]:
-        """Inputs of each micro batch of this rank. Collective if positives are shared."""
-        prompts = prompts_of_step(self._worker, self._config.prompts, step)
-        candidates = [
-            candidates_of(self._worker, self._model, each.batch, each.target_ids[:, None])
-            for each in prompts
-        ]
-        supervised = self._supervised(candidates, step.step)
-        made = []
-        for at, each in enumerate(prompts):
-            assert each.outcomes is not None, "the loader has the rule"
-            made.append(LoggedInputs(candidates[at], each.outcomes, supervised[at]))
-        return made
 
 
 class OnlineUpdates:

@@ -1,7 +1,7 @@
-"""What preference optimisation logs of the policy itself, at the steps that are logged.
+"""What alignment that does not generate logs of the policy itself, at the steps that are logged.
 
-Its losses score pairs alone: what they leave out costs a pass over the catalogue, or a generation,
-which not every step shall pay for.
+Its losses score what the log holds alone: what they leave out costs a pass over the catalogue, or a
+generation, which not every step shall pay for.
 
 Shape legend: N contexts, K losers of a winner, L parts of log π.
 """
@@ -66,21 +66,36 @@ class PolicyProbe:
             step: of the loader; keys what is drawn.
             reference: π_ref, where it is held; otherwise its draws tell the divergence.
         """
+        told = self.measures(contexts, step, reference)
+        if told is None:
+            return list(inputs)
+        assert self._policy is not None, "as measures has it"
+        likelihood = Likelihood.of(self._worker, self._policy)
+        writes_codes = self._worker.recipe.writes_codes
+        measured = []
+        for each, values in zip(inputs, told, strict=True):
+            log_probs = None if writes_codes else likelihood(each.candidates)
+            measured.append(replace(each, log_probs=log_probs, measures=each.measures | values))
+        return measured
+
+    def measures(
+        self, contexts: Sequence[JaggedBatch], step: int, reference: Likelihood | None
+    ) -> list[dict[str, Tensor]] | None:
+        """Of each micro batch, `entropy` and `kl` [N]; None where nothing is logged. Collective."""
         assert self._policy is not None and self._engine is not None, "attach comes first"
         coming = self._policy.step + 1
         if coming % self._every and coming not in (1, self._total):
-            return list(inputs)
+            return None
         self._engine.refresh()
-        likelihood = Likelihood.of(self._worker, self._policy)
-        writes_codes = self._worker.recipe.writes_codes
-        divergence = self._from_draws(likelihood) if self._drawn else None
+        divergence = None
+        if self._drawn:
+            divergence = self._from_draws(Likelihood.of(self._worker, self._policy))
         measured = []
-        for each, batch in zip(inputs, contexts, strict=True):
+        for batch in contexts:
             told = sampled_measures(self._engine(_prompts(batch), step), reference)
             if divergence is not None:
                 told["kl"] = divergence.expand(batch.num_sequences)
-            log_probs = None if writes_codes else likelihood(each.candidates)
-            measured.append(replace(each, log_probs=log_probs, measures=each.measures | told))
+            measured.append(told)
         return measured
 
     def _from_draws(self, likelihood: Likelihood) -> Tensor:

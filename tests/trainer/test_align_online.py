@@ -188,7 +188,9 @@ def test_impressions_alone(root: Path, started: tuple[str, dict[str, Any]]) -> N
     first, last = whole[1], whole[max(whole)]
     assert first["train/liked"] > 0 and first["train/disliked"] > 0
     assert -1 < first["train/logged_loss"] != last["train/logged_loss"]
-    assert not {"train/reward", "train/kl", "train/ratio"} & first.keys()
+    assert not {"train/reward", "train/ratio"} & first.keys()
+    assert abs(first["train/kl"]) < 1e-6 < last["train/kl"]
+    assert first["train/entropy"] > 0
     shared = run(root, "log2", started, 2, zero_stage=2, **settings)
     for tag, value in first.items():
         assert shared[1][tag] == pytest.approx(value, rel=2e-3, abs=2e-5), tag

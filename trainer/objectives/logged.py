@@ -5,7 +5,7 @@ Another system made the impressions, whose probabilities nobody knows: π_old is
 Shape legend: N prompts, L parts of log π.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,8 @@ class LoggedInputs:
     """[N] float32: 1 liked, -1 disliked, 0 neither."""
     supervised: Supervised | None
     """For the supervised loss on the prompts; None without it."""
+    measures: dict[str, Tensor] = field(default_factory=dict)
+    """Name → [N] float32, to be averaged and logged."""
 
     def to(self, device: torch.device | str) -> "LoggedInputs":
         """Copy on `device`."""
@@ -43,6 +45,7 @@ class LoggedInputs:
             candidates=self.candidates.to(device),
             advantages=self.advantages.to(device, non_blocking=True),
             supervised=None if self.supervised is None else self.supervised.to(device),
+            measures={name: values.to(device) for name, values in self.measures.items()},
         )
 
 
@@ -80,7 +83,7 @@ class LoggedLoss(nn.Module):
         """Loss of a micro batch.
 
         Metrics, means over prompts: `logged_loss`, `liked` and `disliked` (shares of impressions),
-        `supervised_loss`.
+        `supervised_loss`, and the inputs' measures.
         """
         scored = self._scorer(inputs.candidates, inputs.supervised, rows, index)
         losses = impression_losses(scored.log_probs, inputs.advantages, self.config.ratio)
@@ -93,6 +96,7 @@ class LoggedLoss(nn.Module):
         if scored.supervised is not None:
             total = total + self.config.supervised_weight * scored.supervised.sum()
             metrics["supervised_loss"] = scored.supervised.detach().sum()
+        metrics |= {name: values.sum() for name, values in inputs.measures.items()}
         return LossOutput(total, metrics)
 
     def flops_per_token(self, mean_length: float) -> float:
