@@ -15,9 +15,10 @@ from configs.rewards import reward_names
 from configs.schema import closest
 from configs.training import ValidationConfig
 
-GROUPS = ("", "/head", "/tail", "/cold")
-"""Suffixes of ranking metrics: every user, users whose target is popular, the other users, and
-those of them whose target no training event has. A group without users has no metrics."""
+GROUPS = ("", "/head", "/tail", "/cold", "/liked")
+"""Suffixes of ranking metrics: every user, users whose target is popular, the other users, those of
+them whose target no training event has, and users who liked their target by the alignment's rule. A
+group without users has no metrics."""
 
 _SPREAD = ("reward_std", "zero_std", "unique", "legality")
 """Of generated groups."""
@@ -42,9 +43,10 @@ def selectable_metrics(objective: Objective, ks: Sequence[int], *, judged: bool)
 def validation_metrics(
     objective: Objective, ks: Sequence[int], *, judged: bool, writes_codes: bool
 ) -> list[str]:
-    """All that validation of a policy measures, those of popularity groups among them."""
+    """All that validation of a policy measures, those of groups of users among them."""
     ranking = selectable_metrics(objective, ks, judged=False)
-    names = [f"{name}{group}" for group in GROUPS for name in ranking]
+    groups = GROUPS if judged else GROUPS[:-1]
+    names = [f"{name}{group}" for group in groups for name in ranking]
     names += [f"coverage@{k}" for k in ks]
     if writes_codes:
         names += [f"{name}/id" for name in ranking if name != "mrr"] + ["legality"]

@@ -1,25 +1,23 @@
-"""Steps of jagged batches for training, and users with their targets for evaluation.
+"""Steps of jagged batches for training.
 
 The sequence of global batches is fixed by (seed, epoch, step, global batch); ranks only share it
 out. A position in it is two integers, so a run may stop in the middle of an epoch on one number of
 ranks and go on with another.
 
-Shape legend: B sequences, T tokens, S seen items of all sequences.
+Shape legend: B sequences, T tokens.
 """
 
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Generic, Literal, Self, TypeVar
+from typing import Generic, Self, TypeVar
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from configs.data import LoaderConfig
 from configs.storage_faults import StorageError
-from data_loaders.collate import Following, jagged_batch, split_last
+from data_loaders.collate import jagged_batch, split_last
 from data_loaders.dataset import SequenceDataset, ShardReader
 from data_loaders.poison import find_poisoned
 from data_loaders.prefetch import Prefetcher
@@ -270,69 +268,6 @@ class TrainingLoader(PrefixLoader):
         return jagged_batch(*split_last(self._dataset.reader.slices(sample_ids, begin, ends)))
 
 
-@dataclass(frozen=True)
-class EvaluationBatch:
-    """Users, the item that each of them took next, and what they had seen before it."""
-
-    batch: JaggedBatch
-    """History before the target; the query is each sequence's last position."""
-    target_ids: Tensor
-    """[B] int64; 0 where there is none (recommendation)."""
-    seen_ids: Tensor
-    """[S] int64, all earlier items of each user, not truncated."""
-    seen_offsets: Tensor
-    """[B+1] int64; user b has seen seen_ids[seen_offsets[b]:seen_offsets[b+1]]."""
-
-    def to(self, device: torch.device | str) -> "EvaluationBatch":
-        """Copy on `device` (itself if it is there already)."""
-        return EvaluationBatch(
-            batch=self.batch.to(device),
-            target_ids=self.target_ids.to(device, non_blocking=True),
-            seen_ids=self.seen_ids.to(device, non_blocking=True),
-            seen_offsets=self.seen_offsets.to(device, non_blocking=True),
-        )
-
-
-def evaluation_batches(
-    dataset: SequenceDataset,
-    part: Literal["validation", "test"],
-    *,
-    users_per_batch: int,
-    max_length: int,
-    rank: int,
-    world_size: int,
-    max_users: int | None = None,
-) -> Iterator[EvaluationBatch]:
-    """Users that have a target in `part`, this rank's share; as many batches on every rank.
-
-    The history is all events before the target (so the test sees the validation item), cut to the
-    last `max_length`. Users without a target, or without any event before it, are left out; with
-    `max_users`, so are all but the first users by id.
-    """
-    total = dataset.num_samples if max_users is None else min(max_users, dataset.num_samples)
-    for ids in rank_share(np.arange(total), users_per_batch, rank, world_size):
-        lengths = dataset.lengths(ids)
-        target, limit = {
-            "validation": (lengths.train_end, lengths.validation_end),
-            "test": (lengths.validation_end, lengths.total),
-        }[part]
-        kept = (target < limit) & (target > 0)
-        yield _with_seen(dataset, ids[kept], target[kept], max_length, predict=True)
-
-
-def recommendation_batch(
-    dataset: SequenceDataset, sample_ids: np.ndarray, max_length: int
-) -> EvaluationBatch:
-    """Whole histories of a few users (in their order, maybe none), with nothing to predict.
-
-    Targets are 0, and the request time of the last position is that of the last event, since no
-    later one is known.
-    """
-    return _with_seen(
-        dataset, sample_ids, dataset.lengths(sample_ids).total, max_length, predict=False
-    )
-
-
 def rank_share(
     sample_ids: np.ndarray, per_batch: int, rank: int, world_size: int
 ) -> Iterator[np.ndarray]:
@@ -342,23 +277,3 @@ def rank_share(
     largest = -(-total // world_size)
     for start in range(0, largest, per_batch):
         yield mine[start : start + per_batch]
-
-
-def _with_seen(
-    dataset: SequenceDataset, ids: np.ndarray, ends: np.ndarray, max_length: int, *, predict: bool
-) -> EvaluationBatch:
-    """Events before `ends` as history and as seen items; the event at `ends` is the target."""
-    seen = dataset.reader.slices(ids, np.zeros_like(ends), ends, ["item_ids"])
-    begin = np.maximum(ends - max_length, 0)
-    if predict:
-        inputs, following = split_last(dataset.reader.slices(ids, begin, ends + 1))
-    else:
-        inputs = dataset.reader.slices(ids, begin, ends)
-        now = inputs.events["timestamps"][inputs.offsets[1:] - 1]
-        following = Following(np.zeros_like(ends), now)
-    return EvaluationBatch(
-        batch=jagged_batch(inputs, following),
-        target_ids=torch.from_numpy(following.item_ids),
-        seen_ids=torch.from_numpy(seen.events["item_ids"]),
-        seen_offsets=torch.from_numpy(seen.offsets),
-    )

@@ -75,11 +75,24 @@ def check_rule(
             )
 
 
+def columns_of(rule: PreferenceRule) -> list[str]:
+    """Columns of events that the rule reads."""
+    match rule:
+        case RatingRule():
+            return ["ratings"]
+        case LabelRule():
+            return ["labels"]
+        case WatchTimeRule():
+            return ["dwell_times", "durations", *(["labels"] if rule.negative else [])]
+        case _:
+            assert_never(rule)
+
+
 def outcomes(slices: Slices, rule: PreferenceRule, labels: Sequence[str]) -> Outcomes:
-    """Liked and disliked events of whole training prefixes.
+    """Liked and disliked events of whole prefixes.
 
     Args:
-        slices: events of n users with the columns that the rule reads; percentiles are over these.
+        slices: events of n users with `columns_of` the rule; percentiles are over these.
         rule: of a recipe; `check_rule` has passed.
         labels: names of the bits of the column `labels`.
     """

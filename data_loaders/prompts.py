@@ -4,18 +4,17 @@ Shape legend: B users, T tokens.
 """
 
 from dataclasses import dataclass
-from typing import assert_never
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from configs.data import LoaderConfig
-from configs.preferences import LabelRule, PreferenceRule, RatingRule, WatchTimeRule
+from configs.preferences import PreferenceRule
 from data_loaders.collate import jagged_batch, split_last
 from data_loaders.dataset import SequenceDataset
 from data_loaders.loader import LoaderState, StepLoader
-from data_loaders.preference_rules import outcomes
+from data_loaders.preference_rules import columns_of, outcomes
 from data_loaders.sampler import expand_ranges
 from models.batch import JaggedBatch
 
@@ -75,21 +74,8 @@ class PromptLoader(StepLoader[PromptSequences]):
         batch = jagged_batch(*split_last(slices))
         if self._rule is None:
             return PromptSequences(batch, None)
-        columns = _columns(self._rule)
+        columns = columns_of(self._rule)
         whole = self._dataset.reader.slices(sample_ids, np.zeros_like(ends), ends, columns)
         judged = outcomes(whole, self._rule, self._dataset.manifest.labels).rewards
         following = expand_ranges(whole.offsets[:-1] + begin + 1, tokens)
         return PromptSequences(batch, torch.from_numpy(judged[following]))
-
-
-def _columns(rule: PreferenceRule) -> list[str]:
-    """Columns of events that the rule reads."""
-    match rule:
-        case RatingRule():
-            return ["ratings"]
-        case LabelRule():
-            return ["labels"]
-        case WatchTimeRule():
-            return ["dwell_times", "durations", *(["labels"] if rule.negative else [])]
-        case _:
-            assert_never(rule)

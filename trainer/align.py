@@ -180,9 +180,10 @@ def shared_settings(
 
     def validator(policy: ParallelModel) -> Callable[[], dict[str, float]]:
         max_users = config.validation.max_users if config.validation is not None else None
-        rank, pairs = validation_ranker(worker, policy, max_users), settings["pairs"]
+        pairs = settings["pairs"]
         if pairs is None:
-            return rank
+            return validation_ranker(worker, policy, max_users)
+        rank = validation_ranker(worker, policy, max_users, config.rule)
         return lambda: rank() | {"preference_accuracy": preference_accuracy(worker, policy, pairs)}
 
     return {

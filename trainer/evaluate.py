@@ -3,16 +3,18 @@
 Protocol: algorithms reference §8. Shape legend: b users of a batch, D width, V items.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from configs.evaluation import EvaluationConfig
+from configs.preferences import PreferenceRule
 from configs.recipe import Recipe
+from data_loaders.evaluation import EvaluationBatch, evaluation_batches
 from data_loaders.items import train_counts
-from data_loaders.loader import EvaluationBatch, evaluation_batches
 from data_loaders.preferences import preference_batches
 from sharding.parallelize import ParallelModel
 from sharding.retrieval import Catalogue
@@ -30,6 +32,19 @@ from trainer.policy import (
 from trainer.scoring import Likelihood, pair_candidates
 
 Part = Literal["validation", "test"]
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The held-out events that are to be foretold."""
+
+    part: Part
+    rule: PreferenceRule | None = None
+    """Tells which of them were liked; null, or `check_rule` has passed."""
+    max_users: int | None = None
+    """First users by id; None means all."""
+
+
 Query = Callable[[EvaluationBatch], Tensor]
 
 
@@ -49,11 +64,13 @@ def evaluate_worker(settings: dict[str, Any], say: Say) -> dict[str, Any]:
     ):
         parts = ("test",)
     counts = train_counts(worker.layout.data)
-    models: dict[str, Any] = {"popularity": popularity(worker, counts, parts)}
+    rule = None if settings["pairs"] is None else judging_rule(recipe)
+    targets = [Targets(part, rule) for part in parts]
+    models: dict[str, Any] = {"popularity": popularity(worker, counts, targets)}
     policy = evaluation_policy(worker)
     for name, reference in settings["policies"].items():
         load_policy(worker, policy, reference)
-        models[name] = {part: rank_policy(worker, policy, counts, part) for part in parts}
+        models[name] = {each.part: rank_policy(worker, policy, counts, each) for each in targets}
         if settings["pairs"] is not None:
             models[name]["preference_accuracy"] = preference_accuracy(
                 worker, policy, settings["pairs"]
@@ -88,23 +105,24 @@ def load_policy(worker: Worker, policy: ParallelModel, reference: dict[str, Any]
     store.load_weights(policy, info)
 
 
+def judging_rule(recipe: Recipe) -> PreferenceRule | None:
+    """What the alignment calls liked."""
+    return None if recipe.alignment is None else recipe.alignment.rule
+
+
 def rank_policy(
-    worker: Worker,
-    policy: ParallelModel,
-    counts: Tensor,
-    part: Part,
-    max_users: int | None = None,
+    worker: Worker, policy: ParallelModel, counts: Tensor, targets: Targets
 ) -> dict[str, float]:
     """Ranking metrics of a policy. Collective; equal on all ranks."""
     config = worker.recipe.evaluation
     if worker.recipe.writes_codes:
-        return _rank_generated(worker, policy, counts, part, max_users)
+        return _rank_generated(worker, policy, counts, targets)
     catalogue = Catalogue(policy, worker.num_items, config.catalogue_chunk)
 
     def query(users: EvaluationBatch) -> Tensor:
         return policy.query(users.batch)[last_tokens(users)]
 
-    return _rank(worker, catalogue, query, counts, part, max_users)
+    return _rank(worker, catalogue, query, counts, targets)
 
 
 def last_tokens(users: EvaluationBatch) -> Tensor:
@@ -112,7 +130,7 @@ def last_tokens(users: EvaluationBatch) -> Tensor:
     return users.batch.offsets[1:] - 1
 
 
-def popularity(worker: Worker, counts: Tensor, parts: tuple[Part, ...]) -> dict[str, Any]:
+def popularity(worker: Worker, counts: Tensor, targets: Sequence[Targets]) -> dict[str, Any]:
     """The baseline that recommends what is bought most: a catalogue of one-dimensional keys."""
     catalogue = Catalogue.from_keys(
         worker.ctx, lambda ids: counts[ids - 1].to(torch.float32)[:, None], worker.num_items
@@ -121,7 +139,7 @@ def popularity(worker: Worker, counts: Tensor, parts: tuple[Part, ...]) -> dict[
     def query(users: EvaluationBatch) -> Tensor:
         return torch.ones(users.target_ids.numel(), 1, device=worker.ctx.device)
 
-    return {part: _rank(worker, catalogue, query, counts, part, None) for part in parts}
+    return {each.part: _rank(worker, catalogue, query, counts, each) for each in targets}
 
 
 def _rank(
@@ -129,18 +147,17 @@ def _rank(
     catalogue: Catalogue,
     query: Query,
     counts: Tensor,
-    part: Part,
-    max_users: int | None,
+    targets: Targets,
 ) -> dict[str, float]:
     config, ctx = worker.recipe.evaluation, worker.ctx
     metrics = RankingMetrics(config.ks, Popularity.of(counts, config.head_share).to(ctx.device))
-    for users in _batches(worker, part, max_users):
+    for users in _batches(worker, targets):
         users = users.to(ctx.device)
         queries = query(users)
         seen = _seen(users, config)
         ranks = catalogue.ranks(queries, users.target_ids, *seen)
         top_ids, _ = catalogue.top_k(queries, max(config.ks), *seen)
-        metrics.update(ranks, users.target_ids, top_ids)
+        metrics.update(ranks, users.target_ids, top_ids, users.liked)
     return metrics.result(ctx.all_reduce_sum(metrics.sums()), ctx.all_reduce_max(metrics.covered()))
 
 
@@ -148,30 +165,30 @@ def _rank_generated(
     worker: Worker,
     policy: ParallelModel,
     counts: Tensor,
-    part: Part,
-    max_users: int | None,
+    targets: Targets,
 ) -> dict[str, float]:
     """Metrics of a policy that writes ids: a target is found within the beams, or missed."""
     config = worker.recipe.evaluation
     generator = ItemGenerator(worker, policy)
     popularity = Popularity.of(counts, config.head_share).to(worker.ctx.device)
     metrics = GenerationMetrics.of(config.ks, popularity)
-    for users in _batches(worker, part, max_users):
+    for users in _batches(worker, targets):
         users = users.to(worker.ctx.device)
         offer = generator.offer(users, max(config.ks), filter_seen=config.filter_seen)
-        metrics.update(generator, offer, users.target_ids)
+        metrics.update(generator, offer, users)
     return metrics.result(worker)
 
 
-def _batches(worker: Worker, part: Part, max_users: int | None) -> Iterator[EvaluationBatch]:
+def _batches(worker: Worker, targets: Targets) -> Iterator[EvaluationBatch]:
     return evaluation_batches(
         worker.dataset,
-        part,
+        targets.part,
         users_per_batch=worker.recipe.evaluation.users_per_batch,
         max_length=worker.recipe.data.loader.max_length,
         rank=worker.ctx.rank,
         world_size=worker.ctx.world_size,
-        max_users=max_users,
+        max_users=targets.max_users,
+        rule=targets.rule,
     )
 
 
@@ -207,11 +224,15 @@ def preference_accuracy(worker: Worker, policy: ParallelModel, pairs_url: str) -
 
 
 def validation_ranker(
-    worker: Worker, policy: ParallelModel, max_users: int | None
+    worker: Worker,
+    policy: ParallelModel,
+    max_users: int | None,
+    rule: PreferenceRule | None = None,
 ) -> Callable[[], dict[str, float]]:
-    """Function that measures a policy on validation as it is now."""
+    """Function that measures a policy on validation as it is now; `rule` as in `Targets`."""
     counts = train_counts(worker.layout.data)
-    return lambda: rank_policy(worker, policy, counts, "validation", max_users)
+    targets = Targets("validation", rule, max_users)
+    return lambda: rank_policy(worker, policy, counts, targets)
 
 
 def uses_validation(recipe: Recipe) -> bool:

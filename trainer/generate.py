@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_loaders.loader import EvaluationBatch
+from data_loaders.evaluation import EvaluationBatch
 from models.base import CodeDecoder, TableModel
 from models.generation.kv_cache import BeamCache
 from models.generation.search import Generated, generate, items_of
@@ -143,12 +143,12 @@ class GenerationMetrics:
             RankingMetrics(ks, popularity), RankingMetrics(ks, popularity), legal
         )
 
-    def update(self, generator: ItemGenerator, offer: Offer, targets: Tensor) -> None:
-        """Add users with targets [b]."""
-        generated = offer.generated
+    def update(self, generator: ItemGenerator, offer: Offer, users: EvaluationBatch) -> None:
+        """Add users with their targets."""
+        generated, targets, liked = offer.generated, users.target_ids, users.liked
         leaves, _ = generator.trie.probe(generator.codes_of(targets))
         wanted = leaves.unsqueeze(1) == generated.states
-        self.items.update(_rank(offer.items == targets.unsqueeze(1)), targets, offer.items)
+        self.items.update(_rank(offer.items == targets.unsqueeze(1)), targets, offer.items, liked)
         self.ids.update(_rank(wanted & generated.valid), targets, offer.items[:, :0])
         written = generated.codes[generated.valid]
         _, legal = generator.trie.probe(written)

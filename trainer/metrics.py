@@ -53,7 +53,7 @@ def head_mask(train_counts: Tensor, head_share: float) -> Tensor:
 
 
 class RankingMetrics:
-    """HR@k, NDCG@k, MRR (also split by popularity of the target) and catalogue coverage@k.
+    """HR@k, NDCG@k, MRR (also by groups of targets) and catalogue coverage@k.
 
     A rank beyond every cut-off counts as a miss, whoever knows no better.
 
@@ -82,7 +82,9 @@ class RankingMetrics:
         """V."""
         return self._popularity.is_head.numel() - 1
 
-    def update(self, ranks: Tensor, target_ids: Tensor, top_ids: Tensor) -> None:
+    def update(
+        self, ranks: Tensor, target_ids: Tensor, top_ids: Tensor, liked: Tensor | None = None
+    ) -> None:
         """Add users.
 
         Args:
@@ -90,6 +92,7 @@ class RankingMetrics:
             target_ids: [B] int64, held-out item, 1…V.
             top_ids: [B, K] int64, recommended items, best first; 0 = none left. Where K is below
                 the largest cut-off (a small catalogue), coverage counts what is there.
+            liked: [B] bool, users who liked their target; None where nobody knows.
         """
         device = self._sums.device
         ranks, target_ids, top_ids = (x.to(device) for x in (ranks, target_ids, top_ids))
@@ -99,7 +102,8 @@ class RankingMetrics:
         terms = torch.cat([torch.ones_like(place), 1 / place, hits, gains], dim=1)
         head = self._popularity.is_head[target_ids].to(torch.float64)
         cold = self._popularity.is_cold[target_ids].to(torch.float64)
-        groups = torch.stack([torch.ones_like(head), head, 1 - head, cold])  # [4, B]
+        wanted = torch.zeros_like(head) if liked is None else liked.to(head)
+        groups = torch.stack([torch.ones_like(head), head, 1 - head, cold, wanted])  # [5, B]
         self._sums += groups @ terms
         self._cover(top_ids[:, : self.ks[-1]])
 
@@ -113,7 +117,7 @@ class RankingMetrics:
         )
 
     def sums(self) -> Tensor:
-        """Copy of this rank's sums, [4, 2 + 2·len(ks)] float64; add over ranks."""
+        """Copy of this rank's sums, [5, 2 + 2·len(ks)] float64; add over ranks."""
         return self._sums.clone()
 
     def covered(self) -> Tensor:
@@ -124,7 +128,7 @@ class RankingMetrics:
         """Metrics of the reduced tensors, or of this rank alone where they are not given.
 
         Returns:
-            `users`, `mrr`, `hr@k`, `ndcg@k`, each also with `/head`, `/tail` and `/cold` where that
+            `users`, `mrr`, `hr@k`, `ndcg@k`, each also with the suffixes of `GROUPS` where that
             group has users, and `coverage@k` = distinct recommended items / V.
 
         Raises:

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data_loaders.evaluation import recommendation_batch
 from data_loaders.items import find_users, item_feature, raw_items, titles
-from data_loaders.loader import recommendation_batch
 from models.batch import JaggedBatch
 from sharding.retrieval import Catalogue
 from trainer.evaluate import evaluation_policy, last_tokens, load_policy

@@ -16,6 +16,7 @@ class User:
     rank: int
     target: int
     top: list[int]
+    liked: bool = False
 
 
 @st.composite
@@ -25,7 +26,9 @@ def populations(draw: st.DrawFn) -> tuple[int, list[int], set[int], list[User]]:
     head = draw(st.sets(st.integers(1, num_items), max_size=num_items))
     width = min(max(ks), num_items)
     tops = st.permutations(range(1, num_items + 1)).map(lambda order: order[:width])
-    user = st.builds(User, st.integers(1, num_items), st.integers(1, num_items), tops)
+    user = st.builds(
+        User, st.integers(1, num_items), st.integers(1, num_items), tops, st.booleans()
+    )
     return num_items, ks, head, draw(st.lists(user, min_size=1, max_size=12))
 
 
@@ -49,6 +52,7 @@ def loop(
         "/head": [u for u in users if u.target in head],
         "/tail": [u for u in users if u.target not in head],
         "/cold": [u for u in users if u.target in cold],
+        "/liked": [u for u in users if u.liked],
     }
     for suffix, group in groups.items():
         result[f"users{suffix}"] = len(group)
@@ -80,6 +84,7 @@ def measure(
             torch.tensor([u.rank for u in part]),
             torch.tensor([u.target for u in part]),
             torch.tensor([u.top for u in part]),
+            torch.tensor([u.liked for u in part]),
         )
     return metrics
 

@@ -10,8 +10,8 @@ from unittest import mock
 import pytest
 import torch
 
+from data_loaders.evaluation import evaluation_batches
 from data_loaders.items import train_counts
-from data_loaders.loader import evaluation_batches
 from data_loaders.semantic_ids import write_semantic_ids
 from data_loaders.synthetic import write_synthetic
 from models.base import CodeDecoder, TableModel

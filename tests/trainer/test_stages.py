@@ -21,7 +21,7 @@ from tests.trainer.runs import (
 )
 from tests.trainer.test_evaluate import FINAL
 from trainer import pretrain
-from trainer.evaluate import evaluation_policy, load_policy, rank_policy
+from trainer.evaluate import Targets, evaluation_policy, load_policy, rank_policy
 from trainer.policy import Worker, start_worker
 from trainer.pretrain import train_worker, training_loader
 from trainer.trainer import TrainerState
@@ -82,7 +82,7 @@ def measured(settings: dict[str, Any], reference: dict[str, Any], counts: Any) -
     worker = start_worker(settings, quiet)
     policy = evaluation_policy(worker)
     load_policy(worker, policy, reference)
-    return {p: rank_policy(worker, policy, counts, p) for p in ("validation", "test")}
+    return {p: rank_policy(worker, policy, counts, Targets(p)) for p in ("validation", "test")}
 
 
 def test_selection_measures_validation_and_the_world_changes_nothing(

@@ -323,6 +323,7 @@ def table_rows(results: Results, part: Part) -> tuple[TableRow, ...]:
     split = [
         (f"{m.upper()}@{near} {g}", f"{m}@{near}/{g}") for m in ("hr", "ndcg") for g in TARGETS
     ]
+    liked = [(f"{m.upper()}@{k} of liked", f"{m}@{k}/liked") for m in ("hr", "ndcg") for k in ks]
     by_id = [(f"{m.upper()}@{k} of ids", f"{m}@{k}/id") for m in ("hr", "ndcg") for k in ks]
     layout = [
         ("Hit rate", [(f"HR@{k}", f"hr@{k}") for k in ks]),
@@ -330,7 +331,7 @@ def table_rows(results: Results, part: Part) -> tuple[TableRow, ...]:
         ("Popular and rare targets", split),
         ("Semantic ids", [*by_id, ("Legal ids", "legality")]),
         ("Catalogue coverage", [(f"Coverage@{k}", f"coverage@{k}") for k in ks]),
-        ("Held-out preferences", [("Pairs ranked right", "preference_accuracy")]),
+        ("Held-out preferences", [("Pairs ranked right", "preference_accuracy"), *liked]),
     ]
     layout += reward_layout(measured)
     return tuple(
