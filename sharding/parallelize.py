@@ -219,6 +219,9 @@ class ParallelModel:
     def skip_step(self) -> None:
         """Leave out the step whose `train_step` raised NonFiniteLossError. Collective."""
         self.engine.drop_grads()
+        load = self.model.expert_load()
+        if load is not None:  # counted in the forward; no checkpoint has it
+            self.model.update_balance(torch.zeros_like(load))
         self.step += 1
 
     def _update_tables(self, rows: Rows, leaves: Rows, square: Tensor) -> None:

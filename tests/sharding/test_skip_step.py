@@ -4,10 +4,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from sharding.loss_module import LossOutput, NonFiniteLossError
+from sharding.parallelize import ParallelModel
 from sharding.process_group import current_context
 from tests.harness import run_ranks
+from tests.sharding import test_parallelize_decoders as decoders
 from tests.sharding.policies import Settings, differing, make_policy, train, whole_state
 
 
@@ -46,5 +49,39 @@ def leave_out(bad_rank: int) -> None:
         assert differing(whole_state(policy), whole_state(other)) == [], stage
 
 
+def leave_out_of_experts(bad_rank: int) -> None:
+    """What the forward counts is no gradient: it has to be forgotten, too."""
+    for case in (decoders.Case("lazy_decoder", 0), decoders.Case("onerec", 2)):
+        policy, other = decoders.make_policy(case), decoders.make_policy(case)
+        policy.may_skip = True
+        decode(policy, 1)
+        if policy.ctx.rank == bad_rank:
+            spoil_once(policy)
+        with pytest.raises(NonFiniteLossError):
+            decode(policy, 1)
+        policy.skip_step()
+        decode(other, 1)
+        other.step += 1
+        buffers = dict(other.model.named_buffers())  # those that no checkpoint has, too
+        for name, buffer in policy.model.named_buffers():
+            assert torch.equal(buffer, buffers[name]), name
+        assert decode(policy, 2) == decode(other, 2), case
+        assert differing(whole_state(policy), whole_state(other)) == [], case
+
+
+def decode(policy: ParallelModel, steps: int) -> list[float]:
+    losses = []
+    for _ in range(steps):
+        own = list(range(policy.ctx.rank, decoders.SAMPLES, policy.ctx.world_size))
+        inputs = decoders.inputs(policy.model, policy.step, own)
+        losses.append(policy.train_step([inputs]).loss)
+    return losses
+
+
+def leave_out_of_all(bad_rank: int) -> None:
+    leave_out(bad_rank)
+    leave_out_of_experts(bad_rank)
+
+
 def test_nothing_of_a_step_that_is_left_out_stays() -> None:
-    run_ranks(2, leave_out, 1, timeout=300)
+    run_ranks(2, leave_out_of_all, 1, timeout=300)
