@@ -40,7 +40,7 @@ from models.ops.hashing import mix64
 Part = Literal["train", "validation"]
 PARTS: tuple[Part, ...] = ("train", "validation")
 PAIRS_PER_GROUP = 512
-MEND = "run `tandem align RECIPE --force` to write the pairs anew"
+MEND = "delete that directory and run `tandem align RECIPE` to write the pairs anew"
 
 
 class PairShard(FileEntry):

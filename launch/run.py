@@ -140,7 +140,7 @@ class _Run:
         started = time.monotonic()
         if stage.needs_ray:
             self._connect()
-        if stage.intact is None:  # otherwise the record is good for as long as what it names
+        if not stage.replaces_at_end:
             storage.remove(self._layout.stage_record(stage.name))
         context = StageContext(
             stage.name, self._recipe, self._layout, fingerprint, dict(self._done)
@@ -166,10 +166,12 @@ class _Run:
         record = read_record(url)
         if record.get("format") != RECORD_FORMAT or record.get("fingerprint") != fingerprint:
             return None
-        whole = all(storage.exists(file) for file in stage.files(record["outputs"]))
-        if whole and stage.intact is not None:
-            whole = stage.intact(record["outputs"])
-        return record if whole else None
+        try:
+            _check_outputs(stage, record["outputs"])
+        except ValueError as error:
+            print(f"what {stage.name} left is not what it was: {error}", flush=True)
+            return None
+        return record
 
     def _discard(self, name: StageName, fingerprint: str) -> None:
         for url in (
@@ -192,6 +194,15 @@ class _Run:
         self._cluster.enter_context(connect(self._recipe.cluster))
         self._connected = True
         check_output(self._layout.root)
+
+
+def _check_outputs(stage: Stage, outputs: Outputs) -> None:
+    """Raises ValueError where what a finished stage left is not there as it was."""
+    for file in stage.files(outputs):
+        if not storage.exists(file):
+            raise ValueError(f"{file} is missing")
+    if stage.check is not None:
+        stage.check(outputs)
 
 
 def _purpose(name: StageName, recipe: Recipe) -> str:

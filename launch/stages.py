@@ -85,9 +85,11 @@ class Stage:
     run: Callable[[StageContext], Outputs]
     files: Callable[[Outputs], list[str]]
     """URLs that must still exist for the stage to be skipped."""
-    intact: Callable[[Outputs], bool] | None = None
-    """Whether a record's outputs are what lies there now; of a stage that replaces what it left
-    before only at its end, so that its record outlives an attempt that fails."""
+    check: Callable[[Outputs], None] | None = None
+    """Raises ValueError, in a sentence, where a record's outputs are not what lies there now."""
+    replaces_at_end: bool = False
+    """Nothing of what the stage left before is touched until it succeeds, so that its record
+    outlives an attempt that fails."""
 
 
 # -- prepare ----------------------------------------------------------------------------------
@@ -110,13 +112,11 @@ def _prepare(context: StageContext) -> Outputs:
     }
 
 
-def _prepared_data_stand(outputs: Outputs) -> bool:
+def _check_prepared_data(outputs: Outputs) -> None:
     from data_loaders.manifest import read_manifest
 
-    try:
-        return read_manifest(outputs["url"]).fingerprint == outputs["data"]
-    except ValueError:
-        return False
+    if read_manifest(outputs["url"]).fingerprint != outputs["data"]:
+        raise ValueError(f"{outputs['url']} holds another data set now")
 
 
 def _check_features(recipe: Recipe, manifest: "DatasetManifest") -> None:
@@ -255,8 +255,20 @@ def _report(context: StageContext) -> Outputs:
     )
 
 
-def _checkpoint_files(outputs: Outputs) -> list[str]:
-    return [storage.join(outputs["checkpoint"]["url"], "MANIFEST.json")]
+def _trained_files(outputs: Outputs) -> list[str]:
+    pairs = outputs.get("pairs")
+    manifests = [] if pairs is None else [storage.join(pairs["url"], "manifest.json")]
+    return [storage.join(outputs["checkpoint"]["url"], "MANIFEST.json"), *manifests]
+
+
+def _check_checkpoint(outputs: Outputs) -> None:
+    from sharding.checkpoint_manifest import look_over
+
+    url = outputs["checkpoint"]["url"]
+    try:
+        look_over(url, outputs["checkpoint"]["hash"])
+    except ValueError as error:
+        raise ValueError(f"checkpoint {url} is damaged: {error}") from error
 
 
 GRAPH: dict[StageName, Stage] = {
@@ -267,7 +279,8 @@ GRAPH: dict[StageName, Stage] = {
         prepare_inputs,
         _prepare,
         lambda outputs: [storage.join(outputs["url"], "manifest.json")],
-        _prepared_data_stand,
+        _check_prepared_data,
+        replaces_at_end=True,
     ),
     "tokenize": Stage(
         "tokenize",
@@ -277,9 +290,23 @@ GRAPH: dict[StageName, Stage] = {
         _tokenize,
         lambda outputs: [storage.join(outputs["url"], "manifest.json")],
     ),
-    "train": Stage("train", ("prepare", "tokenize"), True, train_inputs, _train, _checkpoint_files),
+    "train": Stage(
+        "train",
+        ("prepare", "tokenize"),
+        True,
+        train_inputs,
+        _train,
+        _trained_files,
+        _check_checkpoint,
+    ),
     "align": Stage(
-        "align", ("prepare", "tokenize", "train"), True, align_inputs, _align, _checkpoint_files
+        "align",
+        ("prepare", "tokenize", "train"),
+        True,
+        align_inputs,
+        _align,
+        _trained_files,
+        _check_checkpoint,
     ),
     "evaluate": Stage(
         "evaluate",

@@ -4,6 +4,7 @@ A directory without a valid manifest is not a checkpoint, and a file whose size 
 from the manifest's is damaged.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -16,6 +17,8 @@ from sharding.block_file import block_digest
 
 MANIFEST = "MANIFEST.json"
 
+LOOKS_AT_ONCE = 16
+"""Files whose sizes are asked for at a time: a store far away takes its time for each answer."""
 MAX_BLOCK_BYTES = 1 << 28
 """Memory of a few blocks is what reading a manifest may cost."""
 
@@ -119,6 +122,37 @@ def read_manifest(url: str, name: str) -> CheckpointManifest:
     return manifest
 
 
+def look_over(url: str, fingerprint: str) -> None:
+    """Check, without reading a tensor, that directory `url` still holds the checkpoint of this
+    hash: its manifest, and that every file is there and as long as it was.
+
+    Raises:
+        ValueError: it does not, in a sentence; bits that flipped are found by `verify_file` alone.
+        StorageError: the storage refuses, or does not answer.
+    """
+    manifest = read_manifest(url, url.rsplit("/", 1)[-1])
+    if manifest.fingerprint != fingerprint:
+        raise ValueError("another checkpoint lies there now")
+    with ThreadPoolExecutor(LOOKS_AT_ONCE) as pool:
+        list(pool.map(lambda entry: _look_at(url, entry), manifest.files))
+
+
+def _look_at(url: str, entry: CheckpointFile) -> str:
+    """Where a file lies, which is there and of its size. Raises ValueError, StorageError."""
+    try:
+        place = storage.inside(url, entry.path)
+        size = storage.size(place)
+    except FileNotFoundError as error:
+        raise ValueError(f"{entry.path} is missing") from error
+    except StorageError:
+        raise
+    except OSError as error:
+        raise ValueError(f"{entry.path} cannot be read ({error})") from error
+    if size != entry.bytes:
+        raise ValueError(f"{entry.path} has {size} bytes instead of {entry.bytes}")
+    return place
+
+
 def verify_file(url: str, entry: CheckpointFile) -> None:
     """Check that one file of the checkpoint in directory `url` is there and unchanged.
 
@@ -127,11 +161,8 @@ def verify_file(url: str, entry: CheckpointFile) -> None:
             size or hash differs from the manifest's.
         StorageError: the storage refuses, or does not answer.
     """
+    place = _look_at(url, entry)
     try:
-        place = storage.inside(url, entry.path)
-        size = storage.size(place)
-        if size != entry.bytes:
-            raise ValueError(f"{entry.path} has {size} bytes instead of {entry.bytes}")
         with explained(place, "read"):
             digest = patiently(lambda: _digest(place, entry.block))
     except FileNotFoundError as error:

@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 
 from configs import storage
-from configs.layout import RunLayout
+from configs.layout import RunLayout, read_record
 from configs.load import load_recipe
 from launch import run as run_module
 from launch.run import run
 from launch.stages import GRAPH, StageContext
+from sharding.checkpoint_manifest import CheckpointFile, build_manifest, write_manifest
 from tests.integration.jobs import write_recipe
 
 
@@ -128,6 +129,20 @@ def stages_run(printed: str) -> list[str]:
     return [line.split("] ")[1].split(":")[0] for line in lines]
 
 
+def write_checkpoint(store: str) -> dict[str, Any]:
+    """A checkpoint of two files, the same whenever it is written."""
+    name, files = f"step-{1:08d}-{1:016x}", []
+    url = storage.join(store, name)
+    for path in ("state.json", "__0_0.distcp"):
+        storage.write_bytes(storage.join(url, path), data := path.encode())
+        digest = storage.sha256_bytes(data)
+        files.append(CheckpointFile(path=path, bytes=len(data), sha256=digest))
+    content = {"name": name, "step": 1, "created": 0.0, "world_size": 1, "files": tuple(files)}
+    manifest = build_manifest(**content, versions={}, fingerprints={})
+    write_manifest(url, manifest)
+    return {"url": url, "hash": manifest.fingerprint, "step": 1}
+
+
 @pytest.fixture
 def stubbed(job: Job, monkeypatch: pytest.MonkeyPatch) -> Job:
     """The graph with stages that only leave files: what runs when is the same, and quick."""
@@ -138,10 +153,8 @@ def stubbed(job: Job, monkeypatch: pytest.MonkeyPatch) -> Job:
         if "train" in done or "prepare" not in done:
             for url in (layout.results, layout.recommendations, f"{layout.data}/manifest.json"):
                 storage.write_json(url, {})
-        mark = storage.join(layout.checkpoints("train", context.fingerprint), "MANIFEST.json")
-        if "prepare" in done and not storage.exists(mark):
-            storage.write_json(mark, {})
-        checkpoint = {"url": mark.rsplit("/", 1)[0], "hash": context.fingerprint, "step": 1}
+        store = layout.checkpoints("train", context.fingerprint)
+        checkpoint = write_checkpoint(store) if "prepare" in done else {}
         return {
             "data": "d",
             "url": layout.data,
@@ -155,7 +168,8 @@ def stubbed(job: Job, monkeypatch: pytest.MonkeyPatch) -> Job:
         }
 
     for name, stage in graph.items():
-        graph[name] = replace(stage, run=leave, needs_ray=False, intact=None)
+        check = None if name == "prepare" else stage.check
+        graph[name] = replace(stage, run=leave, needs_ray=False, check=check)
     monkeypatch.setattr(run_module, "GRAPH", graph)
     monkeypatch.setattr(run_module._Run, "_show", lambda self: None)
     return job
@@ -178,6 +192,37 @@ def test_settings_that_change_no_number_train_nothing_anew(stubbed: Job) -> None
     assert "align" in ran and "train" not in ran
     assert "train" in stages_run(stubbed.run("evaluation.filter_seen=false"))
     assert "train" in stages_run(stubbed.run("training.epochs=3"))
+
+
+def test_a_training_whose_checkpoint_is_not_whole_runs_again(stubbed: Job) -> None:
+    stubbed.run()
+    train = read_record(stubbed.layout.stage_record("train"))
+    place = Path(train["outputs"]["checkpoint"]["url"])
+    kept = place.parent / "mark"  # as an earlier checkpoint, which is whole
+    for name, damage, told in (
+        ("__0_0.distcp", b"short", "__0_0.distcp has 5 bytes instead of 12"),
+        ("state.json", None, "state.json is missing"),
+        ("MANIFEST.json", None, "MANIFEST.json is missing"),
+        ("MANIFEST.json", b"{}", "its MANIFEST.json is wrong at"),
+    ):
+        assert not stages_run(stubbed.run())
+        kept.touch()
+        file = place / name
+        file.unlink() if damage is None else file.write_bytes(damage)
+        with pytest.raises(ValueError, match="stage 'evaluate' needs 'train'"):
+            stubbed.run(only="evaluate")
+        printed = stubbed.run()
+        assert stages_run(printed)[0] == "train" and told in printed, printed
+        assert kept.exists()  # it goes on; nothing is discarded
+
+
+def test_an_alignment_whose_pairs_were_deleted_writes_them_again(stubbed: Job) -> None:
+    stubbed.run()
+    url = stubbed.layout.stage_record("align")
+    record = storage.read_sealed(url)
+    record["outputs"]["pairs"] = {"url": stubbed.layout.pairs("gone")}
+    storage.write_sealed(url, record)
+    assert stages_run(stubbed.run())[0] == "align"
 
 
 def test_force_reaches_no_further_back_than_from(stubbed: Job) -> None:

@@ -1,0 +1,40 @@
+"""What a stage says about the checkpoint that an earlier one named."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from configs.layout import RunLayout
+from data_loaders.synthetic import write_synthetic
+from sharding.checkpoint import CheckpointStore
+from tests.harness import run_ranks
+from tests.trainer.runs import ITEMS, USERS, quiet, settings_of
+from trainer.policy import checkpoint_reference, named_checkpoint, start_worker
+
+
+def refusals(root: str) -> None:
+    """Of a checkpoint with a flipped bit, in each kind of store."""
+    worker = start_worker(settings_of(Path(root), "f", {}), quiet)
+    layout, tensors = RunLayout(root), {"weight": torch.arange(64.0)}
+    for url, mends in (
+        (layout.checkpoints("train", "f"), ["remove that directory", "`tandem train RECIPE` of"]),
+        (layout.best("train", "f"), ["`tandem train RECIPE --force`"]),
+    ):
+        store = CheckpointStore(url, 2, worker.ctx)
+        store.write(1, tensors, {}, {})
+        reference = checkpoint_reference(store.write(2, tensors, {}, {}))
+        assert named_checkpoint(worker, reference)[1].step == 2
+        file = Path(reference["url"]) / "__0_0.distcp"
+        file.write_bytes(b"\x01" + file.read_bytes()[1:])
+        with pytest.raises(ValueError, match="is damaged: its sha256 differs") as error:
+            named_checkpoint(worker, reference)
+        assert reference["url"] in str(error.value)
+        assert all(mend in str(error.value) for mend in mends)
+        # What a whole one beside it would be lost by is no advice.
+        assert ("--force" in str(error.value)) == (len(mends) == 1)
+
+
+def test_a_damaged_outcome_names_the_mend_that_keeps_what_is_whole(tmp_path: Path) -> None:
+    write_synthetic(str(tmp_path / "data"), USERS, ITEMS, 9, 3, rows_per_group=16)
+    run_ranks(1, refusals, str(tmp_path))
