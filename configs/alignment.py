@@ -38,7 +38,8 @@ class AlignmentBase(Config):
     rule: PreferenceRule | None = None
     """Pairs that measure preference accuracy, and that offline kinds train on."""
     validation_share: float = Field(0.1, gt=0, lt=1)
-    """Share of users whose pairs measure preference accuracy and are not trained on."""
+    """Share of users whose pairs measure preference accuracy; with a rule, alignment learns nothing
+    from them, be it pairs, prompts or impressions."""
     supervised_weight: NonNegativeFloat = 1.0
     """Weight of the supervised loss on contexts and winners; keeps the model from forgetting."""
     epochs: PositiveInt = 2

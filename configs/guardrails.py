@@ -28,6 +28,11 @@ class LimitConfig(Config):
     def _bounds_something(self) -> "LimitConfig":
         if self.max_drop is None and self.min is None and self.max is None:
             raise ValueError(f"the limit of {self.metric!r} needs max_drop, min or max")
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError(
+                f"nothing keeps the limit of {self.metric!r}: min={self.min:g} is above "
+                f"max={self.max:g}; swap them"
+            )
         return self
 
 

@@ -30,7 +30,7 @@ from configs.measured import check_metrics
 from configs.models import HSTURankingConfig, InitConfig, Model
 from configs.objectives import MultiTaskConfig, NextCodeConfig, Objective, SampledSoftmaxConfig
 from configs.preferences import LabelRule, PreferenceRule, RatingRule, WatchTimeRule
-from configs.rewards import QuotaReward
+from configs.rewards import QuotaReward, check_codes_are_written
 from configs.schema import closest
 from configs.sharding import ShardingConfig
 from configs.tokenize import TokenizerConfig
@@ -384,6 +384,7 @@ def _rollouts_are_possible(recipe: Recipe) -> None:
         return
     if not isinstance(config, OnlineBase | GeneratedPairsBase):
         return
+    check_codes_are_written(rewards_of(config), recipe.model.kind)
     if isinstance(config.generation, AncestralConfig) and config.generation.top_p < 1:
         raise ValueError(
             f"alignment.generation.top_p={config.generation.top_p} cuts off codes, but "

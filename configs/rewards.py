@@ -130,6 +130,22 @@ Reward = Annotated[
 ]
 
 
+def check_codes_are_written(rewards: Sequence[Reward], model_kind: str) -> None:
+    """Refuse what tells semantic ids apart for models that score items, which have none.
+
+    Raises:
+        ValueError: names the reward.
+    """
+    for at, reward in enumerate(rewards):
+        by_id = isinstance(reward, HitReward | RankReward) and reward.by == "id"
+        if isinstance(reward, PrefixReward) or by_id:
+            told = "kind=prefix" if isinstance(reward, PrefixReward) else "by=id"
+            raise ValueError(
+                f"alignment.rewards.{at}.{told} compares semantic ids, and model.kind="
+                f"{model_kind!r} scores items: use kind=hit by item"
+            )
+
+
 def reward_names(rewards: Sequence[Reward]) -> tuple[str, ...]:
     """What each reward of a list is called: its kind, numbered where that stands there again."""
     repeated, seen, names = Counter(each.kind for each in rewards), Counter[str](), []

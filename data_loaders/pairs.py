@@ -131,6 +131,9 @@ def select_pairs(
     later = earlier + lags
     chosen = np.where(liked[earlier], earlier, later)
     rejected = np.where(liked[earlier], later, earlier)
+    if rule.rejected_per_chosen > 1:
+        distinct = _distinct(chosen, items[rejected], keys)
+        chosen, rejected, keys = chosen[distinct], rejected[distinct], keys[distinct]
     first, losers = _lists(chosen, rejected, keys, rule.rejected_per_chosen)
     owner = user[chosen[first]]
     order = np.lexsort((keys[first], owner))
@@ -144,6 +147,16 @@ def select_pairs(
         candidates=len(earlier),
         outcomes=said.counts(),
     )
+
+
+def _distinct(chosen: np.ndarray, items: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """Indices of candidates [C] that lose to a winner as different items, those of least key: an
+    item twice in a list would count as two negatives."""
+    order = np.lexsort((keys, items, chosen))
+    winners, losers = chosen[order], items[order]
+    first = np.ones(len(order), bool)
+    first[1:] = (winners[1:] != winners[:-1]) | (losers[1:] != losers[:-1])
+    return order[first]
 
 
 def _lists(
@@ -201,7 +214,7 @@ def rejected_columns(losers: int) -> tuple[str, ...]:
 
 
 def validation_users(user_ids: np.ndarray, seed: int, share: float) -> np.ndarray:
-    """bool [n]: whose pairs measure preference accuracy and are not trained on."""
+    """bool [n]: whose pairs measure preference accuracy, and whom alignment learns nothing from."""
     # The extra key keeps this choice independent of the one among a user's candidates.
     uniform = (hash_values(user_ids, seed, 1).view(np.uint64) >> np.uint64(11)) / 2.0**53
     return uniform < share

@@ -143,7 +143,11 @@ def _by_watch_time(slices: Slices, rule: WatchTimeRule, labels: Sequence[str]) -
 def duration_buckets(duration: np.ndarray, rule: WatchTimeRule) -> np.ndarray:
     """int64 ⌊log_b(duration + ε)⌋ of positive seconds."""
     seconds = duration.astype(np.float64) + rule.duration_epsilon
-    return np.floor(np.log(seconds) / np.log(rule.duration_base)).astype(np.int64)
+    buckets = np.floor(np.log(seconds) / np.log(rule.duration_base))
+    # A quotient of logarithms may miss a whole number by its rounding.
+    buckets += np.power(rule.duration_base, buckets + 1) <= seconds
+    buckets -= np.power(rule.duration_base, buckets) > seconds
+    return buckets.astype(np.int64)
 
 
 def _ranks_in_buckets(

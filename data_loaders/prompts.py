@@ -14,6 +14,7 @@ from configs.preferences import PreferenceRule
 from data_loaders.collate import jagged_batch, split_last
 from data_loaders.dataset import SequenceDataset
 from data_loaders.loader import LoaderState, StepLoader
+from data_loaders.pairs import validation_users
 from data_loaders.preference_rules import columns_of, outcomes
 from data_loaders.sampler import expand_ranges
 from models.batch import JaggedBatch
@@ -34,6 +35,7 @@ class PromptLoader(StepLoader[PromptSequences]):
     """Steps over the training prefixes of all users, as those of `TrainingLoader`.
 
     Percentiles of a rule are over a user's whole training prefix, not over what is cut off it.
+    Users who are held out are empty sequences.
 
     Raises:
         ValueError: the configuration, the state and the data set do not fit together.
@@ -49,9 +51,10 @@ class PromptLoader(StepLoader[PromptSequences]):
         seed: int,
         rank: int,
         world_size: int,
+        held_out: float = 0.0,
         state: LoaderState | None = None,
     ) -> None:
-        """`rule`: `check_rule` has passed."""
+        """`rule`: `check_rule` has passed; `held_out`: share of `validation_users`."""
         super().__init__(
             dataset.reader,
             dataset.reader.row_group_sizes,
@@ -62,13 +65,17 @@ class PromptLoader(StepLoader[PromptSequences]):
             state=state,
         )
         self._dataset, self._rule = dataset, rule
+        self._seed, self._held_out = seed, held_out
+
+    def _ends(self, sample_ids: np.ndarray) -> np.ndarray:
+        ends = self._dataset.lengths(sample_ids).train_end
+        return np.where(validation_users(sample_ids + 1, self._seed, self._held_out), 0, ends)
 
     def _tokens(self, sample_ids: np.ndarray) -> np.ndarray:
-        ends = self._dataset.lengths(sample_ids).train_end
-        return np.clip(ends - 1, 0, self._config.max_length)
+        return np.clip(self._ends(sample_ids) - 1, 0, self._config.max_length)
 
     def _batch(self, sample_ids: np.ndarray) -> PromptSequences:
-        ends, tokens = self._dataset.lengths(sample_ids).train_end, self._tokens(sample_ids)
+        ends, tokens = self._ends(sample_ids), self._tokens(sample_ids)
         begin = np.where(ends < 2, ends, ends - 1 - tokens)  # nothing to predict: nothing is read
         slices = self._dataset.reader.slices(sample_ids, begin, ends)
         batch = jagged_batch(*split_last(slices))

@@ -91,7 +91,7 @@ def _add_rollout(group: click.Group) -> None:
     @click.option("--output", required=True, help="Directory (any URL) for data and rollout.json.")
     @click.option("--items", type=click.IntRange(min=2), default=12_101, show_default=True)
     @click.option("--prompts", type=click.IntRange(min=1), default=64, show_default=True)
-    @click.option("--group", type=click.IntRange(min=1), default=16, show_default=True)
+    @click.option("--group", type=click.IntRange(min=2), default=16, show_default=True)
     @click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True)
     @click.option("--seed", type=int, default=0, show_default=True)
     @_threads

@@ -12,6 +12,7 @@ from configs.load import LoadedRecipe, load_recipe
 from configs.recipe import STAGES, StageName
 from configs.redaction import redacted
 from launch.bench import add_commands
+from launch.reward_checks import check_functions
 from launch.user_errors import BUSY_STATUS, USER_ERRORS, BusyError
 
 RECIPE_HELP = "RECIPE is the path of a .yaml file or a shipped name; KEY=VALUE overrides a setting."
@@ -129,7 +130,9 @@ for _stage, _about in {
 @_takes_recipe
 def show_config(recipe: str, overrides: tuple[str, ...]) -> None:
     """Print the resolved recipe with each value's origin; credentials are hidden."""
-    click.echo(redacted(load_recipe(recipe, overrides).dump()), nl=False)
+    loaded = load_recipe(recipe, overrides)
+    check_functions(loaded.recipe)
+    click.echo(redacted(loaded.dump()), nl=False)
 
 
 @main.command(epilog=RECIPE_HELP)

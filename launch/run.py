@@ -5,14 +5,13 @@ from contextlib import ExitStack
 from typing import Any
 
 from configs import storage
-from configs.alignment import rewards_of
 from configs.layout import RunLayout, read_record
 from configs.load import LoadedRecipe
 from configs.recipe import Recipe, StageName
 from configs.redaction import refuse_credentials
-from configs.rewards import FunctionReward
 from launch.other_trainings import other_trainings
 from launch.output_lock import OutputLock
+from launch.reward_checks import check_functions, check_models
 from launch.stages import GRAPH, Outputs, Stage, StageContext
 from launch.termination import Termination
 
@@ -43,7 +42,7 @@ def run(
     recipe = loaded.recipe
     refuse_credentials("output", recipe.output)
     storage.refuse_memory("output", recipe.output)
-    _check_functions(recipe)
+    check_functions(recipe)
     names = recipe.stages()
     for wanted in (until, from_, only):
         if wanted is not None and wanted not in names:
@@ -54,18 +53,10 @@ def run(
         raise ValueError(
             f"--from {from_} comes after --until {until}, so that nothing would run; swap them"
         )
-    _Run(recipe, from_, only, force).execute(names, until or only)
-
-
-def _check_functions(recipe: Recipe) -> None:
-    """Import what a recipe names by dotted path before anything runs. Raises ValueError."""
-    rewards = rewards_of(recipe.alignment)
-    paths = [each.path for each in rewards if isinstance(each, FunctionReward)]
-    if paths:
-        from trainer.rewards.user_function import load_function
-
-        for path in paths:
-            load_function(path)
+    last = until or only
+    if "align" in names[: len(names) if last is None else names.index(last) + 1]:
+        check_models(recipe)
+    _Run(recipe, from_, only, force).execute(names, last)
 
 
 class _Run:

@@ -10,7 +10,7 @@ from configs.alignment import rewards_of
 from configs.base import Config
 from configs.layout import RunLayout, read_record
 from configs.recipe import Recipe
-from configs.rewards import ModelReward
+from configs.rewards import FunctionReward, ModelReward
 from configs.sharding import Placement, ShardingConfig
 from configs.training import TrainingConfig, ValidationConfig
 
@@ -162,6 +162,7 @@ def align_inputs(recipe: Recipe, done: dict[str, Outputs]) -> dict[str, Any]:
         "settings": _alignment_settings(recipe),
         "train": train_inputs(recipe, done),
         **_reward_models(recipe),
+        **_reward_functions(recipe),
     }
 
 
@@ -184,6 +185,17 @@ def _reward_models(recipe: Recipe) -> dict[str, Any]:
         there = storage.exists(record)
         found[run] = read_record(record)["outputs"]["checkpoint"]["hash"] if there else None
     return {"reward_models": found} if found else {}
+
+
+def _reward_functions(recipe: Recipe) -> dict[str, Any]:
+    """What the sources of the user's own rewards are, by dotted path."""
+    rewards = rewards_of(recipe.alignment)
+    paths = sorted({each.path for each in rewards if isinstance(each, FunctionReward)})
+    if not paths:
+        return {}
+    from trainer.rewards.user_function import source_hash
+
+    return {"reward_functions": {path: source_hash(path) for path in paths}}
 
 
 def policies_of(done: dict[str, Outputs]) -> dict[str, Any]:

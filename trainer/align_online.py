@@ -51,6 +51,7 @@ def prompt_loader(
         seed=worker.recipe.seed,
         rank=worker.ctx.rank,
         world_size=worker.ctx.world_size,
+        held_out=0.0 if config.rule is None else config.validation_share,
         state=LoaderState(**state.loader) if state.loader else None,
     )
 

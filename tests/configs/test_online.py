@@ -69,6 +69,12 @@ DIVERGENCE: dict[str, Any] = {"guardrails": {"divergence": {}}}
         ({"kind": "grpo", "guardrails": {"divergence": {"metric": "ndcg@7"}}}, "mean ndcg@"),
         ({"kind": "grpo", "kl": {"weight": 0.1}, "reference": None}, "needs a reference policy"),
         ({"kind": "grpo", "prompts": {"per_step": 3}}, "prompts.per_step=3 must be a multiple"),
+        ({"kind": "grpo", "rewards": [{"kind": "prefix"}]}, "scores items: use kind=hit"),
+        ({"kind": "grpo", "rewards": [{"kind": "hit", "by": "id"}]}, r"rewards\.0\.by=id"),
+        (
+            {"kind": "grpo", "guardrails": {"limits": [{"metric": "kl", "min": 2, "max": 1}]}},
+            "min=2 is above max=1",
+        ),
         ({"kind": "grpo", "generation": {"kind": "ancestral", "top_p": 0.9}}, "set top_p to 1"),
         ({"kind": "grpo", "rewards": []}, "at least 1 item"),
         ({"kind": "grpo", "validation": {"metric": "preference_accuracy"}}, "is not measured"),
@@ -113,7 +119,7 @@ def test_what_cannot_be(alignment: dict[str, Any], sentence: str) -> None:
     [
         {"kind": "grpo", "rewards": [{"kind": "diversity"}]},
         {"kind": "grpo", "rewards": [{"kind": "legality"}, {"kind": "quota"}]},
-        {"kind": "grpo", "rewards": [{"kind": "legality"}, {"kind": "prefix"}]},
+        {"kind": "grpo", "rewards": [{"kind": "legality"}, {"kind": "rank"}]},
         {"kind": "grpo", "generation": {"kind": "ancestral", "samples": 2}},
     ],
 )
@@ -125,7 +131,7 @@ def test_what_may_teach_is_allowed(alignment: dict[str, Any]) -> None:
     "metric", ["hr@50/tail", "coverage@10", "loss", "reward/hit_2", "kl", "preference_accuracy"]
 )
 def test_guardrails_may_watch_what_is_measured(metric: str) -> None:
-    rewards = [{"kind": "hit"}, {"kind": "hit", "by": "id"}]
+    rewards = [{"kind": "hit"}, {"kind": "hit", "weight": 0.5}]
     alignment = {"kind": "grpo", "rule": {"kind": "rating"}, "rewards": rewards}
     assert recipe(alignment | limit(metric=metric, min=0) | {"epochs": 2})
     assert recipe(alignment | DIVERGENCE)

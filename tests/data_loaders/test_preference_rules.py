@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from configs.preferences import LabelRule, PreferenceRule, RatingRule, WatchTimeRule
 from data_loaders.dataset import Slices
 from data_loaders.manifest import DatasetManifest
-from data_loaders.preference_rules import check_rule, outcomes
+from data_loaders.preference_rules import check_rule, duration_buckets, outcomes
 from data_loaders.synthetic import write_synthetic
 
 LABELS = ("like", "hate", "long_view", "share")
@@ -60,8 +60,27 @@ def same_bucket(dwell: float, seconds: float, duration: float, rule: WatchTimeRu
     if math.isnan(dwell) or math.isnan(seconds) or seconds <= 0:
         return False
     base, epsilon = rule.duration_base, rule.duration_epsilon
-    buckets = [math.floor(math.log(s + epsilon) / math.log(base)) for s in (seconds, duration)]
-    return buckets[0] == buckets[1]
+    return exponent(seconds + epsilon, base) == exponent(duration + epsilon, base)
+
+
+def exponent(seconds: float, base: float) -> int:
+    """The n with base^n <= seconds < base^(n+1), by trying."""
+    n = 0
+    while base ** (n + 1) <= seconds:
+        n += 1
+    while base**n > seconds:
+        n -= 1
+    return n
+
+
+@pytest.mark.parametrize("base", [1.5, 2.0, 3.0, 10.0])
+def test_a_power_of_the_base_opens_its_bucket(base: float) -> None:
+    rule = WatchTimeRule(duration_base=base, duration_epsilon=1.0)
+    exact = [base**n - 1 for n in range(1, 20) if base**n - 1 + 1.0 == base**n]
+    assert duration_buckets(np.array(exact), rule).tolist() == [
+        exponent(seconds + 1.0, base) for seconds in exact
+    ]
+    assert len(exact) > 5
 
 
 @given(

@@ -237,3 +237,26 @@ def test_a_reward_that_cannot_be_imported_is_told_before_anything_runs(job: Job)
     with pytest.raises(ValueError, match=r"no\.such"):
         job.run(online)
     assert not job.record.exists()
+
+
+def test_a_reward_model_that_is_not_there_is_told_before_anything_runs(job: Job) -> None:
+    reward = "{kind: model, run: runs/nowhere, tasks: {like: 1.0}}"
+    online = f"alignment={{kind: grpo, rule: null, rewards: [{{kind: hit}}, {reward}]}}"
+    with pytest.raises(ValueError, match=r"alignment\.rewards\.1\.run='runs/nowhere' holds no"):
+        job.run(online)
+    assert not job.record.exists()
+
+
+def test_a_reward_function_that_was_rewritten_is_another_alignment(
+    stubbed: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = tmp_path / "rewards_that_change.py"
+    module.write_text("def mine(group):\n    return group.items\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    reward = "{kind: function, path: 'rewards_that_change:mine'}"
+    online = f"alignment={{kind: grpo, rule: null, rewards: [{reward}]}}"
+    assert "align" in stages_run(stubbed.run(online))
+    assert "align" not in stages_run(stubbed.run(online))
+    module.write_text("def mine(group):\n    return -group.items\n")
+    ran = stages_run(stubbed.run(online))
+    assert "align" in ran and "train" not in ran

@@ -6,6 +6,7 @@ import torch
 from configs.data import LoaderConfig
 from configs.preferences import RatingRule
 from data_loaders.dataset import SequenceDataset
+from data_loaders.pairs import validation_users
 from data_loaders.prompts import PromptLoader, PromptSequences
 from data_loaders.synthetic import write_synthetic
 from models.batch import JaggedBatch
@@ -87,3 +88,25 @@ def test_outcomes_are_those_of_the_next_event(tmp_path) -> None:  # type: ignore
                 expected = (following >= 4).astype(np.float32) - (following <= 2)
                 assert mine.tolist() == expected.tolist()
         assert {-1.0, 1.0} <= set(torch.cat(told).tolist())
+
+
+def test_users_who_are_held_out_teach_nothing(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    """The users whose pairs measure the policy: events of theirs are neither prompts nor losses."""
+    url = str(tmp_path / "data")
+    write_synthetic(url, 30, 12, 9, 3, rows_per_group=8)
+    config = LoaderConfig(global_batch=99, max_length=4, prefetch=0, cached_row_groups=8)
+    held = validation_users(np.arange(1, 31), 5, 0.3)
+    assert 3 < held.sum() < 20
+    shared = {"prompts_per_step": 10, "seed": 5, "rank": 0, "world_size": 1}
+    with PromptLoader(
+        SequenceDataset(url, 8), config, RatingRule(), held_out=0.3, **shared
+    ) as loader:
+        batches = [found.batch for _ in range(3) for found in next(loader).micro_batches]
+    lengths = {
+        int(sample): int(length)
+        for batch in batches
+        for sample, length in zip(batch.sample_ids, batch.lengths, strict=True)
+    }
+    assert set(lengths) == set(range(30))
+    assert {sample for sample in lengths if held[sample] and lengths[sample]} == set()
+    assert sum(lengths[sample] > 0 for sample in lengths) > 10

@@ -21,6 +21,10 @@ from trainer.rewards.user_function import load_function
 class RewardModel(Protocol):
     """A trained model that predicts what users do with items."""
 
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """What it predicts."""
+
     def score(self, contexts: JaggedBatch, candidates: Tensor) -> Mapping[str, Tensor]:
         """Output → prediction, float32 [N, G], of items [N, G] after N histories. Collective.
 
@@ -135,14 +139,15 @@ class RewardSum:
 
 def _scored_by(model: RewardModel, config: kinds.ModelReward) -> Part:
     """Σ weight · prediction over outputs; 0 for what is no item."""
+    for task in config.tasks:
+        if task not in model.outputs:
+            raise ValueError(
+                f"reward model {config.run} has the tasks {sorted(model.outputs)}, not {task!r}: "
+                "name one of them in the `tasks` of the reward"
+            )
 
     def score(group: Group) -> Tensor:
         scores = model.score(group.contexts, group.items)
-        for task in config.tasks:
-            if task not in scores:
-                raise ValueError(
-                    f"reward model {config.run} has the tasks {sorted(scores)}, not {task!r}"
-                )
         weighted = [weight * scores[task] for task, weight in config.tasks.items()]
         return torch.where(group.legal, torch.stack(weighted).sum(0), 0.0)
 

@@ -1,11 +1,13 @@
 """A reward function of the user's own, named by the recipe and by nothing else."""
 
+import hashlib
 import importlib
 import inspect
 import os
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,6 +40,22 @@ def load_function(path: str) -> UserReward:
         raise ValueError(f"{place} is {type(function).__name__}, not a function")
     _check_signature(place, function)
     return _checked(place, function, getattr(module, "__file__", None))
+
+
+def source_hash(path: str) -> str | None:
+    """sha256 of the file of `package.module:function`'s module; None where it has none to read.
+
+    What that module imports is not looked at.
+
+    Raises:
+        ValueError: it cannot be imported.
+    """
+    module = _imported(f"reward function {path!r}", path.partition(":")[0])
+    try:
+        file = inspect.getsourcefile(module)
+        return None if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    except (TypeError, OSError):  # built in, or compiled and shipped without its source
+        return None
 
 
 def _imported(place: str, module_name: str) -> Any:

@@ -199,6 +199,8 @@ def test_a_quota_does_not_lift_what_is_negative() -> None:
 class Probabilities:
     """A reward model that knows its answers."""
 
+    outputs = ("click", "like")
+
     def score(self, contexts: JaggedBatch, candidates: Tensor) -> dict[str, Tensor]:
         assert contexts.num_sequences == candidates.shape[0]
         return {"click": candidates / 10, "like": candidates / 100}
@@ -210,7 +212,7 @@ def test_p_score_of_a_reward_model() -> None:
     near(rewards(group([[2, 4, 0, -1]], [1])).total, [[0.6, 1.2, 0, 0]])
     unknown = kinds.ModelReward(run="somewhere", tasks={"share": 1.0})
     with pytest.raises(ValueError, match=r"\['click', 'like'\], not 'share'"):
-        RewardSum([unknown], COUNTS, {"somewhere": Probabilities()})(group([[1]], [1]))
+        RewardSum([unknown], COUNTS, {"somewhere": Probabilities()})
 
 
 def even_items(found: Group) -> Tensor:
