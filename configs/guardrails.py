@@ -10,7 +10,8 @@ Action = Literal["warn", "stop", "roll_back"]
 """Say it and go on; end with the best policy that kept the limits; or return to the last policy
 that kept them and go on from there at a lower learning rate.
 
-Policies are judged before the first step and at each validation; without it, as epochs end."""
+Policies are judged before the first step and at each validation; without it, as epochs end. What is
+broken for long is warned of once, and again after a judgement found it kept."""
 
 
 class LimitConfig(Config):
@@ -60,4 +61,10 @@ class GuardrailsConfig(Config):
     max_rollbacks: NonNegativeInt = 2
     """The next one stops instead."""
     window: Annotated[int, Field(ge=1)] = 5
-    """Logged steps over which a training metric is averaged before it is held to its limit."""
+    """Logged steps over which a training metric is averaged before it is held to its limit; where a
+    policy is judged, over those since the judgement before if they are fewer."""
+
+    @property
+    def watch(self) -> bool:
+        """Whether there are any."""
+        return bool(self.limits) or self.divergence is not None

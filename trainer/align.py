@@ -77,7 +77,7 @@ def offline_stage(
     with preference_loader(worker, config, pairs, None, TrainerState()) as probe:
         steps = probe.steps_per_epoch
 
-    updates = LoggedPairs(worker, config, loss.model, config.epochs * steps)
+    updates = LoggedPairs(worker, config, loss.model, steps)
 
     def before(policy: ParallelModel, afresh: bool) -> None:
         write_reference_once(worker, policy, settings)
@@ -132,7 +132,7 @@ def logged_stage(worker: Worker, config: GBPOConfig, settings: dict[str, Any]) -
     loss = LoggedLoss(build_scorer(worker, normalised=True), config)
     with prompt_loader(worker, config, TrainerState()) as probe:
         steps = probe.steps_per_epoch
-    updates = LoggedImpressions(worker, config, loss.model, config.epochs * steps)
+    updates = LoggedImpressions(worker, config, loss.model, steps)
 
     def before(policy: ParallelModel, afresh: bool) -> None:
         load_policy(worker, policy, settings["start"])
@@ -162,7 +162,7 @@ def generated_stage(
     )
     with prompt_loader(worker, config, TrainerState()) as probe:
         steps = probe.steps_per_epoch
-    measured = PolicyProbe(worker, config, config.epochs * steps)
+    measured = PolicyProbe(worker, config, steps)
     return TrainingStage(
         loss=loss,
         steps_per_epoch=steps,
@@ -232,13 +232,13 @@ class LoggedPairs(OneUpdate):
     """Turns a step's pairs into one update, with targets for the supervised term."""
 
     def __init__(
-        self, worker: Worker, config: OfflineAlignment, model: TableModel, total_steps: int
+        self, worker: Worker, config: OfflineAlignment, model: TableModel, steps_per_epoch: int
     ) -> None:
         super().__init__(self._inputs)
         self._worker = worker
         self._model = model
         self._supervised = SupervisedTargets(worker, model, config.supervised_weight)
-        self._probe = PolicyProbe(worker, config, total_steps)
+        self._probe = PolicyProbe(worker, config, steps_per_epoch)
 
     def draw(self, start: ParallelModel, pairs_url: str) -> None:
         """Have the divergence from `start` told in the contexts of a few pairs. Collective."""

@@ -20,14 +20,14 @@ class LoggedImpressions(OneUpdate):
     """Turns a step's sequences into one update on what users took next."""
 
     def __init__(
-        self, worker: Worker, config: GBPOConfig, model: TableModel, total_steps: int
+        self, worker: Worker, config: GBPOConfig, model: TableModel, steps_per_epoch: int
     ) -> None:
         super().__init__(self._inputs)
         self._worker = worker
         self._config = config
         self._model = model
         self._supervised = SupervisedTargets(worker, model, config.supervised_weight)
-        self._probe = PolicyProbe(worker, config, total_steps)
+        self._probe = PolicyProbe(worker, config, steps_per_epoch)
 
     def draw(self, start: ParallelModel) -> None:
         """Have the divergence from `start` told at the prompts of the first step. Collective."""

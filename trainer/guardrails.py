@@ -50,7 +50,9 @@ class WatchState:
     start: dict[str, float] = field(default_factory=dict)
     """Validation metrics before the first step."""
     recent: dict[str, list[float]] = field(default_factory=dict)
-    """Training metric → its last logged values."""
+    """Training metric → its last logged values, none of before the last judgement."""
+    standing: list[str] = field(default_factory=list)
+    """What was warned of, and found kept at no judgement since."""
     rewards: list[float] = field(default_factory=list)
     """Since the last validation."""
     origin: float | None = None
@@ -88,7 +90,7 @@ class Watch:
             self.state.origin = metrics.get(self.config.divergence.metric)
 
     def logged(self, step: int, metrics: Mapping[str, float]) -> list[Alarm]:
-        """A training step that is logged; its alarms.
+        """A training step that is logged; its alarms, of metrics whose window is full.
 
         Raises:
             ValueError: a limit's metric is measured nowhere.
@@ -98,24 +100,38 @@ class Watch:
         divergence = self.config.divergence
         if divergence is not None and divergence.reward in metrics:
             state.rewards.append(metrics[divergence.reward])
-        for limit in self.config.limits:
-            if limit.metric not in metrics:
-                continue
-            recent = [*state.recent.get(limit.metric, []), metrics[limit.metric]]
-            state.recent[limit.metric] = recent = recent[-self.config.window :]
-            if len(recent) == self.config.window:
-                alarms.append(self._held(limit, step, _mean(recent), None))
+        for name in {limit.metric for limit in self.config.limits} & metrics.keys():
+            state.recent[name] = [*state.recent.get(name, []), metrics[name]][-self.config.window :]
+        for at, limit in enumerate(self.config.limits):
+            if limit.metric in metrics and self._is_full(limit.metric):
+                broken = _broken(limit, _mean(state.recent[limit.metric]), None)
+                place = f"training {at}"
+                alarms.append(self._alarm(place, limit.action, step, broken, settled=False))
         return self._raised(alarms)
 
-    def validated(self, step: int, metrics: Mapping[str, float]) -> list[Alarm]:
-        """A validation; its alarms."""
-        alarms = [
-            self._held(limit, step, metrics[limit.metric], self.state.start.get(limit.metric))
-            for limit in self.config.limits
-            if limit.metric in metrics
-        ]
-        if self.config.divergence is not None:
-            alarms.append(self._diverged(self.config.divergence, step, metrics))
+    def judged(self, step: int, validated: Mapping[str, float]) -> list[Alarm]:
+        """Of a policy that is kept if it breaks no limit; its alarms.
+
+        Args:
+            step: which made the policy.
+            validated: its validation; empty without one. Training metrics are held to what was
+                logged since the judgement before, however little.
+        """
+        state, alarms = self.state, []
+        for at, limit in enumerate(self.config.limits):
+            name = limit.metric
+            if state.recent.get(name):
+                broken = _broken(limit, _mean(state.recent[name]), None)
+                if not broken or not self._is_full(name):  # else it was said as it was logged
+                    alarms.append(self._alarm(f"training {at}", limit.action, step, broken))
+            if name in validated:
+                broken = _broken(limit, validated[name], state.start.get(name))
+                alarms.append(self._alarm(f"validation {at}", limit.action, step, broken))
+        divergence = self.config.divergence
+        if divergence is not None:
+            broken = self._diverged(divergence, validated)
+            alarms.append(self._alarm("divergence", divergence.action, step, broken))
+        state.recent = {}
         return self._raised(alarms)
 
     def _refuse_unknown(self, logged: Mapping[str, float]) -> None:
@@ -134,28 +150,30 @@ class Watch:
                     f"{', '.join(sorted(measured)) or 'no validation metrics'}"
                 )
 
-    def _held(
-        self, limit: LimitConfig, step: int, value: float, start: float | None
-    ) -> Alarm | None:
-        name, broken = limit.metric, ""
-        drop = limit.max_drop
-        if drop is not None and start is not None and value < start * (1.0 - drop):
-            broken = (
-                f"{name} fell from {start:.4f} to {value:.4f}, by {1.0 - value / start:.1%}: more "
-                f"than the {drop:.1%} allowed"
-            )
-        if limit.min is not None and not value >= limit.min:
-            broken = f"{name} is {value:.4f}, below its limit of {limit.min:g}"
-        if limit.max is not None and not value <= limit.max:
-            broken = f"{name} is {value:.4f}, above its limit of {limit.max:g}"
-        return Alarm(step, limit.action, broken) if broken else None
+    def _is_full(self, metric: str) -> bool:
+        return len(self.state.recent[metric]) == self.config.window
 
-    def _diverged(
-        self, config: DivergenceConfig, step: int, metrics: Mapping[str, float]
+    def _alarm(
+        self, place: str, action: Action, step: int, broken: str, *, settled: bool = True
     ) -> Alarm | None:
+        """Of what is `broken`, if anything is. A warning stands until a judgement (`settled`) finds
+        its limit kept, so that what is broken for long is said once."""
+        standing = self.state.standing
+        if not broken:
+            if settled and place in standing:
+                standing.remove(place)
+            return None
+        if action == "warn":
+            if place in standing:
+                return None
+            standing.append(place)
+        return Alarm(step, action, broken)
+
+    def _diverged(self, config: DivergenceConfig, metrics: Mapping[str, float]) -> str:
+        """How the reward seems to be hacked, in a sentence; empty where it does not."""
         state = self.state
         if not state.rewards or config.metric not in metrics:
-            return None
+            return ""
         if not state.course and state.origin is not None:
             # The reward of where the course begins: of its first steps, never of most of them.
             first = max(1, min(self.config.window, len(state.rewards) // 2))
@@ -163,17 +181,13 @@ class Watch:
         state.course.append([_mean(state.rewards), metrics[config.metric]])
         state.rewards = []
         last = state.course[-config.validations - 1 :]
-        if len(last) <= config.validations:
-            return None
         hacked = all(b[0] > a[0] and b[1] < a[1] for a, b in pairwise(last))
-        if not hacked:
-            return None
-        return Alarm(
-            step,
-            config.action,
+        if len(last) <= config.validations or not hacked:
+            return ""
+        return (
             f"the reward may be hacked: in {config.validations} validations {config.reward} rose "
             f"from {last[0][0]:.4f} to {last[-1][0]:.4f} while {config.metric} fell from "
-            f"{last[0][1]:.4f} to {last[-1][1]:.4f}",
+            f"{last[0][1]:.4f} to {last[-1][1]:.4f}"
         )
 
     def _raised(self, held: Sequence[Alarm | None]) -> list[Alarm]:
@@ -193,7 +207,22 @@ class Watch:
         state = self.state
         state.rollbacks += 1
         state.lr_ratio *= self.config.rollback_lr_ratio
-        state.recent, state.rewards, state.course = {}, [], []
+        state.recent, state.rewards, state.course, state.standing = {}, [], [], []
+
+
+def _broken(limit: LimitConfig, value: float, start: float | None) -> str:
+    """How `value` breaks a limit, in a sentence; empty where it keeps it."""
+    name, broken, drop = limit.metric, "", limit.max_drop
+    if drop is not None and start is not None and value < start * (1.0 - drop):
+        broken = (
+            f"{name} fell from {start:.4f} to {value:.4f}, by {1.0 - value / start:.1%}: more "
+            f"than the {drop:.1%} allowed"
+        )
+    if limit.min is not None and not value >= limit.min:
+        broken = f"{name} is {value:.4f}, below its limit of {limit.min:g}"
+    if limit.max is not None and not value <= limit.max:
+        broken = f"{name} is {value:.4f}, above its limit of {limit.max:g}"
+    return broken
 
 
 def _mean(values: Sequence[float]) -> float:

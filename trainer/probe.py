@@ -16,6 +16,7 @@ from configs.alignment import AlignmentBase
 from configs.generation import AncestralConfig
 from models.batch import JaggedBatch
 from sharding.parallelize import ParallelModel
+from trainer.logged_steps import LoggedSteps
 from trainer.objectives import policy_gradient as pg
 from trainer.objectives.dpo import PreferenceInputs
 from trainer.policy import Worker
@@ -27,10 +28,13 @@ from trainer.scoring import Likelihood
 class PolicyProbe:
     """Adds to a step's inputs what is measured before their update."""
 
-    def __init__(self, worker: Worker, config: AlignmentBase, total_steps: int) -> None:
-        """`total_steps` of the stage, the last of which is logged, too."""
+    def __init__(self, worker: Worker, config: AlignmentBase, steps_per_epoch: int) -> None:
+        """`steps_per_epoch` of the stage."""
         self._worker = worker
-        self._every, self._total = config.log_every_steps, total_steps
+        total_steps = config.epochs * steps_per_epoch
+        self._logged = LoggedSteps(
+            config.log_every_steps, total_steps, steps_per_epoch, config.guardrails.watch
+        )
         self._policy: ParallelModel | None = None
         self._engine: RolloutEngine | None = None
         self._drawn: list[Rollout] = []
@@ -83,8 +87,7 @@ class PolicyProbe:
     ) -> list[dict[str, Tensor]] | None:
         """Of each micro batch, `entropy` and `kl` [N]; None where nothing is logged. Collective."""
         assert self._policy is not None and self._engine is not None, "attach comes first"
-        coming = self._policy.step + 1
-        if coming % self._every and coming not in (1, self._total):
+        if self._policy.step + 1 not in self._logged:
             return None
         self._engine.refresh()
         divergence = None

@@ -15,6 +15,7 @@ from sharding.loss_module import NonFiniteLossError
 from sharding.parallelize import ParallelModel, StepResult
 from trainer.guardrails import Alarm, Watch, WatchState, sentence, severest
 from trainer.left_out import LeftOut, blame
+from trainer.logged_steps import LoggedSteps
 from trainer.monitor.stage_monitor import StageMonitor
 from trainer.stop_notice import StoppedError
 from trainer.watchdog import Phase
@@ -144,7 +145,7 @@ class Trainer:
     sign: Callable[[int, Phase], None]
     """Called at every phase of a step, for the watchdog."""
     left_out: LeftOut
-    log_every: int
+    logged: LoggedSteps
     monitor: StageMonitor | None
     """Rank 0 only."""
 
@@ -252,7 +253,7 @@ class Trainer:
         """Log an update, if it is one that is logged; what the guardrails say of it."""
         if self.monitor is not None:
             self.monitor.add_tokens(tokens)
-        if step % self.log_every and step not in (1, self.total_steps):
+        if step not in self.logged:
             return []
         if self.monitor is not None:
             values = {"lr": result.lr, "sparse_lr": result.sparse_lr}
@@ -275,8 +276,8 @@ class Trainer:
                 return alarms
             self.sign(step, "validating")
             metrics = self.validate()
-            if self.watch is not None:
-                alarms = alarms + self.watch.validated(step, metrics)
+        if self.watch is not None:
+            alarms = alarms + self.watch.judged(step, metrics)
         sound = severest(alarms) in (None, "warn")
         if validation is not None:
             self._select(step, metrics, sound, validation)

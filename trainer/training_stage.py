@@ -15,6 +15,7 @@ from sharding.checkpoint import CheckpointInfo, CheckpointStore
 from sharding.parallelize import ParallelModel
 from trainer.guardrails import Watch
 from trainer.left_out import LeftOut
+from trainer.logged_steps import LoggedSteps
 from trainer.monitor.stage_monitor import StageMonitor
 from trainer.objectives.dpo import PreferenceLoss
 from trainer.objectives.logged import LoggedLoss
@@ -145,7 +146,7 @@ class TrainingStage:
     ) -> Trainer:
         config, total_steps = self.config, self.limits.total_steps(self.steps_per_epoch)
         newest, best, good = stores
-        worker = self.worker
+        worker, watch = self.worker, _watch(config, state)
         non_finite = worker.recipe.failures.non_finite
         loader = self.loader_at(state)
         loader.leave_out(read_quarantined(worker.layout.quarantined(self.fingerprint)))
@@ -166,11 +167,13 @@ class TrainingStage:
             validation=config.validation,
             validate=self.validator(policy),
             measure_start=self.measure_start,
-            watch=_watch(config, state),
+            watch=watch,
             notice=notice,
             sign=watchdog.sign,
             left_out=LeftOut(non_finite, worker.layout.failures, self.name, worker.ctx),
-            log_every=config.log_every_steps,
+            logged=LoggedSteps(
+                config.log_every_steps, total_steps, self.steps_per_epoch, watch is not None
+            ),
             monitor=self._monitor(policy, total_steps),
         )
 
@@ -246,10 +249,7 @@ def _watch(config: TrainingConfig | AlignmentBase, state: TrainerState) -> Watch
     """The guardrails of a stage that has some."""
     if not isinstance(config, AlignmentBase):
         return None
-    guardrails = config.guardrails
-    if not guardrails.limits and guardrails.divergence is None:
-        return None
-    return Watch(guardrails, state.watch)
+    return Watch(config.guardrails, state.watch) if config.guardrails.watch else None
 
 
 def _damaged(store: CheckpointStore, mend: str) -> str:

@@ -16,7 +16,7 @@ def test_a_hacked_reward_is_told_after_so_many_validations() -> None:
     for step, (reward, value) in enumerate(course):
         watch.logged(step, {"reward": reward - 0.1})
         watch.logged(step, {"reward": reward + 0.1})
-        alarms.append(watch.validated(step, {"ndcg@10": value}))
+        alarms.append(watch.judged(step, {"ndcg@10": value}))
     assert alarms[:4] == [[]] * 4  # the reward fell once in between
     [alarm] = alarms[4]
     assert alarm.action == "stop"
@@ -30,7 +30,7 @@ def test_the_start_is_where_the_course_begins() -> None:
     def interval(step: int, rewards: list[float], value: float) -> list[str]:
         for reward in rewards:
             assert not watch.logged(step, {"reward": reward})
-        return [alarm.reason for alarm in watch.validated(step, {"ndcg@10": value})]
+        return [alarm.reason for alarm in watch.judged(step, {"ndcg@10": value})]
 
     watch.begin({"ndcg@10": 0.5})
     assert interval(10, [1.0, 1.2, 1.1, 2.0, 2.0, 2.0, 2.0], 0.4) == []
@@ -48,7 +48,7 @@ def test_a_reward_that_does_not_rise_from_the_start_on_is_no_divergence() -> Non
     watch = watch_of(divergence=DivergenceConfig(validations=1))
     watch.begin({"ndcg@10": 0.5})
     watch.logged(1, {"reward": 1.0})
-    assert watch.validated(1, {"ndcg@10": 0.4}) == []
+    assert watch.judged(1, {"ndcg@10": 0.4}) == []
 
 
 def test_a_rising_metric_is_no_divergence() -> None:
@@ -56,7 +56,7 @@ def test_a_rising_metric_is_no_divergence() -> None:
     watch.begin({"ndcg@10": 0.3})
     for step in range(4):
         watch.logged(step, {"reward": float(step)})
-        assert watch.validated(step, {"ndcg@10": 0.3 + step}) == []
+        assert watch.judged(step, {"ndcg@10": 0.3 + step}) == []
 
 
 def test_of_several_alarms_the_severest_counts_and_all_are_kept() -> None:
@@ -67,8 +67,8 @@ def test_of_several_alarms_the_severest_counts_and_all_are_kept() -> None:
     )
     watch = watch_of(limits=limits)
     watch.begin({"hr@50": 0.5, "legality": 1.0, "coverage@10": 0.5})
-    assert watch.validated(1, {"hr@50": 0.496, "legality": 1.0, "coverage@10": 0.2}) == []
-    alarms = watch.validated(2, {"hr@50": 0.49, "legality": 0.9, "coverage@10": 0.1})
+    assert watch.judged(1, {"hr@50": 0.496, "legality": 1.0, "coverage@10": 0.2}) == []
+    alarms = watch.judged(2, {"hr@50": 0.49, "legality": 0.9, "coverage@10": 0.1})
     assert severest(alarms) == "stop" and severest([]) is None
     assert sentence(alarms, "stop") == (
         "guardrail: hr@50 fell from 0.5000 to 0.4900, by 2.0%: more than the 1.0% allowed; "
@@ -76,6 +76,45 @@ def test_of_several_alarms_the_severest_counts_and_all_are_kept() -> None:
         "stopping"
     )
     assert [a["action"] for a in watch.state.alarms] == ["warn", "stop", "roll_back"]
+
+
+def test_what_was_logged_is_judged_however_little_it_is() -> None:
+    watch = watch_of(limits=(LimitConfig(metric="kl", max=1.0, action="stop"),), window=3)
+    watch.begin({})
+    for step, values in enumerate([(0.8, 1.1), (0.9,), (0.9, 0.9, 0.9)]):
+        assert [watch.logged(step, {"kl": value}) for value in values] == [[]] * len(values)
+        assert watch.judged(step, {}) == []
+    # What was logged before a judgement makes no policy good that comes after it.
+    assert watch.logged(4, {"kl": 1.2}) == [] and len(watch.judged(4, {})) == 1
+    assert watch.judged(5, {}) == []  # nothing is there to judge by
+
+
+def test_a_window_that_was_full_as_it_was_logged_is_told_once() -> None:
+    watch = watch_of(limits=(LimitConfig(metric="kl", max=1.0, action="stop"),), window=2)
+    watch.begin({})
+    assert watch.logged(1, {"kl": 2.0}) == []
+    assert len(watch.logged(2, {"kl": 2.0})) == 1 and watch.judged(2, {}) == []
+
+
+def test_what_is_broken_for_long_is_warned_of_once() -> None:
+    """And again after a judgement found it kept; whatever validation says of the same metric."""
+    limit = LimitConfig(metric="legality", min=0.5, action="warn")
+    watch = watch_of(limits=(limit,), window=1)
+    watch.begin({"legality": 0.9})
+
+    def epoch(*values: float) -> int:
+        raised = [alarm for value in values for alarm in watch.logged(1, {"legality": value})]
+        return len(raised + watch.judged(1, {"legality": 0.9}))
+
+    assert [epoch(0.1, 0.6, 0.1), epoch(0.2, 0.2), epoch(0.2, 0.9)] == [1, 0, 0]
+    assert [epoch(0.9, 0.4), epoch(0.1), epoch(0.9), epoch(0.1)] == [1, 0, 0, 1]
+    assert len(watch.state.alarms) == 3 and watch.state.standing == ["training 0"]
+    assert [len(watch.judged(9, {"legality": value})) for value in (0.1, 0.2, 0.9, 0.1)] == [
+        1,
+        0,
+        0,
+        1,
+    ]
 
 
 def test_what_is_not_a_number_breaks_every_bound() -> None:

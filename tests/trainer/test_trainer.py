@@ -21,6 +21,7 @@ from tests.harness import run_ranks
 from tests.sharding.policies import Settings, make_batch, make_policy
 from trainer.guardrails import Watch
 from trainer.left_out import LeftOut
+from trainer.logged_steps import LoggedSteps
 from trainer.objectives.next_item import NextItemInputs
 from trainer.stop_notice import StopNotice
 from trainer.trainer import Trainer, TrainerState
@@ -129,6 +130,7 @@ def run(root: str, values: list[float], changes: dict[str, Any]) -> dict[str, An
     guardrails, skipped = changes.pop("guardrails", None), changes.pop("skipped", ())
     inner = changes.pop("inner", 1)
     state = TrainerState()
+    settings["logged"] = LoggedSteps(1, 8, STEPS_PER_EPOCH, guarded=guardrails is not None)
     settings |= changes
     said = Heard()
     names = ("newest", "best", "good")
@@ -148,7 +150,6 @@ def run(root: str, values: list[float], changes: dict[str, Any]) -> dict[str, An
         saver=AtOnce(policy),
         restore=lambda store, step: restored.append((store.root.rsplit("/", 1)[1], step)),
         validate=validate,
-        log_every=1,
         monitor=said,  # type: ignore[arg-type]  # it hears what a stage's monitor would print
         **stores,
         **settings,
@@ -282,26 +283,59 @@ def test_a_roll_back_returns_to_the_last_good_policy_and_learns_less(tmp_path: P
     assert "after 2 roll-backs" in to_start["state"]["watch"]["alarms"][-1]["reason"]
 
 
-def test_a_training_metric_is_held_to_its_mean(tmp_path: Path) -> None:
-    limit = LimitConfig(metric="loss", max=-1.0, action="stop")
-    done = train(
-        tmp_path,
-        [0.5] * 9,
-        measure_start=True,
-        guardrails=GuardrailsConfig(limits=(limit,), window=3),
-    )
-    assert (done["steps"], done["good"]) == (3, 2)
-    assert "loss is" in done["state"]["watch"]["alarms"][0]["reason"]
-
-
 def on_loss(action: Action, **bound: float) -> LimitConfig:
     return LimitConfig(metric="loss", action=action, **(bound or {"max": -1.0}))
 
 
+@pytest.fixture(scope="module")
+def losses(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """Of the steps of a run without guardrails."""
+    free = train(tmp_path_factory.mktemp("free"), [], validation=None)
+    return [loss for _, loss in free["logged"]]
+
+
+def mean_of_epoch(losses: list[float], epoch: int) -> float:
+    return sum(losses[epoch * STEPS_PER_EPOCH :][:STEPS_PER_EPOCH]) / STEPS_PER_EPOCH
+
+
+@pytest.mark.parametrize("window", [5, 2])
+def test_a_training_metric_is_held_to_its_mean_as_an_epoch_ends(
+    tmp_path: Path, losses: list[float], window: int
+) -> None:
+    """Also where an epoch has fewer steps than a window: no policy is kept that was not judged."""
+    first, second = mean_of_epoch(losses, 0), mean_of_epoch(losses, 1)
+    assert second < first
+    limit = on_loss("roll_back", min=(first + second) / 2)
+    done = train(
+        tmp_path,
+        [0.5, 0.6, 0.9, 0.9, 0.9],
+        measure_start=True,
+        guardrails=GuardrailsConfig(limits=(limit,), window=window, max_rollbacks=1),
+        total_steps=4,
+    )
+    assert done["restored"] == [("good", 2)] and (done["best"], done["good"]) == (2, 2)
+    [alarm] = done["state"]["watch"]["alarms"]
+    assert alarm["step"] == 4 and f"loss is {second:.4f}, below its limit" in alarm["reason"]
+
+
+def test_an_epoch_that_breaks_a_limit_ends_with_no_good_policy(tmp_path: Path) -> None:
+    """However seldom steps are logged, and however long a window is: an epoch's end is logged."""
+    guardrails = GuardrailsConfig(limits=(on_loss("roll_back"),))
+    logged = LoggedSteps(100, 8, STEPS_PER_EPOCH, guarded=True)
+    done = train(tmp_path, [0.5] * 9, measure_start=True, guardrails=guardrails, logged=logged)
+    assert done["restored"] == [("good", 0), ("good", 0)] and done["steps"] == 6
+    assert (done["good"], done["best"]) == (0, None)
+    assert len(done["logged"]) == 4  # the first step, and the last of each epoch
+
+
 @pytest.mark.parametrize("action", ["stop", "roll_back"])
-def test_a_policy_that_training_stops_at_is_not_selected(tmp_path: Path, action: Action) -> None:
+def test_a_policy_that_training_stops_at_is_not_selected(
+    tmp_path: Path, losses: list[float], action: Action
+) -> None:
     """On the last step of an epoch, where validation finds nothing wrong with it."""
-    guardrails = GuardrailsConfig(limits=(on_loss(action),), window=4, max_rollbacks=0)
+    between = (mean_of_epoch(losses, 0) + mean_of_epoch(losses, 1)) / 2
+    limit = on_loss(action, min=between)
+    guardrails = GuardrailsConfig(limits=(limit,), window=2, max_rollbacks=0)
     done = train(tmp_path, [0.5, 0.6, 0.9], measure_start=True, guardrails=guardrails)
     assert done["validated_at"] == [0, 2, 4] and done["steps"] == 4
     assert (done["best"], done["good"], done["state"]["best_value"]) == (2, 2, 0.6)
@@ -321,20 +355,18 @@ def test_a_stop_is_heeded_whatever_later_updates_of_the_batch_raise(tmp_path: Pa
     assert "above its limit" in told and "below its limit" in told and told.endswith("; stopping")
 
 
-def test_limits_on_training_metrics_need_no_validation(tmp_path: Path) -> None:
+def test_limits_on_training_metrics_need_no_validation(tmp_path: Path, losses: list[float]) -> None:
     """What an epoch ends with is good where it broke no limit, and so is the start."""
+    between = (mean_of_epoch(losses, 0) + mean_of_epoch(losses, 1)) / 2
 
-    def unvalidated(name: str, action: Action, window: int) -> dict[str, Any]:
-        guardrails = GuardrailsConfig(limits=(on_loss(action),), window=window)
+    def unvalidated(name: str, limit: LimitConfig, window: int) -> dict[str, Any]:
+        guardrails = GuardrailsConfig(limits=(limit,), window=window)
         more = {"validation": None, "measure_start": True}
         return train(tmp_path / name, [], guardrails=guardrails, **more)
 
-    stopped = unvalidated("stop", "stop", 3)
-    assert (stopped["steps"], stopped["good"], stopped["best"]) == (3, 2, None)
-    returned = unvalidated("return", "roll_back", 3)
-    assert returned["restored"] == [("good", 2), ("good", 4)]
-    assert (returned["steps"], returned["good"]) == (8, 8)
-    at_once = unvalidated("at once", "roll_back", 1)
+    stopped = unvalidated("stop", on_loss("stop", min=between), 3)
+    assert (stopped["steps"], stopped["good"], stopped["best"]) == (4, 2, None)
+    at_once = unvalidated("at once", on_loss("roll_back"), 1)
     assert at_once["restored"] == [("good", 0), ("good", 0)] and at_once["steps"] == 3
 
 
