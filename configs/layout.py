@@ -18,6 +18,24 @@ def read_record(url: str) -> dict[str, Any]:
     return record
 
 
+def read_checkpoint_reference(url: str) -> dict[str, Any]:
+    """URL and hash of the checkpoint that the record of a training stage names.
+
+    Raises:
+        ValueError: as `read_record`, or it names none.
+    """
+    checkpoint = read_record(url)["outputs"].get("checkpoint")
+    known = isinstance(checkpoint, dict) and all(
+        isinstance(checkpoint.get(key), str) for key in ("url", "hash")
+    )
+    if not known:
+        raise ValueError(
+            f"{url} names no checkpoint, so it is no record of a training; delete it, and run the "
+            "stage again"
+        )
+    return dict(checkpoint)
+
+
 @dataclass(frozen=True)
 class RunLayout:
     """URLs of a run. What depends on settings is keyed by a stage's fingerprint, never mixed."""
@@ -52,7 +70,7 @@ class RunLayout:
     @staticmethod
     def stage_of(checkpoint: str) -> str:
         """The stage that wrote a checkpoint, from a URL below `checkpoints` or `best`."""
-        return checkpoint.rsplit("/checkpoints/", 1)[1].partition("-")[0]
+        return checkpoint.rpartition("/checkpoints/")[2].partition("-")[0]
 
     def good(self, stage: str, fingerprint: str) -> str:
         """The last checkpoint that kept the guardrails, for stages that have some."""

@@ -8,7 +8,7 @@ from typing import Any
 from configs import storage
 from configs.alignment import rewards_of
 from configs.base import Config
-from configs.layout import RunLayout, read_record
+from configs.layout import RunLayout, read_checkpoint_reference
 from configs.recipe import Recipe
 from configs.rewards import FunctionReward, ModelReward
 from configs.sharding import Placement, ShardingConfig
@@ -91,14 +91,14 @@ def trained_checkpoint(run: str, place: str) -> dict[str, Any]:
     """Reference of the checkpoint that a run's training selected; `place` is the recipe's key.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or the record that names it is damaged.
     """
     record = RunLayout(storage.absolute(run)).stage_record("train")
     if not storage.exists(record):
         raise ValueError(
             f"{place}={run!r} holds no finished training: run `tandem train` on its recipe first"
         )
-    return dict(storage.read_json(record)["outputs"]["checkpoint"])
+    return read_checkpoint_reference(record)
 
 
 def _as_it_counts(sharding: ShardingConfig) -> ShardingConfig:
@@ -183,7 +183,7 @@ def _reward_models(recipe: Recipe) -> dict[str, Any]:
     for run in sorted(runs):
         record = RunLayout(storage.absolute(run)).stage_record("train")
         there = storage.exists(record)
-        found[run] = read_record(record)["outputs"]["checkpoint"]["hash"] if there else None
+        found[run] = read_checkpoint_reference(record)["hash"] if there else None
     return {"reward_models": found} if found else {}
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from configs import storage
-from configs.layout import RunLayout, read_record
+from configs.layout import RunLayout, read_checkpoint_reference
 from configs.tokenize import (
     CollaborativeEmbedding,
     ItemEmbedding,
@@ -287,7 +287,7 @@ def selected_checkpoint(layout: RunLayout, stage: str, place: str) -> tuple[str,
             f"{place}.run={layout.root!r} has no finished stage {stage!r}; run it with "
             f"`tandem run RECIPE --until {stage}` first"
         )
-    checkpoint = read_record(record)["outputs"]["checkpoint"]
+    checkpoint = read_checkpoint_reference(record)
     return checkpoint["url"], checkpoint["hash"]
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from configs import storage
-from configs.layout import RunLayout, read_record
+from configs.layout import RunLayout, read_checkpoint_reference
 from configs.recipe import Recipe
 from data_loaders.histories import HistoryLoader
 from data_loaders.loader import LoaderState
@@ -141,7 +141,7 @@ def open_reward_model(worker: Worker, url: str) -> RewardScorer:
     record = layout.stage_record("train")
     if not storage.exists(record):
         raise ValueError(f"{url} holds no trained model: run `tandem train` on its recipe first")
-    store, info = open_checkpoint(worker, read_record(record)["outputs"]["checkpoint"])
+    store, info = open_checkpoint(worker, read_checkpoint_reference(record))
     written = store.recipe(info)
     written["cluster"].pop("max_failures", None)  # of checkpoints from before the block `failures`
     recipe = Recipe.model_validate(written)

@@ -15,7 +15,7 @@ def test_the_reward_models_checkpoint_is_an_input_of_alignment(tmp_path: Path) -
     recipe = load_recipe("quickstart", [override]).recipe
     found = [_reward_models(recipe)]
     for digest in ("a", "b"):
-        record = {"outputs": {"checkpoint": {"hash": digest}}}
+        record = {"outputs": {"checkpoint": {"url": "u", "hash": digest}}}
         storage.write_json(RunLayout(str(tmp_path)).stage_record("train"), record)
         found.append(_reward_models(recipe))
     assert found == [{"reward_models": {str(tmp_path): digest}} for digest in (None, "a", "b")]

@@ -1,9 +1,14 @@
 """Which settings make a stage run anew."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
+from configs import storage
+from configs.layout import RunLayout
 from configs.load import load_recipe
-from launch.stage_inputs import train_inputs
+from launch.stage_inputs import train_inputs, trained_checkpoint
 
 DONE = {"prepare": {"data": "d"}}
 
@@ -45,3 +50,20 @@ def test_what_changes_numbers_is_another_training(override: str) -> None:
 def test_columns_do_not_count_where_every_weight_has_its_own_sum() -> None:
     adagrad = "sharding.optimizer.kind=adagrad"
     assert inputs(adagrad, "sharding.default=column_wise") == inputs(adagrad)
+
+
+def test_another_runs_training_is_named_by_a_whole_record_alone(tmp_path: Path) -> None:
+    record, there = RunLayout(str(tmp_path)).stage_record("train"), {"url": "u", "hash": "h"}
+    with pytest.raises(ValueError, match="holds no finished training"):
+        trained_checkpoint(str(tmp_path), "training.start.run")
+    storage.write_sealed(record, {"outputs": {"checkpoint": there | {"step": 3}}})
+    assert trained_checkpoint(str(tmp_path), "training.start.run") == there | {"step": 3}
+    storage.write_bytes(record, storage.read_bytes(record).replace(b'"h"', b'"i"'))
+    with pytest.raises(ValueError, match="damaged .it was changed since"):
+        trained_checkpoint(str(tmp_path), "training.start.run")
+    odd: list[Any] = [[], {}, {"outputs": 3}, {"outputs": {}}, {"outputs": {"checkpoint": "c"}}]
+    odd += [{"outputs": {"checkpoint": there | {"url": 3}}}, {"outputs": {"checkpoint": {}}}]
+    for value in odd:
+        storage.write_json(record, value)
+        with pytest.raises(ValueError, match=r"train\.json .*delete it"):
+            trained_checkpoint(str(tmp_path), "training.start.run")
