@@ -10,6 +10,7 @@ import numpy as np
 
 from configs import storage
 
+_LEFT_OUT = "left_out"
 NAMED = 20
 """Sample ids in a sentence."""
 
@@ -74,9 +75,19 @@ def reason_of(error: BaseException) -> str:
 
 def read_quarantined(url: str) -> np.ndarray:
     """Sample ids int64 that a stage leaves out; none where nothing was written."""
+    ids = [sample for entry in _entries(url) for sample in entry["samples"]]
+    return np.unique(np.array(ids, dtype=np.int64))
+
+
+def _entries(url: str) -> list[dict[str, Any]]:
+    """What `quarantine` was given; lists of before there were seals are taken as they are."""
     if not storage.exists(url):
-        return np.zeros(0, dtype=np.int64)
+        return []
     written = storage.read_json(url)
+    if isinstance(written, dict):
+        if storage.SEAL not in written:
+            raise ValueError(f"{url} is damaged (it has no seal); delete it or restore it")
+        written = storage.read_sealed(url).get(_LEFT_OUT)
     if not isinstance(written, list) or not all(
         isinstance(entry, dict) and isinstance(entry.get("samples"), list) for entry in written
     ):
@@ -84,13 +95,11 @@ def read_quarantined(url: str) -> np.ndarray:
     ids = [sample for entry in written for sample in entry["samples"]]
     if not all(type(sample) is int and 0 <= sample < 1 << 63 for sample in ids):
         raise ValueError(f"{url} names samples that are none; delete it or restore it")
-    return np.unique(np.array(ids, dtype=np.int64))
+    return written
 
 
 def quarantine(url: str, error: PoisonedSampleError) -> int:
     """Add samples to those that a stage leaves out; how many there are now."""
-    read_quarantined(url)  # what is written there is a list of such entries, or refused
-    written = storage.read_json(url) if storage.exists(url) else []
     entry = {"samples": error.sample_ids, "where": error.where, "reason": error.reason}
-    storage.write_json(url, [*written, entry])
+    storage.write_sealed(url, {_LEFT_OUT: [*_entries(url), entry]})
     return len(read_quarantined(url))

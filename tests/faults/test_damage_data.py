@@ -21,6 +21,7 @@ from configs.tokenizers import ResidualKMeansConfig
 from data_loaders.dataset import SequenceDataset
 from data_loaders.items import action_names, find_users, item_parts, raw_items, titles
 from data_loaders.manifest import read_manifest, seal, write_manifest
+from data_loaders.poison import PoisonedSampleError, quarantine, read_quarantined
 from data_loaders.preferences import PairDataset, commit_reference, write_reference
 from data_loaders.semantic_ids import read_semantic_ids, write_semantic_ids
 from data_loaders.shards import write_table
@@ -66,6 +67,7 @@ def write_all(root: Path, seed: int) -> None:
     record = RunLayout(str(root)).stage_record("train")
     outputs = {"checkpoint": {"hash": f"{seed:064x}", "url": "somewhere"}}
     storage.write_sealed(record, {"format": 1, "stage": "train", "outputs": outputs})
+    quarantine(str(root / "failures/samples.json"), PoisonedSampleError([seed], "reading", "odd"))
     with Tracker(str(root / "metrics")) as tracker:
         for step in range(1, 4):
             tracker.log(step, {"train/loss": seed + 1 / step})
@@ -144,6 +146,11 @@ KINDS = {
     "record of a stage": Kind(
         "stages/train.json", lambda r: read_record(str(r / "stages/train.json")), "train.json"
     ),
+    "samples left out": Kind(
+        "failures/samples.json",
+        lambda r: [read_quarantined(str(r / "failures/samples.json"))],
+        "samples.json",
+    ),
     "metrics": Kind("metrics/metrics.jsonl", lambda r: read_rows(str(r / "metrics")), "metrics"),
 }
 
@@ -170,7 +177,7 @@ def same(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-ELSEWHERE = {"results", "recommendations", "record of a stage", "metrics"}
+ELSEWHERE = {"results", "recommendations", "record of a stage", "samples left out", "metrics"}
 """Files that tell nothing of which run they are of: another run's would be whole there, too."""
 LINKED = ("sequences", "items", "actions", "quarantine", "semantic ids", "pairs", "reference")
 
@@ -184,6 +191,8 @@ def test_damage_is_a_sentence_and_never_content(
         pytest.skip("named by no manifest, so there is nothing to lead out of")
     if damage.__name__ == "swap" and (name in ELSEWHERE or name == "tokenizer's description"):
         pytest.skip("whole in itself")
+    if damage.__name__ == "remove" and name == "samples left out":
+        pytest.skip("where nothing was left out there is no file either")
     kind = KINDS[name]
     root = Path(shutil.copytree(whole[0], tmp_path / "a" / "run"))
     file, other = (next(iter(sorted(place.glob(kind.pattern)))) for place in (root, whole[1]))

@@ -101,6 +101,7 @@ def test_what_is_good_is_read(kind: str, tmp_path: Path) -> None:
 
 
 @given(odd=ODD)
+@example(odd={"left_out": []})
 @example(odd=[{"samples": 5}])
 @example(odd=[{"samples": [10**30]}])
 @settings(max_examples=60, deadline=None)

@@ -1,0 +1,33 @@
+"""The list of samples that a stage leaves out tells by itself whether it was changed."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from data_loaders.poison import PoisonedSampleError, quarantine, read_quarantined
+
+
+def test_no_other_sample_is_left_out_for_a_digit_that_changed(tmp_path: Path) -> None:
+    file = tmp_path / "samples.json"
+    for sample in (7, 12):
+        quarantine(str(file), PoisonedSampleError([sample], "collating it", "KeyError"))
+    assert read_quarantined(str(file)).tolist() == [7, 12]
+    text = file.read_text()
+    for place, character in enumerate(text):
+        if not character.isdigit():
+            continue
+        other = str((int(character) + 1) % 10)
+        file.write_text(text[:place] + other + text[place + 1 :])
+        with pytest.raises(ValueError, match="damaged|has no seal"):
+            read_quarantined(str(file))
+        with pytest.raises(ValueError, match="damaged|has no seal"):
+            quarantine(str(file), PoisonedSampleError([3], "collating it", "KeyError"))
+
+
+def test_a_list_of_before_there_were_seals_is_read_and_then_sealed(tmp_path: Path) -> None:
+    file = tmp_path / "samples.json"
+    file.write_text(json.dumps([{"samples": [3, 5], "where": "there", "reason": "odd"}]))
+    assert read_quarantined(str(file)).tolist() == [3, 5]
+    assert quarantine(str(file), PoisonedSampleError([4], "collating it", "odd")) == 3
+    assert "sha256" in json.loads(file.read_text())
