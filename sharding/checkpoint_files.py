@@ -10,6 +10,7 @@ Files of before are archives of `torch.save`; they are longer than their tensor,
 import io
 import math
 import pickle
+import zipfile
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
@@ -42,6 +43,8 @@ from sharding.checkpoint_manifest import CheckpointFile
 METADATA = ".metadata"
 ALIGNMENT = 64
 """Bytes; each tensor begins at a multiple."""
+_ARCHIVE_BYTES = 1 << 14
+"""Most that an archive of `torch.save` is longer than its tensor."""
 
 
 class CheckpointWriter(StorageWriter):
@@ -188,7 +191,12 @@ def _read_item(
 ) -> None:
     """Fill `target` with the part of a stored piece that `item` names."""
     if place.length != size.numel() * dtype.itemsize:
-        _read_archive(stream, place, item, target)
+        archived = _read_archive(stream, place, size, dtype)
+        for dimension, (begin, length) in enumerate(
+            zip(item.storage_offsets, item.lengths, strict=True)
+        ):
+            archived = archived.narrow(dimension, begin, length)
+        target.copy_(archived)
         return
     for rows, first, count in _row_blocks(item, size, dtype):
         stream.seek(place.offset + first * math.prod(size[1:]) * dtype.itemsize)
@@ -222,18 +230,33 @@ def _columns(item: ReadItem, size: torch.Size) -> list[tuple[int, int]]:
     return list(zip(item.storage_offsets, item.lengths, strict=True))[1 : len(size)]
 
 
-def _read_archive(stream: IO[bytes], place: _StorageInfo, item: ReadItem, target: Tensor) -> None:
-    """As `_read_item`, of what `torch.save` wrote; only tensors are unpickled."""
+def _read_archive(
+    stream: IO[bytes], place: _StorageInfo, size: torch.Size, dtype: torch.dtype
+) -> Tensor:
+    """A whole stored piece that `torch.save` wrote; only tensors are unpickled.
+
+    Raises:
+        ValueError: something else lies there, or what would take more memory than the piece.
+    """
+    wrong = f"{place.relative_path} holds something else than its metadata say"
+    if place.length > size.numel() * dtype.itemsize + _ARCHIVE_BYTES:
+        raise ValueError(f"{wrong}: {place.length:,} bytes where there are fewer")
     stream.seek(place.offset)
     archive = io.BytesIO(stream.read(place.length))
-    tensor = torch.load(archive, map_location="cpu", weights_only=True)
-    for dimension, (begin, length) in enumerate(
-        zip(item.storage_offsets, item.lengths, strict=True)
-    ):
-        tensor = tensor.narrow(dimension, begin, length)
-    if tensor.size() != target.size():
-        raise ValueError(f"{place.relative_path} holds another tensor than its metadata say")
-    target.copy_(tensor)
+    try:
+        with zipfile.ZipFile(archive) as members:
+            inside = members.infolist()
+        packed = any(member.compress_type != zipfile.ZIP_STORED for member in inside)
+        grows = packed or sum(member.file_size for member in inside) > place.length
+        archive.seek(0)
+        tensor = None if grows else torch.load(archive, map_location="cpu", weights_only=True)
+    except Exception as error:  # what is no archive raises nearly anything, and gives odd advice
+        raise ValueError(f"{wrong}: no archive of ours ({type(error).__name__})") from error
+    if grows:
+        raise ValueError(f"{wrong}: an archive that grows when it is read")
+    if not isinstance(tensor, Tensor) or tensor.size() != size or tensor.dtype != dtype:
+        raise ValueError(f"{wrong}: another tensor")
+    return tensor
 
 
 def _fill(stream: IO[bytes], tensor: Tensor) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -21,6 +22,7 @@ from torch.distributed.checkpoint.planner import LoadPlan
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from configs import storage
+from configs.storage_faults import StorageError, first_line
 from sharding.checkpoint_files import METADATA, CheckpointReader, TensorLoadPlanner
 from sharding.checkpoint_manifest import (
     CheckpointManifest,
@@ -82,6 +84,10 @@ class CheckpointTensors:
         """`count` entries of the first dimension from `first` on; reads the pieces they lie in.
 
         A tensor without dimensions is its own only row.
+
+        Raises:
+            ValueError: what lies there is not what the metadata say.
+            StorageError: the storage refuses, or does not answer.
         """
         saved = self.saved[name]
         size = torch.Size([count, *saved.size[1:]]) if saved.size else torch.Size([])
@@ -89,8 +95,18 @@ class CheckpointTensors:
         reader = CheckpointReader(self.url, self._metadata)
         with warnings.catch_warnings():  # DCP warns that one process loads: that is what we want
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.load({name: planner.rows}, storage_reader=reader, planner=planner, no_dist=True)
+            try:
+                dcp.load({name: planner.rows}, storage_reader=reader, planner=planner, no_dist=True)
+            except CheckpointException as error:  # no Exception, so that no caller would catch it
+                raise self._told(name, error) from error
         return planner.rows
+
+    def _told(self, name: str, error: CheckpointException) -> BaseException:
+        """What a reader raised, which DCP wraps, with the place."""
+        cause = next(iter(error.failures.values()))[0]
+        if isinstance(cause, StorageError) or not isinstance(cause, ValueError | OSError):
+            return cause
+        return ValueError(f"{name!r} of checkpoint {self.url} cannot be read: {first_line(cause)}")
 
     def blocks(self, name: str, block_bytes: int) -> Iterator[Tensor]:
         """The whole tensor in consecutive runs of rows, each about `block_bytes` large."""

@@ -2,7 +2,9 @@
 
 import io
 import pickle
+import zipfile
 from collections.abc import Callable
+from copy import copy as copy_of
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,14 +54,16 @@ def as_it_was(root: str) -> None:
     metadata, url = save(root), storage.join(root, NAME)
     body, places = io.BytesIO(), {}
     for index, place in metadata.storage_data.items():
-        archive = io.BytesIO()
-        torch.save(STATE[index.fqn], archive)
-        length = len(archive.getvalue())
-        places[index] = replace(place, offset=body.tell(), length=length)
-        body.write(archive.getvalue())
-    writer = CheckpointWriter(url)
+        archive = archive_of(STATE[index.fqn])
+        places[index] = replace(place, offset=body.tell(), length=len(archive))
+        body.write(archive)
     metadata.storage_data = places
-    for name, data in ((METADATA, pickle.dumps(metadata)), ("__0_0.distcp", body.getvalue())):
+    rewrite(url, pickle.dumps(metadata), body.getvalue())
+
+
+def rewrite(url: str, metadata: bytes, body: bytes) -> None:
+    writer = CheckpointWriter(url)
+    for name, data in ((METADATA, metadata), ("__0_0.distcp", body)):
         storage.write_bytes(storage.join(url, name), data)
         digest = storage.sha256_bytes(data)
         writer.written[name] = CheckpointFile(path=name, bytes=len(data), sha256=digest)
@@ -126,5 +130,79 @@ def test_a_file_that_ends_early_is_a_sentence(tmp_path: Path) -> None:
     save(str(tmp_path))
     tensors = CheckpointTensors(str(tmp_path / NAME))
     (tmp_path / NAME / "__0_0.distcp").write_bytes(b"short")
-    with pytest.raises(BaseException, match="ends before its tensors"):
+    with pytest.raises(ValueError, match=f"'table' of checkpoint .*{NAME} .* ends before its"):
         tensors.rows("table", 0, 300)
+
+
+def longer(piece: bytes) -> bytes:
+    return piece + bytes(4)
+
+
+def compressed(piece: bytes) -> bytes:
+    """An archive of `torch.save` that takes 16 MB to read, where 48 kB are due."""
+    whole, packed = zipfile.ZipFile(io.BytesIO(archive_of(torch.zeros(4 << 20)))), io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as members:
+        for name in whole.namelist():
+            members.writestr(name, whole.read(name))
+        members.writestr("archive/filling", bytes(36_000), zipfile.ZIP_STORED)
+    return packed.getvalue()
+
+
+def named_twice(piece: bytes) -> bytes:
+    """An archive whose members lie in the same bytes."""
+    body = io.BytesIO(archive_of(torch.zeros(300, 40)))
+    with zipfile.ZipFile(body, "a") as members:
+        big = max(members.infolist(), key=lambda member: member.file_size)
+        for copy in range(3):
+            members.NameToInfo[f"archive/data/{copy + 1}"] = twin = copy_of(big)
+            twin.filename = f"archive/data/{copy + 1}"
+            members.filelist.append(twin)
+        members._didModify = True
+    return body.getvalue()
+
+
+def of_another_shape(piece: bytes) -> bytes:
+    return archive_of(torch.zeros(40, 300))
+
+
+def of_another_type(piece: bytes) -> bytes:
+    return archive_of(torch.zeros(300, 40).int())
+
+
+def of_another_thing(piece: bytes) -> bytes:
+    return archive_of({"a": 1}) + bytes(48000)
+
+
+def archive_of(value: object) -> bytes:
+    archive = io.BytesIO()
+    torch.save(value, archive)
+    return archive.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (longer, "no archive of ours"),
+        (compressed, "an archive that grows"),
+        (named_twice, "an archive that grows"),
+        (of_another_shape, "another tensor"),
+        (of_another_type, "another tensor"),
+        (of_another_thing, "another tensor"),
+    ],
+)
+def test_a_piece_that_is_not_what_the_metadata_say_is_a_sentence(
+    make: Callable[[bytes], bytes], told: str, tmp_path: Path
+) -> None:
+    """As crafted, with hashes that match."""
+    metadata, url = save(str(tmp_path)), tmp_path / NAME
+    [(index, place)] = [e for e in metadata.storage_data.items() if e[0].fqn == "table"]
+    body = (url / "__0_0.distcp").read_bytes()
+    piece = make(body[place.offset : place.offset + place.length])
+    metadata.storage_data[index] = replace(place, offset=len(body), length=len(piece))
+    rewrite(str(url), pickle.dumps(metadata), body + piece)
+    tensors = CheckpointTensors(str(url))
+    tensors.verify()
+    with pytest.raises(ValueError, match="'table' of checkpoint") as error:
+        tensors.rows("table", 0, 300)
+    assert f"__0_0.distcp holds something else than its metadata say: {told}" in str(error.value)
+    assert "weights_only" not in str(error.value)
