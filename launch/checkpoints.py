@@ -148,7 +148,9 @@ def export(url: str, target: str, max_file_bytes: int) -> list[str]:
 
 def _only(url: str) -> str:
     """The one checkpoint at `url`, or the newest finished one of a store."""
-    found = [*checkpoints_below(url)]
+    found, root = [*checkpoints_below(url)], storage.absolute(url).rstrip("/")
+    # A store's own come first: below it may lie one of what belongs to them, such as references.
+    found = [place for place in found if place.rsplit("/", 1)[0] == root] or found
     stores = {place.rsplit("/", 1)[0] for place in found}
     if len(stores) > 1:
         raise ValueError(

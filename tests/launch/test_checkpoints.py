@@ -1,5 +1,6 @@
 """`tandem checkpoint`: lists, verifies, inspects and exports what real ranks saved."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,20 @@ def test_a_checkpoint_is_described_and_exported(run: Path, tmp_path: Path) -> No
         "model.safetensors.index.json",
     ]
     assert "tables.item.weight" in load_file(tmp_path / "out" / files[-3])
+
+
+def test_advice_can_be_followed_where_one_store_lies_below_another(
+    run: Path, tmp_path: Path
+) -> None:
+    """As an aligned run's `newest` has the references that belong to its checkpoints."""
+    stores = run / "checkpoints/train-abc"
+    newest = Path(shutil.copytree(stores / "newest", tmp_path / "newest"))
+    shutil.copytree(stores / "best", newest / "reference")
+    refused = tandem("inspect", str(tmp_path)).stderr
+    assert "the checkpoints of 2 stores; name one of them" in refused
+    for place, step in ((refused.split("such as ")[1].strip(), 1), (f"{newest}/reference", 2)):
+        shown = tandem("inspect", place)
+        assert shown.exit_code == 0 and f"\nstep {step}, 20" in shown.stdout, shown.stderr
 
 
 def test_damage_is_found_and_exits_2(run: Path) -> None:
