@@ -7,11 +7,16 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 HIDDEN = "***"
 _WORDS = (
-    r"token|secret|secrets|passwd|password|passphrase|credential|credentials|signature|authorization|"
+    r"token|secret|secrets|[a-z]*(?:passwd|password|passphrase)|credential|credentials|signature|"
+    r"authorization|"
     r"(?:api|access|account|private|session|secret)[-_]?(?:key|token)(?:[-_]?id)?"
 )
-SECRET_NAME = re.compile(rf"(?:^|[^A-Za-z])(?:{_WORDS}|key|pass|sig)(?:$|[^A-Za-z])", re.IGNORECASE)
+_NAMED = r"(?:^|[^A-Za-z])(?:{words})(?:$|[^A-Za-z])"
+SECRET_NAME = re.compile(_NAMED.format(words=rf"{_WORDS}|key|pass|pwd|sig"), re.IGNORECASE)
 """Of settings, variables and parameters that hold credentials."""
+_SURE_NAME = re.compile(_NAMED.format(words=rf"{_WORDS}|pass|pwd"), re.IGNORECASE)
+"""Of variables that hold nothing else; many a `key` is the name of something."""
+_PLAIN_WORDS = re.compile(r"[A-Za-z]+(?:[-_.][A-Za-z]+)*")
 _IN_URL = re.compile(r"(?P<kept>[A-Za-z][\w+.-]*://)[^\s/:@'\"]*:(?!\d+/)[^\s'\"]*@")
 _LONE_IN_WEB_URL = re.compile(r"(?P<kept>https?://)[^\s/:@'\"]+@", re.IGNORECASE)
 _PARAMETER = re.compile(r"(?P<kept>[?&;](?P<name>[\w.%-]+)=)(?P<value>[^&;\s'\"#]+)")
@@ -21,7 +26,7 @@ _ASSIGNED = re.compile(
     re.IGNORECASE,
 )
 _PASSWORD = re.compile(
-    r"(?P<kept>(?<![A-Za-z])(?:passwd|password|passphrase)['\"]?\s*[:=]\s*['\"]?)"
+    r"(?P<kept>(?<![A-Za-z])[a-z]*(?:passwd|password|passphrase)['\"]?\s*[:=]\s*['\"]?)"
     r"(?P<value>[^\s'\",;}\)&]+)",
     re.IGNORECASE,
 )
@@ -52,14 +57,27 @@ def refuse_credentials(key: str, url: str) -> None:
     """Refuse credentials in a URL that everything of a run is named after.
 
     Raises:
-        ValueError: names the recipe's `key`, and where credentials belong.
+        ValueError: names the recipe's `key`, and where credentials belong; or the variable of the
+            environment whose value it contains.
     """
+    name = variable_in(url)
+    if name is not None:
+        raise ValueError(
+            f"{key}={redacted(url)!r} contains the value of {name} in this environment, which is "
+            "hidden wherever it stands, as that name tells of a credential: leave it out; if it is "
+            f"none, choose another `{key}`, or unset or rename {name}"
+        )
     if redacted(url) != url:
         raise ValueError(
             f"{key}={redacted(url)!r} holds credentials, which would stand in every record of the "
             "run: leave them out, and give them where the driver looks, such as AWS_PROFILE or "
             "GOOGLE_APPLICATION_CREDENTIALS in the environment of every node"
         )
+
+
+def variable_in(text: str) -> str | None:
+    """The variable of this environment whose value `redacted` hides in a text, if there is one."""
+    return next((name for value, name in _of_environment().items() if value in text), None)
 
 
 def _redacted_entry(key: Any, value: Any) -> Any:
@@ -82,8 +100,16 @@ def _redacted_parameter(found: re.Match[str]) -> str:
     return found["kept"] + (HIDDEN if SECRET_NAME.search(found["name"]) else found["value"])
 
 
-def _of_environment() -> list[str]:
-    """Values of variables whose names tell of credentials, longest first; paths are none."""
-    values = {value for name, value in os.environ.items() if SECRET_NAME.search(name)}
-    secrets = (v for v in values if len(v) >= _SHORTEST and v[0] not in "/~" and " " not in v)
-    return sorted(secrets, key=len, reverse=True)
+def _of_environment() -> dict[str, str]:
+    """Value → name of variables whose names tell of credentials, the longest values first.
+
+    Paths are none; nor are plain words that some `key` names.
+    """
+    secrets = {v: name for name, v in os.environ.items() if _is_secret(name, v)}
+    return {value: secrets[value] for value in sorted(secrets, key=len, reverse=True)}
+
+
+def _is_secret(name: str, value: str) -> bool:
+    if len(value) < _SHORTEST or value[0] in "/~" or " " in value or not SECRET_NAME.search(name):
+        return False
+    return bool(_SURE_NAME.search(name)) or not _PLAIN_WORDS.fullmatch(value)

@@ -30,7 +30,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from configs import storage
 from configs.load import LoadedRecipe
 from configs.recipe import Recipe
-from configs.redaction import SECRET_NAME, redacted
+from configs.redaction import SECRET_NAME, redacted, variable_in
 from launch.address import PROBE_S, protect_token, refuse_open, refuse_unguarded, token_file
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -186,9 +186,12 @@ def _refuse_credentials(loaded: LoadedRecipe) -> None:
     for line in loaded.dump().splitlines():
         setting, _, origin = line.rpartition("  # ")
         if redacted(setting) != setting:
+            name = variable_in(setting)
+            found = "" if name is None else f" (the value of {name} in this environment)"
             raise ValueError(
-                f"{redacted(setting).strip()} ({origin}) holds credentials, which everybody on the "
-                "cluster could read: leave them out, and set them in the environment of the nodes"
+                f"{redacted(setting).strip()} ({origin}) holds credentials{found}, which everybody "
+                "on the cluster could read: leave them out, and set them in the environment of the "
+                "nodes"
             )
 
 

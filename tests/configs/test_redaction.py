@@ -72,6 +72,28 @@ def test_nested_values_and_the_environment(monkeypatch: pytest.MonkeyPatch) -> N
     assert told == "the store says *** is no key; see /root/.aws/credentials"
 
 
+@pytest.mark.parametrize("name", ["PGPASSWORD", "MYSQL_PWD", "DB_PASS", "HF_TOKEN", "STRIPE_KEY"])
+def test_values_of_such_variables_are_hidden(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "hunter2hunter2")
+    assert redacted("the server says hunter2hunter2 is wrong") == "the server says *** is wrong"
+    assert redacted("ssh_pgpassword: abc") == "ssh_pgpassword: ***"
+    monkeypatch.setenv("PWD", "/home/me/password")
+    assert redacted("in /home/me/password") == "in /home/me/password"
+
+
+def test_a_word_that_some_key_names_is_no_credential(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CACHE_KEY", "movielens")
+    assert redacted("runs/movielens") == "runs/movielens"
+    refuse_credentials("output", "runs/movielens")
+    monkeypatch.setenv("CACHE_KEY", "movielens-20m")  # might be one: the sentence tells why
+    with pytest.raises(ValueError, match=r"output='runs/\*\*\*' contains the value of CACHE_KEY"):
+        refuse_credentials("output", "runs/movielens-20m")
+    monkeypatch.setenv("CACHE_KEY", "movielens")
+    monkeypatch.setenv("DB_PASSWORD", "movielens")
+    with pytest.raises(ValueError, match="the value of DB_PASSWORD in .* or rename DB_PASSWORD"):
+        refuse_credentials("output", "runs/movielens")
+
+
 def test_shipped_recipes_hold_none() -> None:
     for name in shipped_recipes():
         recipe = load_recipe(name).recipe.model_dump(mode="json")
