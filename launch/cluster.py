@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ from launch.joining import check_door, why_not
 from launch.rendezvous import GroupConfig, loopback_interface
 from launch.termination import current_termination, unheard
 from launch.user_errors import BusyError
-from trainer.stop_notice import install_notice
+from trainer.stop_notice import heeding, install_notice
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 SHIPPED_EXCLUDES = [
@@ -325,7 +326,12 @@ class _AttendSignals(WorkerGroupCallback):
 
 
 def _enter(config: dict[str, Any]) -> Any:
-    """First code of a worker: import the stage here, so that the driver stays light."""
+    """First code of a worker."""
+    return heeding(partial(_run_stage, config))
+
+
+def _run_stage(config: dict[str, Any]) -> Any:
+    """Import the stage here, so that the driver stays light."""
     import torch.distributed as dist
 
     here = (ray.get_runtime_context().get_node_id(), processes_killed_for_memory())

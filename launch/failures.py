@@ -13,7 +13,7 @@ from configs.failures import FailuresConfig
 from configs.layout import RunLayout
 from data_loaders.poison import PoisonedSampleError, quarantine, read_quarantined
 from launch.user_errors import USER_ERRORS
-from trainer.stop_notice import StoppedError
+from trainer.stop_notice import AbandonedError, StoppedError
 from trainer.watchdog import diagnose_hang
 
 Kind = Literal["worker", "node", "preemption", "hang", "out_of_memory", "poisoned_sample"]
@@ -93,7 +93,7 @@ def diagnose(
         ValueError: the user's mistake, in the worker's own sentence.
     """
     for cause in causes:
-        if isinstance(cause, StoppedError | PreemptionError):
+        if isinstance(cause, StoppedError | AbandonedError | PreemptionError):
             return Failure("preemption", str(cause), cause)
         if isinstance(cause, PoisonedSampleError):
             return Failure("poisoned_sample", str(cause), cause)

@@ -49,7 +49,7 @@ class StageContext:
         }
 
     def run_workers(self, entry: str, **more: Any) -> Any:
-        """Run `module:function` on the recipe's worker group."""
+        """Run `module:function` on the recipe's worker group; begun anew, it begins at nothing."""
         return self._run(entry, False, more)
 
     def run_training(self, entry: str, **more: Any) -> Any:
@@ -227,7 +227,7 @@ def _evaluate(context: StageContext) -> Outputs:
     done = context.done
     pairs = done["align"]["pairs"] if "align" in done else None
     module = "reward_model" if context.recipe.ranks_candidates else "evaluate"
-    measured = context.run_training(
+    measured = context.run_workers(
         f"trainer.{module}:evaluate_worker",
         policies=policies_of(done),
         pairs=None if pairs is None else pairs["url"],

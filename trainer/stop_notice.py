@@ -1,16 +1,23 @@
 """SIGTERM to a rank: remembered while training attends to it, so that all ranks save and end.
 
-The notice is its own signal handler: whoever asks the process for its handler finds it, from any
-thread, and no other state of the process is needed.
+Where a rank does not train (it loads, evaluates), there is nothing to save, and its work is left
+where it is. The notice is its own signal handler: whoever asks the process for its handler finds
+it, from any thread, and no other state of the process is needed.
 """
 
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+POLL_S = 0.2
+LEAVE_S = 30
+"""After this the kernel ends a process that was asked to end, if nobody else has (SIGALRM)."""
 
 
 class StoppedError(Exception):
@@ -28,12 +35,26 @@ class StoppedError(Exception):
         )
 
 
+class AbandonedError(Exception):
+    """A rank was asked to end while it did not train; what it did is left where it was."""
+
+    def __str__(self) -> str:
+        return (
+            "a rank was asked to end (a signal, or a node that is taken away) while it did not "
+            "train; what is committed stands, and the same command goes on from there"
+        )
+
+
 class StopNotice:
     """Whether this process was asked to end."""
 
     def __init__(self) -> None:
         self.given = False
+        """While training attended to it."""
+        self.abandons = False
+        """While it did not, of work that `heeding` does."""
         self._attended = False
+        self._heeded = False
         self._before: Any = signal.SIG_DFL
 
     def install(self) -> None:
@@ -45,9 +66,16 @@ class StopNotice:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        """Take note; where nobody attends, do what would have been done without this."""
+        """Take note; where nobody attends, do what would have been done without this.
+
+        Not in work that `heeding` does: Ray would wait for what this process has asked of others,
+        and some of that never comes.
+        """
         if self._attended:
             self.given = True
+        elif self._heeded:
+            self.abandons = True
+            signal.alarm(LEAVE_S)
         elif callable(self._before):
             self._before(number, frame)
         elif self._before == signal.SIG_DFL:
@@ -61,6 +89,34 @@ class StopNotice:
 def install_notice() -> None:
     """For processes whose training runs in another thread than the main one, which calls this."""
     StopNotice().install()
+
+
+def heeding(work: Callable[[], T]) -> T:
+    """Do `work`, and leave it where it is once the process is asked to end and nobody attends.
+
+    In a thread of its own, after the main thread has called `install_notice`. Whoever started the
+    process is to end it when this raises.
+
+    Raises:
+        AbandonedError: it was asked to.
+        BaseException: what `work` raised.
+    """
+    handler = signal.getsignal(signal.SIGTERM)
+    assert isinstance(handler, StopNotice), "the main thread has called install_notice"
+    outcome: Future[T] = Future()
+
+    def do() -> None:
+        try:
+            outcome.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - raised where it is waited for
+            outcome.set_exception(error)
+
+    handler._heeded = True  # also when all is done: there is nothing left to save or to leave
+    threading.Thread(target=do, name="stage", daemon=True).start()
+    while not handler.abandons:
+        if wait([outcome], POLL_S).done:
+            return outcome.result()
+    raise AbandonedError
 
 
 @contextmanager

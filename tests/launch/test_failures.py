@@ -19,7 +19,7 @@ from data_loaders.poison import PoisonedSampleError, read_quarantined
 from launch.failures import Failure, Place, Restarts, diagnose
 from sharding.loss_module import NonFiniteLossError
 from tests.integration.jobs import ROOT
-from trainer.stop_notice import StoppedError
+from trainer.stop_notice import AbandonedError, StoppedError
 
 FINGERPRINT = "0" * 12
 PEER = RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:3")
@@ -46,6 +46,7 @@ def test_each_cause_has_its_kind(tmp_path: Path) -> None:
     assert told([killed], tmp_path).kind == "worker"
     assert told([killed], tmp_path, lost_node="node ab12").kind == "node"
     assert told([PEER, StoppedError("train", 7)], tmp_path).kind == "preemption"
+    assert told([PEER, AbandonedError()], tmp_path).kind == "preemption"
     assert told([PoisonedSampleError([3], "x", "y"), PEER], tmp_path).kind == "poisoned_sample"
     raised = told([RuntimeError("the moon is down"), PEER], tmp_path)
     assert raised.sentence == "the moon is down"  # not that its peer lost it

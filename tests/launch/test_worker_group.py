@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch.distributed as dist
 
 from configs.cluster import ClusterConfig
 from configs.failures import FailuresConfig, HangConfig, RestartConfig
@@ -17,6 +19,8 @@ from configs.layout import RunLayout
 from data_loaders.poison import PoisonedSampleError
 from launch.cluster import connect, run_workers
 from launch.failures import Place
+from launch.termination import Termination
+from tests.integration.jobs import wait_for
 from trainer.stop_notice import StoppedError
 from trainer.watchdog import Watchdog
 
@@ -57,6 +61,16 @@ def work(settings: dict[str, Any], say: Callable[[str], None]) -> str:
         case "hang":
             with Watchdog(HangConfig(step_timeout_s=0.5), place_of(settings).failures, **RANK):
                 time.sleep(600)
+        case "asked":  # as `evaluate` or the loading of data are
+            if dist.get_rank() == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
+            dist.barrier()
+            time.sleep(600)
+        case "wait":
+            dist.barrier()
+            if dist.get_rank() == 0:
+                attempts.with_suffix(".ready").touch()
+            time.sleep(600)
         case "saved":
             raise StoppedError("train", 8)
         case "poison":
@@ -108,11 +122,13 @@ def test_a_dead_worker_is_replaced_and_a_mistake_is_not(
 def test_what_the_recipe_says_to_hangs_preemption_and_poison(
     embedded: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    settings = {"attempts": str(tmp_path / "attempts"), "then": ("saved", "hang", "poison", "done")}
+    then = ("saved", "asked", "hang", "poison", "done")
+    settings = {"attempts": str(tmp_path / "attempts"), "then": then}
     lenient = FailuresConfig.model_validate({"poisoned_sample": {"action": "skip"}})
     assert run(settings, failures=lenient) == "done"
     told = capfd.readouterr().out
     assert "saved at step 8" in told and "attempt 2 of 101" in told
+    assert "while it did not train" in told and "attempt 3 of 101" in told
     assert "a rank hung (rank 0 (host" in told and "at `time.sleep(600)`" in told
     assert "attempt 2 of 3" in told
     assert "sample 7 cannot be trained on" in told and "1 of 100 that may be left out" in told
@@ -121,6 +137,26 @@ def test_what_the_recipe_says_to_hangs_preemption_and_poison(
     with pytest.raises(SystemExit) as ended:
         run(settings, failures=strict)
     assert ended.value.code == 143 and "saved at step 8" in capfd.readouterr().out
+
+
+def test_a_driver_that_is_asked_to_end_while_nothing_trains_ends(
+    embedded: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pair = CLUSTER.model_copy(update={"num_workers": 2})
+    settings = {"attempts": str(tmp_path / "attempts"), "then": ("wait", "wait")}
+
+    def ask() -> None:
+        wait_for(lambda: (tmp_path / "attempts.ready").exists(), timeout=60)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    started = time.monotonic()
+    with Termination(), pytest.raises(SystemExit) as ended:
+        run(settings, pair)
+    thread.join()
+    assert ended.value.code == 143 and time.monotonic() - started < FAILURES.preemption.grace_s / 2
+    assert "did not train; what is committed stands" in capfd.readouterr().out
 
 
 def test_a_group_that_can_never_fit_is_refused_at_once(embedded: None, tmp_path: Path) -> None:
