@@ -55,9 +55,10 @@ class Termination:
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """Ask the worker group, or end."""
-        told_at, self._told_at = self._told_at, time.monotonic()
-        if self._told_at - told_at < REPEAT_S and not self._late:
+        now = time.monotonic()
+        if now - self._told_at < REPEAT_S and not self._late:
             return
+        self._told_at = now  # of one that was heeded: an impatient user's add up to a second one
         if not self.asked:
             self._by = signal.Signals(number)
             if self._by == signal.SIGHUP:

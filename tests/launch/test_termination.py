@@ -57,6 +57,18 @@ def test_a_group_is_asked_once_and_a_second_signal_ends(
     assert "the same command goes on" in told
 
 
+def test_impatience_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Signals that follow one another closely do not put off the second one for ever."""
+    monkeypatch.setattr(module, "REPEAT_S", 0.3)
+    asked: list[float] = []
+    with Termination() as termination, termination.asks(lambda: asked.append(0.0), 60):
+        with pytest.raises(SystemExit) as ended:
+            for _ in range(6):
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.1)
+        assert ended.value.code == 130 and len(asked) == 1
+
+
 def test_what_is_started_unheard_is_told_nothing() -> None:
     code = "import os, sys; os.killpg(0, 15); os.killpg(0, 1); os.killpg(0, 2); print('here')"
     told: list[int] = []
