@@ -78,26 +78,19 @@ def run(
     """Run all stages, skipping what is unchanged."""
     loaded = load_recipe(recipe, overrides)
     arguments = ["run", recipe, *overrides, *([] if until is None else ["--until", until])]
-    first = ([] if from_ is None else ["--from", from_]) + (["--force"] if force else [])
-    _drive(ctx, loaded, arguments, first, until=until, from_=from_, force=force)
+    arguments += ([] if from_ is None else ["--from", from_]) + (["--force"] if force else [])
+    _drive(ctx, loaded, arguments, until=until, from_=from_, force=force)
 
 
 def _drive(
-    ctx: click.Context,
-    loaded: LoadedRecipe,
-    arguments: Sequence[str],
-    first: Sequence[str],
-    **selection: Any,
+    ctx: click.Context, loaded: LoadedRecipe, arguments: Sequence[str], **selection: Any
 ) -> None:
-    """Run stages here, or where the recipe wants a lost driver restarted, in a process below.
-
-    `first` are arguments of the first attempt alone: what begins stages anew would do so again.
-    """
+    """Run stages here, or where the recipe wants a lost driver restarted, in a process below."""
     from launch.supervisor import supervise, wants_supervisor
 
     if wants_supervisor(loaded.recipe):
         command = [sys.executable, "-m", "launch.cli", *arguments]
-        ctx.exit(supervise(command, loaded.recipe, first))
+        ctx.exit(supervise(command, loaded.recipe))
     from launch.run import run as run_stages
 
     run_stages(loaded, **selection)
@@ -110,8 +103,8 @@ def _add_stage(stage: StageName, about: str) -> None:
     @click.pass_context
     def command(ctx: click.Context, recipe: str, overrides: tuple[str, ...], force: bool) -> None:
         loaded = load_recipe(recipe, overrides)
-        first = ["--force"] if force else []
-        _drive(ctx, loaded, [stage, recipe, *overrides], first, only=stage, force=force)
+        arguments = [stage, recipe, *overrides, *(["--force"] if force else [])]
+        _drive(ctx, loaded, arguments, only=stage, force=force)
 
 
 for _stage, _about in {

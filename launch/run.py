@@ -13,6 +13,7 @@ from launch.other_trainings import other_trainings
 from launch.output_lock import OutputLock
 from launch.reward_checks import check_functions, check_models
 from launch.stages import GRAPH, Outputs, Stage, StageContext
+from launch.supervisor import Begun
 from launch.termination import Termination
 
 RECORD_FORMAT = 1
@@ -69,25 +70,29 @@ class _Run:
         self._done: dict[str, Outputs] = {}
         self._cluster = ExitStack()
         self._connected = False
-        self._lock = OutputLock(self._layout.root)
         self._termination = Termination()
+        self._lock = OutputLock(self._layout.root)
+        self._begun = Begun()
 
     def execute(self, names: tuple[StageName, ...], last: StageName | None) -> None:
-        needed = set(names) if self._only is None else {self._only, *GRAPH[self._only].needs}
         started = time.monotonic()
         with self._termination, self._lock:
             with self._cluster:
-                again = False
-                for number, name in enumerate(names, 1):
-                    again = again or name == self._from
-                    if name in needed:
-                        self._lock.check()
-                        self._stage(GRAPH[name], f"[{number}/{len(names)}] {name}", again)
-                        self._termination.check()
-                    if name == last:
-                        break
+                self._stages(names, last)
             self._show()
         print(f"done in {_clock(time.monotonic() - started)}: {self._layout.root}", flush=True)
+
+    def _stages(self, names: tuple[StageName, ...], last: StageName | None) -> None:
+        needed = set(names) if self._only is None else {self._only, *GRAPH[self._only].needs}
+        again = False
+        for number, name in enumerate(names, 1):
+            again = again or name == self._from
+            if name in needed:
+                self._lock.check()
+                self._stage(GRAPH[name], f"[{number}/{len(names)}] {name}", again)
+                self._termination.check()
+            if name == last:
+                break
 
     def _show(self) -> None:
         """Print what the run has to show, also when every stage was skipped."""
@@ -108,8 +113,9 @@ class _Run:
         )
         record = self._current_record(stage, fingerprint)
         selected = self._only in (None, stage.name)
-        forced = self._force and (again or self._from is None)
-        anew = selected and (again or forced)
+        begun = f"begun {stage.name}" in self._begun
+        forced = self._force and (again or self._from is None) and not begun
+        anew = selected and (again or forced) and not begun
         if record is not None and not anew:
             print(f"{label}: unchanged, skipped", flush=True)
             self._done[stage.name] = record["outputs"]
@@ -119,8 +125,13 @@ class _Run:
                 f"stage {self._only!r} needs {stage.name!r}, which has not run with these "
                 f"settings: run `tandem run RECIPE --until {stage.name}` first"
             )
-        if forced or record is not None:  # without --force an interrupted stage is resumed
+        discards = f"discards {stage.name}"
+        cut_short = discards in self._begun and not begun
+        if forced or record is not None or cut_short:  # otherwise an interrupted stage is resumed
+            self._begun.note(discards)
             self._discard(stage.name, fingerprint)
+        if anew:
+            self._begun.note(f"begun {stage.name}")
         self._execute(stage, label, fingerprint)
 
     def _execute(self, stage: Stage, label: str, fingerprint: str) -> None:

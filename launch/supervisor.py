@@ -9,8 +9,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from types import FrameType
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import FrameType, TracebackType
+from typing import Any
 from urllib.parse import urlsplit
 
 from configs import storage
@@ -20,10 +24,31 @@ from launch.address import answers
 from launch.termination import ENDINGS
 
 SUPERVISED = "TANDEM_SUPERVISED"
-"""Set in the environment of a driver that has a supervisor."""
+"""Set in the environment of a driver that has a supervisor: the file of its `Begun`."""
 ENDED = {0, 2, *(128 + number for number in ENDINGS)}
 """Exit statuses of a driver that is done: finished, told what is wrong, or asked to end."""
 POLL_S = 0.5
+
+
+class Begun:
+    """What one command has begun anew, in this driver and in those of its before this one.
+
+    So a stage is begun anew once, however often the driver dies, and before that or after.
+    """
+
+    def __init__(self) -> None:
+        self._file = os.environ.get(SUPERVISED)  # without a supervisor there is no driver before
+
+    def note(self, step: str) -> None:
+        """Remember `step`."""
+        if self._file is not None:
+            with open(self._file, "a") as stream:
+                stream.write(step + "\n")
+
+    def __contains__(self, step: str) -> bool:
+        if self._file is None or not os.path.exists(self._file):
+            return False
+        return step in Path(self._file).read_text().splitlines()
 
 
 def wants_supervisor(recipe: Recipe) -> bool:
@@ -33,23 +58,28 @@ def wants_supervisor(recipe: Recipe) -> bool:
     return bool(restarts) and SUPERVISED not in os.environ
 
 
-def supervise(command: Sequence[str], recipe: Recipe, first: Sequence[str] = ()) -> int:
+def supervise(command: Sequence[str], recipe: Recipe) -> int:
     """Run a driver until it is done, or dies more often in a row than allowed; its exit status.
 
     Args:
         command: starts the driver.
-        first: further arguments of the first attempt alone.
         recipe: with the failure policy, the cluster's address and the output.
     """
+    with _Driver() as driver, TemporaryDirectory(prefix="tandem-") as folder:
+        environment = {**os.environ, SUPERVISED: str(Path(folder) / "begun")}
+        return _supervise(driver, partial(driver.run, command, environment), recipe)
+
+
+def _supervise(driver: "_Driver", run: Callable[[], int], recipe: Recipe) -> int:
     config, counts = recipe.failures, {"driver": 0, "head": 0}
     head = head_address(recipe.cluster.address)
     progress = _progress(recipe)
-    arguments = [*command, *first]
     while True:
-        status = _run_once(arguments)
-        arguments = [*command]
+        status = run()
         if status in ENDED:
             return status
+        if (number := driver.asked() or _ending(status)) is not None:
+            return _ended_by(number)
         if (now := _progress(recipe)) != progress:
             counts, progress = {"driver": 0, "head": 0}, now
         kind = "head" if head is not None and not answers(head) else "driver"
@@ -60,7 +90,10 @@ def supervise(command: Sequence[str], recipe: Recipe, first: Sequence[str] = ())
             _say(f"{why}, {times} (failures.{kind}.max_restarts={allowed})")
             return status
         counts[kind] += 1
-        if kind == "head" and head is not None and not _comes_back(head, config.head.wait_s):
+        back = kind != "head" or head is None or _comes_back(head, config.head.wait_s, driver)
+        if (number := driver.asked()) is not None:
+            return _ended_by(number)
+        if not back:
             _say(f"{why} and did not come back within failures.head.wait_s={config.head.wait_s:g}")
             return status
         _say(f"{why}; starting the driver again, attempt {counts[kind] + 1} of {allowed + 1}")
@@ -72,29 +105,66 @@ def head_address(address: str) -> str | None:
     return named if urlsplit(f"//{named}").port is not None else None
 
 
-def _comes_back(head: str, wait_s: float) -> bool:
+def _comes_back(head: str, wait_s: float, driver: "_Driver") -> bool:
     limit = time.monotonic() + wait_s
     while not answers(head):
-        if time.monotonic() >= limit:
+        if driver.asked() or time.monotonic() >= limit:
             return False
         time.sleep(POLL_S)
     return True
 
 
-def _run_once(command: Sequence[str]) -> int:
-    """A driver from start to end, told of every signal that this process is told."""
-    driver = subprocess.Popen(command, env={**os.environ, SUPERVISED: "1"})
+class _Driver:
+    """The driver of the moment; while the context lasts it is told of every signal that this
+    process is told, and none is started after one."""
 
-    def hand_on(number: int, frame: FrameType | None) -> None:
-        driver.send_signal(number)
+    def __init__(self) -> None:
+        self._told: signal.Signals | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._before: dict[signal.Signals, Any] = {}
 
-    heard = [number for number in ENDINGS if signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, hand_on) for number in heard}
-    try:
-        return driver.wait()
-    finally:
-        for number, handler in before.items():
+    def __enter__(self) -> "_Driver":
+        heard = [number for number in ENDINGS if signal.getsignal(number) != signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self) for number in heard}
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self._told = signal.Signals(number)
+        if self._process is not None:
+            self._process.send_signal(number)
+
+    def asked(self) -> signal.Signals | None:
+        """What asked this process to end, if anything did."""
+        return self._told
+
+    def run(self, command: Sequence[str], environment: dict[str, str]) -> int:
+        """From start to end; the exit status."""
+        if (number := self.asked()) is not None:
+            return 128 + number
+        self._process = subprocess.Popen(command, env=environment)
+        if (number := self.asked()) is not None:  # while it was being started
+            self._process.send_signal(number)
+        return self._process.wait()
+
+
+def _ending(status: int) -> signal.Signals | None:
+    """What ended a driver that could not attend to it yet, or any more."""
+    return signal.Signals(-status) if -status in ENDINGS else None
+
+
+def _ended_by(number: signal.Signals) -> int:
+    """The exit status of a run that was asked to end before it could attend to that."""
+    _say(f"ended by {number.name}; what is committed stands: the same command goes on")
+    return 128 + number
 
 
 def _progress(recipe: Recipe) -> list[str]:

@@ -12,6 +12,7 @@ from configs.load import load_recipe
 from launch import run as run_module
 from launch.run import run
 from launch.stages import GRAPH, StageContext
+from launch.supervisor import SUPERVISED
 from sharding.checkpoint_manifest import CheckpointFile, build_manifest, write_manifest
 from tests.integration.jobs import write_recipe
 
@@ -230,6 +231,39 @@ def test_force_reaches_no_further_back_than_from(stubbed: Job) -> None:
     ran = stages_run(stubbed.run(from_="evaluate", force=True))
     assert ran == ["evaluate", "recommend", "report"]
     assert stages_run(stubbed.run(force=True))[:2] == ["prepare", "train"]
+
+
+class DiedError(Exception):
+    """The driver did."""
+
+
+def test_what_begins_anew_does_so_once_however_often_the_driver_dies(
+    stubbed: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stubbed.run()
+    monkeypatch.setenv(SUPERVISED, str(tmp_path / "begun"))
+    train, kept = run_module.GRAPH["train"], list[Path]()
+
+    def die(context: StageContext) -> dict[str, Any]:
+        kept.append(Path(context.layout.checkpoints("train", context.fingerprint)) / "mark")
+        assert not kept[-1].parent.exists()
+        train.run(context)
+        kept[-1].touch()
+        raise DiedError
+
+    monkeypatch.setitem(run_module.GRAPH, "train", replace(train, run=die))
+    with pytest.raises(DiedError):
+        stubbed.run(from_="train", force=True)
+    monkeypatch.setitem(run_module.GRAPH, "train", train)
+    rest = ["align", "evaluate", "recommend", "report"]
+    assert stages_run(stubbed.run(from_="train", force=True)) == ["train", *rest]
+    assert kept[0].exists()  # what the driver before did is not discarded
+    assert stages_run(stubbed.run(from_="train", force=True)) == []
+    # A driver that died while it discarded, its record gone and its checkpoints not yet.
+    (tmp_path / "begun").write_text("discards train\n")
+    Path(stubbed.layout.stage_record("train")).unlink()
+    assert stages_run(stubbed.run(from_="train")) == ["train", *rest]
+    assert not kept[0].exists()
 
 
 def test_a_reward_that_cannot_be_imported_is_told_before_anything_runs(job: Job) -> None:

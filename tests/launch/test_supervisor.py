@@ -20,10 +20,15 @@ DRIVER = """
 import os, pathlib, signal, sys, time
 attempts = pathlib.Path(sys.argv[1])
 with attempts.open("a") as stream:
-    stream.write(" ".join(sys.argv[3:]) + "\\n")
+    stream.write(os.environ["TANDEM_SUPERVISED"] + "\\n")
 what = sys.argv[2].split(",")[len(attempts.read_text().splitlines()) - 1]
 if what == "wait":
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
+    time.sleep(60)
+if what == "sleep":  # as before the run attends to signals
+    time.sleep(60)
+if what == "abort":
+    signal.signal(signal.SIGINT, lambda number, frame: sys.exit(1))
     time.sleep(60)
 if what.startswith("checkpoint"):
     place = attempts.parent / "run/checkpoints/train-0/newest" / what
@@ -32,6 +37,8 @@ if what.startswith("checkpoint"):
     what = "die"
 if what == "die":
     os.kill(os.getpid(), signal.SIGKILL)
+if what == "SIGTERM":
+    os.kill(os.getpid(), signal.SIGTERM)
 sys.exit(int(what))
 """
 
@@ -71,8 +78,10 @@ def test_only_a_death_is_a_reason_to_start_again(
     tmp_path: Path, then: str, status: int, times: int
 ) -> None:
     told = recipe(tmp_path, failures={"driver": {"max_restarts": 2}})
-    assert supervise(command(tmp_path, then), told, ["--force"]) == status
-    assert attempts(tmp_path) == ["--force"] + [""] * (times - 1)
+    assert supervise(command(tmp_path, then), told) == status
+    assert len(attempts(tmp_path)) == times
+    [begun] = set(attempts(tmp_path))  # one file for all attempts
+    assert not Path(begun).parent.exists()
 
 
 def test_a_checkpoint_sets_the_count_back(tmp_path: Path) -> None:
@@ -104,15 +113,36 @@ def test_a_lost_head_is_waited_for(tmp_path: Path, capfd: pytest.CaptureFixture[
     assert "did not come back within failures.head.wait_s=0.6" in capfd.readouterr().err
 
 
-def test_a_signal_is_handed_on(tmp_path: Path) -> None:
-    code = "import sys, json; from tests.launch.test_supervisor import *\n"
-    code += f"told = recipe(Path({str(tmp_path)!r}), failures={{'driver': {{'max_restarts': 1}}}})"
-    code += f"\nsys.exit(supervise({command(tmp_path, 'wait')!r}, told))"
+@pytest.mark.parametrize(
+    ("then", "number", "status"),
+    [
+        ("wait", signal.SIGTERM, 143),
+        ("sleep,0", signal.SIGTERM, 143),
+        ("abort,0", signal.SIGINT, 130),
+        ("1,0", signal.SIGTERM, 143),  # while the head is waited for
+    ],
+)
+def test_a_signal_is_handed_on_and_nothing_begins_after_it(
+    tmp_path: Path, then: str, number: signal.Signals, status: int
+) -> None:
+    code = "import sys; from tests.launch.test_supervisor import *\n"
+    code += "policy = {'driver': {'max_restarts': 1}, 'head': {'max_restarts': 1}}\n"
+    code += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code += f"told = recipe(Path({str(tmp_path)!r}), failures=policy, "
+    code += f"cluster={{'address': {'127.0.0.1:1' if then == '1,0' else 'local'!r}}})"
+    code += f"\nsys.exit(supervise({command(tmp_path, then)!r}, told))"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     wait_for(lambda: (tmp_path / "attempts").exists(), timeout=60)
-    time.sleep(0.5)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 143
+    time.sleep(1.0)
+    process.send_signal(number)
+    assert process.wait(30) == status
+    assert len(attempts(tmp_path)) == 1
+
+
+def test_a_driver_that_a_signal_ended_was_asked_to_end(tmp_path: Path) -> None:
+    told = recipe(tmp_path, failures={"driver": {"max_restarts": 1}})
+    assert supervise(command(tmp_path, "SIGTERM,0"), told) == 143
+    assert len(attempts(tmp_path)) == 1
 
 
 def test_who_supervises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
