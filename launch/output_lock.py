@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,6 +21,8 @@ from configs.base import Config, Timestamp
 FILE = ".tandem-run.lock"
 """Hidden, so that it is no log of a user's, and of a name that nothing else has."""
 HEARTBEAT_S = 15.0
+LOOK_S = 1.0
+"""Between two looks at the clock on the wall, which goes on while this machine sleeps."""
 STALE_S = 120.0
 """Silence after which a run on another machine is taken for dead; covers clocks that differ."""
 SETTLE_S = {True: 0.05, False: 1.0}
@@ -33,8 +36,9 @@ class OutputLock:
         ValueError: on entry, another run holds it: who does, and the mend.
     """
 
-    def __init__(self, output: str) -> None:
-        self._output = output
+    def __init__(self, output: str, lost: Callable[[], object] = lambda: None) -> None:
+        """`lost` is called by another thread, once, when another run has taken over."""
+        self._output, self._lost = output, lost
         self._url = storage.join(output, FILE)
         self._me = _this_process()
         self._rival: dict[str, Any] | None = None
@@ -79,15 +83,24 @@ class OutputLock:
             )
 
     def _beat(self) -> None:
-        while not self._closed.wait(HEARTBEAT_S):
+        while not self._wait():
             try:
                 held = self._read()
                 if held is not None and held["token"] != self._me["token"]:
                     self._rival = held
+                    self._lost()
                     return
                 self._write()
             except Exception as error:  # noqa: BLE001 - each storage back end raises its own kinds
                 print(f"{self._url} cannot be renewed: {error}", file=sys.stderr, flush=True)
+
+    def _wait(self) -> bool:
+        """Until the next beat, or, at once, after a sleep; whether the lock is closed."""
+        began, clock = time.monotonic(), time.time()
+        while time.monotonic() - began < HEARTBEAT_S and time.time() - clock < HEARTBEAT_S:
+            if self._closed.wait(min(LOOK_S, HEARTBEAT_S)):
+                return True
+        return False
 
     def _read(self) -> dict[str, Any] | None:
         storage.filesystem(self._url)[0].invalidate_cache()

@@ -71,15 +71,20 @@ class _Run:
         self._cluster = ExitStack()
         self._connected = False
         self._termination = Termination()
-        self._lock = OutputLock(self._layout.root)
+        self._lock = OutputLock(self._layout.root, lost=self._termination.give_up)
         self._begun = Begun()
 
     def execute(self, names: tuple[StageName, ...], last: StageName | None) -> None:
         started = time.monotonic()
-        with self._termination, self._lock:
-            with self._cluster:
-                self._stages(names, last)
-            self._show()
+        with self._termination:
+            try:
+                with self._lock:
+                    with self._cluster:
+                        self._stages(names, last)
+                    self._show()
+            except BaseException:
+                self._lock.check()  # says more than what else went wrong
+                raise
         print(f"done in {_clock(time.monotonic() - started)}: {self._layout.root}", flush=True)
 
     def _stages(self, names: tuple[StageName, ...], last: StageName | None) -> None:

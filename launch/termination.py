@@ -16,6 +16,8 @@ is closed."""
 REPEAT_S = 1.0
 """Signals so close together are one: who tells a whole group of processes tells the supervisor as
 well, which hands it on; and `timeout` tells its child, then its group."""
+GIVEN_UP_STATUS = 2
+"""Of a run that another one has taken over, if it cannot say so."""
 
 
 class Termination:
@@ -30,6 +32,7 @@ class Termination:
         self._by = signal.SIGTERM
         self._told_at = -REPEAT_S
         self._late = False
+        self._given_up = False
         self._ask: Callable[[], None] | None = None
         self._grace_s = 0.0
         self._timer: threading.Timer | None = None
@@ -55,6 +58,8 @@ class Termination:
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """Ask the worker group, or end."""
+        if self._given_up:
+            raise SystemExit(GIVEN_UP_STATUS)
         now = time.monotonic()
         if now - self._told_at < REPEAT_S and not self._late:
             return
@@ -77,6 +82,12 @@ class Termination:
         self._timer = threading.Timer(self._grace_s, self._hurry)
         self._timer.daemon = True
         self._timer.start()
+
+    def give_up(self) -> None:
+        """From another thread: end the run at once, and let its workers save nothing more."""
+        self._given_up = True
+        if self._before:  # otherwise there is no handler, and what the run finds out must do
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def _hurry(self) -> None:
         self._late = True

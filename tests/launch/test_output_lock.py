@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from click.testing import CliRunner
 from configs import storage
 from configs.load import load_recipe
 from launch import cli, output_lock
-from launch.output_lock import FILE, OutputLock
+from launch.output_lock import FILE, HEARTBEAT_S, OutputLock
 from launch.run import run
 from tests.integration.jobs import ROOT, write_recipe
 
@@ -144,6 +145,28 @@ def test_heartbeats_renew_the_lock_and_notice_a_rival(
             lock.check()
     assert storage.read_json(url)["host"] == "elsewhere"  # it keeps what it took
     storage.remove(url)
+
+
+def test_who_wakes_looks_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock that a process waits by stands still while its machine sleeps."""
+    monkeypatch.setattr(output_lock, "LOOK_S", 0.02)
+    told = threading.Event()
+    with OutputLock(str(tmp_path), lost=told.set):
+        leave(str(tmp_path), host="elsewhere")
+        assert not told.wait(0.2)
+        monkeypatch.setattr(output_lock, "time", Awake(HEARTBEAT_S))
+        assert told.wait(5)
+
+
+class Awake:
+    """The module `time` of a machine that has slept."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self.monotonic = time.monotonic
+
+    def time(self) -> float:
+        return time.time() + self._seconds
 
 
 def test_memory_is_refused_as_output_and_explained_as_input(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What of a recipe's stages is run, skipped, refused, resumed or discarded; with real stages."""
 
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 from configs import storage
 from configs.layout import RunLayout, read_record
 from configs.load import load_recipe
+from launch import output_lock
 from launch import run as run_module
 from launch.run import run
 from launch.stages import GRAPH, StageContext
@@ -264,6 +266,29 @@ def test_what_begins_anew_does_so_once_however_often_the_driver_dies(
     Path(stubbed.layout.stage_record("train")).unlink()
     assert stages_run(stubbed.run(from_="train")) == ["train", *rest]
     assert not kept[0].exists()
+
+
+def test_a_run_whose_output_another_took_ends_within_its_stage(
+    stubbed: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(output_lock, "HEARTBEAT_S", 0.05)
+    train = run_module.GRAPH["train"]
+
+    def sleep(context: StageContext) -> dict[str, Any]:
+        lock = storage.join(stubbed.layout.root, output_lock.FILE)
+        rival = storage.read_json(lock) | {"token": "another", "host": "elsewhere"}
+        began = time.monotonic()
+        while time.monotonic() - began < 20:
+            storage.write_json(lock, rival)  # again: a beat under way may have hidden it
+            time.sleep(0.1)
+        return train.run(context)
+
+    monkeypatch.setitem(run_module.GRAPH, "train", replace(train, run=sleep))
+    began = time.monotonic()
+    with pytest.raises(ValueError, match="another run has taken over .*host elsewhere"):
+        stubbed.run()
+    assert time.monotonic() - began < 10
+    assert not Path(stubbed.layout.stage_record("train")).exists()
 
 
 def test_a_reward_that_cannot_be_imported_is_told_before_anything_runs(job: Job) -> None:
