@@ -1,10 +1,28 @@
 """Where the job runs."""
 
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from configs.base import Config
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Host and port of a cluster's head.
+
+    Raises:
+        ValueError: it does not read HOST:PORT.
+    """
+    try:
+        place = urlsplit(f"//{address}")
+        if place.hostname and place.port and place.netloc == address and "@" not in address:
+            return place.hostname, place.port
+    except ValueError:  # no number, no port's number, or brackets that do not match
+        pass
+    raise ValueError(
+        f"{address!r} must be HOST:PORT of the cluster's head, such as 10.0.0.1:6379 or [::1]:6379"
+    )
 
 
 class ClusterConfig(Config):
@@ -35,6 +53,16 @@ class ClusterConfig(Config):
                 " and failures.node.max_restarts"
             )
         return data
+
+    @field_validator("address")
+    @classmethod
+    def _address_is_one(cls, address: str) -> str:
+        if address not in ("local", "auto"):
+            try:
+                split_address(address)
+            except ValueError as error:
+                raise ValueError(f"{error}; or local, or auto") from None
+        return address
 
     @property
     def least_workers(self) -> int:

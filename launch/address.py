@@ -9,6 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import psutil
+
+from configs.cluster import split_address
+
 PROBE_S = 5.0
 
 
@@ -45,7 +49,9 @@ def refuse_open(address: str, what: str) -> None:
 
 
 def refuse_unguarded(address: str, what: str, lets_in: Callable[[str], bool]) -> None:
-    """Refuse an address beyond loopback that asks for no token, whatever is set here.
+    """Refuse what asks for no token, whatever is set here.
+
+    Also on loopback: a Ray head listens on every address of its machine, by which others come.
 
     Args:
         address: as for `is_loopback`.
@@ -55,12 +61,29 @@ def refuse_unguarded(address: str, what: str, lets_in: Callable[[str], bool]) ->
     Raises:
         ValueError: one sentence with the mend.
     """
-    if not is_loopback(address) and lets_in(address):
+    if lets_in(address):
         raise ValueError(
-            f"{what}={address!r} asks for no token, so anyone who reaches that port can run code "
-            "there: start the cluster anew with RAY_AUTH_MODE=token on all its nodes, and the same "
-            f"token in {token_file()} there and here"
+            f"{what}={address!r} asks for no token, so anyone who reaches its machine can run code "
+            "there: start the cluster anew (`ray stop`, then `RAY_AUTH_MODE=token ray start "
+            f"--head`), with that on all its nodes and the same token in {token_file()} there and "
+            "here"
         )
+
+
+def listens_elsewhere(address: str) -> bool:
+    """Whether what answers at an address of this machine's loopback answers at others of it."""
+    port = urlsplit(address if "://" in address else f"//{address}").port
+    own = [
+        each.address
+        for link in psutil.net_if_addrs().values()
+        for each in link
+        if each.family in (socket.AF_INET, socket.AF_INET6) and "%" not in each.address
+    ]
+    return any(
+        answers(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+        for host in own
+        if not ipaddress.ip_address(host).is_loopback
+    )
 
 
 def token_file() -> Path:
@@ -82,13 +105,10 @@ def protect_token() -> None:
 
 def answers(address: str) -> bool:
     """Whether something listens at `host:port`."""
-    place = urlsplit(f"//{address}")
-    if place.hostname is None or place.port is None:
-        return False
     try:
-        with socket.create_connection((place.hostname, place.port), timeout=PROBE_S):
+        with socket.create_connection(split_address(address), timeout=PROBE_S):
             return True
-    except OSError:
+    except (OSError, ValueError):
         return False
 
 

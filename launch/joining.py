@@ -1,32 +1,34 @@
 """Whether the Ray cluster at an address may be joined, and why it was not."""
 
 import os
-from urllib.parse import urlsplit
 
 import grpc
 from ray._private.services import get_ray_address_from_environment
 from ray.core.generated.gcs_service_pb2 import CheckAliveRequest
 from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 
+from configs.cluster import split_address
 from launch.address import PROBE_S, answers, refuse_open, refuse_unguarded, token_file
 
 
 def check_door(address: str) -> None:
-    """Refuse a cluster beyond loopback without tokens, or that is not there.
+    """Refuse a cluster that lets anyone in, or is not there.
 
     Args:
         address: `cluster.address`; Ray finds what `auto` is.
 
     Raises:
-        ValueError: it lets anyone in.
+        ValueError: it lets anyone in, or its address is none.
         ConnectionError: nothing answers.
     """
     what = "cluster.address"
     if address == "auto":
         address = get_ray_address_from_environment("auto", None)  # Ray's own search
         what = "RAY_ADDRESS" if os.environ.get("RAY_ADDRESS") else "cluster.address (auto)"
-    if "://" in address or urlsplit(f"//{address}").port is None:
-        raise ValueError(f"{what}={address!r} must be HOST:PORT of the cluster's head")
+    try:
+        split_address(address)
+    except ValueError as error:
+        raise ValueError(f"{what}={error}") from None
     refuse_open(address, what)
     if not answers(address):
         raise ConnectionError("connection refused")

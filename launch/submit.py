@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 from urllib.request import urlopen
 
 import click
@@ -31,7 +32,15 @@ from configs import storage
 from configs.load import LoadedRecipe
 from configs.recipe import Recipe
 from configs.redaction import SECRET_NAME, redacted, variable_in
-from launch.address import PROBE_S, protect_token, refuse_open, refuse_unguarded, token_file
+from launch.address import (
+    PROBE_S,
+    is_loopback,
+    listens_elsewhere,
+    protect_token,
+    refuse_open,
+    refuse_unguarded,
+    token_file,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("configs", "models", "data_loaders", "sharding", "trainer", "launch")
@@ -159,13 +168,16 @@ def start(
     """
     _refuse_credentials(loaded)
     storage.refuse_memory("output", loaded.recipe.output)
+    _check_form(address)
     refuse_open(address, "--address")
     variables = _parse_environment(environment)
     protect_token()
     for name in CHATTY:
         logging.getLogger(name).setLevel(logging.WARNING)
     client = _connect(address)
-    refuse_unguarded(address, "--address", server_lets_in)
+    # What only this machine's users reach need not ask; a head's own port is never such.
+    if not is_loopback(address) or listens_elsewhere(address):
+        refuse_unguarded(address, "--address", server_lets_in)
     command = [python, "-m", "launch.cli", "run", RECIPE_FILE, *options]
     with tempfile.TemporaryDirectory(prefix="tandem-submit-") as folder:
         stage(loaded, Path(folder))
@@ -256,10 +268,18 @@ def _parse_environment(environment: Sequence[str]) -> dict[str, str]:
     return variables
 
 
+def _check_form(address: str) -> None:
+    try:
+        place = urlsplit(address if "://" in address else f"http://{address}")
+        if place.scheme in ("http", "https") and place.hostname and place.port != 0:
+            return
+    except ValueError:  # no port's number, or brackets that do not match
+        pass
+    raise ValueError(f"--address={address!r} must be the job server's http://HOST:8265")
+
+
 def _connect(address: str) -> JobSubmissionClient:
     url = address if "://" in address else f"http://{address}"
-    if not url.startswith(("http://", "https://")):
-        raise ValueError(f"--address={address!r} must be the job server's http://HOST:8265")
     try:
         with _without(ADDRESS_VARIABLES):
             return JobSubmissionClient(url)

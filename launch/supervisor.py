@@ -15,9 +15,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import FrameType, TracebackType
 from typing import Any
-from urllib.parse import urlsplit
 
 from configs import storage
+from configs.cluster import split_address
 from configs.layout import RunLayout
 from configs.recipe import Recipe
 from launch.address import answers
@@ -102,7 +102,11 @@ def _supervise(driver: "_Driver", run: Callable[[], int], recipe: Recipe) -> int
 def head_address(address: str) -> str | None:
     """host:port of the cluster's head, if it is told before a driver joins it."""
     named = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
-    return named if urlsplit(f"//{named}").port is not None else None
+    try:
+        split_address(named)
+    except ValueError:
+        return None
+    return named
 
 
 def _comes_back(head: str, wait_s: float, driver: "_Driver") -> bool:
