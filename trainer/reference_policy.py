@@ -80,8 +80,9 @@ class ReferencePolicy:
         if info is None:
             why = f" ({'; '.join(store.skipped)})" if store.skipped else ""
             raise ValueError(
-                f"{store.root} has no reference policy of step {step}{why}, which the stage's "
-                "checkpoint of that step was trained with; run `tandem align RECIPE --force`"
+                f"{store.root} has no reference policy of step {step}{why}, which the checkpoint "
+                f"of that step in {beside.root} was trained with: restore it, or remove that "
+                "checkpoint and run the same command again, to go on from the one before"
             )
         store.load_weights(self.policy, info)
         self._saved_at[store.root] = step

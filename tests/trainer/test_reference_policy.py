@@ -1,11 +1,23 @@
 """The reference moves as told, both halves of it, and comes back as it was."""
 
+from pathlib import Path
+
+import pytest
 import torch
 
+from configs.alignment import OnlineAlignment
+from configs.layout import RunLayout
+from data_loaders.synthetic import write_synthetic
+from sharding.checkpoint import CheckpointStore
 from sharding.process_group import current_context
 from tests.harness import run_ranks
 from tests.sharding.policies import Settings, differing, make_policy, train, whole_state
-from trainer.reference_policy import mix
+from tests.trainer.runs import ITEMS, USERS, quiet
+from tests.trainer.test_align_online import GRPO, settings_for
+from trainer.objectives.online import OnlineLoss
+from trainer.policy import start_worker
+from trainer.reference_policy import ReferencePolicy, mix
+from trainer.scoring import build_scorer
 
 SHARE = 0.25
 
@@ -31,3 +43,27 @@ def test_mixing_in_every_stage_on_two_ranks() -> None:
         for key in names:
             assert not torch.equal(before[key], newer[key]), key
             torch.testing.assert_close(after[key], before[key].lerp(newer[key], SHARE), msg=key)
+
+
+def come_back(root: str) -> None:
+    worker = start_worker(settings_for(Path(root), "f", "hstu", **GRPO), quiet)
+    config = worker.recipe.alignment
+    assert isinstance(config, OnlineAlignment) and config.reference is not None
+    loss = OnlineLoss(build_scorer(worker, normalised=True), config)
+    reference = ReferencePolicy(worker, config.reference, loss, {"url": "", "hash": "h"})
+    newest = CheckpointStore(RunLayout(root).checkpoints("align", "f"), 2, worker.ctx)
+    for step in (2, 4):
+        reference.save(newest, step)
+        reference.restore(newest, step)
+    for file in Path(newest.root).glob("reference/step-00000004-*/*.distcp"):
+        file.write_bytes(b"")
+    with pytest.raises(ValueError, match="no reference policy of step 4 .* has 0 bytes") as error:
+        reference.restore(newest, 4)
+    told = str(error.value)
+    assert f"the checkpoint of that step in {newest.root} " in told and "--force" not in told
+    reference.restore(newest, 2)
+
+
+def test_a_damaged_reference_costs_no_more_than_its_own_checkpoint(tmp_path: Path) -> None:
+    write_synthetic(str(tmp_path / "data"), USERS, ITEMS, 9, 3, rows_per_group=16)
+    run_ranks(1, come_back, str(tmp_path))
