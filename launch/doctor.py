@@ -254,6 +254,9 @@ def check_ray() -> Iterator[Finding]:
         yield Finding(
             "ray", f"RAY_ADDRESS={os.environ['RAY_ADDRESS']} is what cluster.address=auto joins"
         )
+    if head and answers(head) and _lets_in(head):
+        detail = f"the cluster at {head} asks for no token: who reaches its machine runs code there"
+        yield Finding("ray", detail, "ray stop && RAY_AUTH_MODE=token ray start --head")
     host = head.rpartition(":")[0]
     if head and not address.is_loopback(head) and answers(f"{host}:{DASHBOARD_PORT}"):
         restart = "ray stop && RAY_AUTH_MODE=token ray start --head --dashboard-host=127.0.0.1"
@@ -262,6 +265,12 @@ def check_ray() -> Iterator[Finding]:
     if address.token_is_exposed():
         path = address.token_file()
         yield Finding("ray token", f"{path} can be read by other users", f"chmod 600 {path}")
+
+
+def _lets_in(head: str) -> bool:
+    from launch.joining import cluster_lets_in  # imports Ray, which may be what is wrong here
+
+    return cluster_lets_in(head)
 
 
 def answers(head: str) -> bool:

@@ -4,11 +4,19 @@ import os
 import shutil
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import grpc
 import pytest
+from ray.core.generated.gcs_service_pb2 import CheckAliveReply
+from ray.core.generated.gcs_service_pb2_grpc import (
+    NodeInfoGcsServiceServicer,
+    add_NodeInfoGcsServiceServicer_to_server,
+)
 
-from launch import address, doctor, install
+from launch import address, doctor, install, joining
 
 
 def only(check: str) -> doctor.Finding:
@@ -74,6 +82,7 @@ def test_a_dead_cluster_is_told_from_a_living_one(
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     session = tmp_path / "ray" / "ray_current_cluster"
     session.parent.mkdir()
+    monkeypatch.setattr(joining, "PROBE_S", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         session.write_text(f"127.0.0.1:{port}")
@@ -146,8 +155,33 @@ def test_a_dashboard_beyond_this_machine_is_a_problem(
     (tmp_path / "ray").mkdir()
     session = tmp_path / "ray" / "ray_current_cluster"
     monkeypatch.setattr(doctor, "answers", lambda head: True)
+    monkeypatch.setattr(joining, "PROBE_S", 0.1)
     session.write_text("192.0.2.1:6379")
     [problem] = [finding for finding in doctor.check_ray() if finding.is_problem]
     assert "192.0.2.1:8265" in problem.detail and "--dashboard-host=127.0.0.1" in str(problem.mend)
     session.write_text("127.0.0.1:6379")
     assert not [finding for finding in doctor.check_ray() if finding.is_problem]
+
+
+def test_a_cluster_without_tokens_is_a_problem(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "none"))
+    server = grpc.server(ThreadPoolExecutor(1))
+    add_NodeInfoGcsServiceServicer_to_server(Open(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text(f"127.0.0.1:{port}")
+    try:
+        assert "RAY_AUTH_MODE=token ray start" in str(only("check_ray").mend)
+    finally:
+        server.stop(None)
+
+
+class Open(NodeInfoGcsServiceServicer):
+    """A head's door, to whoever knocks."""
+
+    def CheckAlive(self, request: Any, context: Any) -> CheckAliveReply:  # noqa: N802 - Ray's name
+        return CheckAliveReply()
