@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
 
 from sharding import checkpoint_state
-from sharding.checkpoint import CheckpointStore
+from sharding.checkpoint import STATE, CheckpointStore
 from sharding.parallelize import ParallelModel
 from sharding.process_group import DistributedContext
 
@@ -56,6 +56,7 @@ class BackgroundSaves:
         state: Mapping[str, Any],
         recipe_json: Mapping[str, Any],
         fingerprints: Mapping[str, str],
+        name: str | None = None,
     ) -> None:
         """Have what `CheckpointStore.save` would write copied, and written.
 
@@ -68,8 +69,8 @@ class BackgroundSaves:
         self._join()
         tensors = checkpoint_state.training_state(model)
         tensors |= checkpoint_state.random_state(self._ctx)
-        documents = {"state.json": state, "recipe.json": recipe_json}
-        arguments = (store.apart(self._ctx), model.step, tensors, documents, fingerprints)
+        documents = {STATE: state, "recipe.json": recipe_json}
+        arguments = (store.apart(self._ctx), model.step, tensors, documents, fingerprints, name)
         self._copied.clear()
         model.before_change = self._wait_for_copy
         self._thread = threading.Thread(
@@ -121,6 +122,7 @@ class BackgroundSaves:
         tensors: dict[str, Tensor],
         documents: Mapping[str, Mapping[str, Any]],
         fingerprints: Mapping[str, str],
+        name: str | None,
     ) -> None:
         started = time.monotonic()
         try:
@@ -129,7 +131,7 @@ class BackgroundSaves:
                     copies = {name: self._copies.of(name, each) for name, each in tensors.items()}
             finally:
                 self._copied.set()
-            store.write(step, copies, documents, fingerprints)
+            store.write(step, copies, documents, fingerprints, name)
         except BaseException as error:  # noqa: BLE001 - raised where the caller waits
             self._error = error
         self.times.written += time.monotonic() - started

@@ -7,7 +7,7 @@ removes. Loading takes the newest directory whose manifest and files verify, agr
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from importlib.metadata import version
 from typing import Any, TypeVar
 
@@ -46,6 +46,7 @@ from sharding.safe_metadata import read_metadata
 __all__ = ["CHECKPOINT_NAME", "CheckpointError", "CheckpointInfo", "CheckpointStore"]
 
 _LIBRARIES = ("torch", "torchrec", "deepspeed")
+STATE = "state.json"
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -53,11 +54,19 @@ T = TypeVar("T")
 class CheckpointStore:
     """The checkpoints below one directory, which only this worker group writes.
 
-    Every method is collective: all ranks call it with equal arguments, and raise together.
+    Every method is collective: all ranks call it with equal arguments, and raise together; but
+    `names` and `states`, for one rank alone.
     """
 
-    def __init__(self, root_url: str, keep: int, ctx: DistributedContext) -> None:
-        """Keep the `keep` newest checkpoints (at least 2) of `root_url`, any URL all ranks see."""
+    def __init__(
+        self,
+        root_url: str,
+        keep: int,
+        ctx: DistributedContext,
+        needed: Callable[[], Collection[str]] = tuple,
+    ) -> None:
+        """Keep the `keep` newest checkpoints (at least 2) of `root_url`, any URL all ranks see, and
+        whatever else is `needed`: names, asked for on rank 0 before any is removed."""
         if keep < 2:
             raise ValueError(f"keep={keep} checkpoints are too few: one may be damaged, keep 2")
         self.root = storage.absolute(root_url)
@@ -68,6 +77,7 @@ class CheckpointStore:
         self.notes: tuple[str, ...] = ()
         """What the last load could not carry over as it was, a sentence a table."""
         self.keep = keep
+        self._needed = needed
         self._ctx = ctx
         self._agree = Agreement(ctx)
         self._damaged: set[str] = set()
@@ -80,6 +90,7 @@ class CheckpointStore:
         state: Mapping[str, Any],
         recipe_json: Mapping[str, Any],
         fingerprints: Mapping[str, str],
+        name: str | None = None,
     ) -> CheckpointInfo:
         """Write a checkpoint, then remove those beyond `keep`.
 
@@ -89,14 +100,16 @@ class CheckpointStore:
             state: JSON-able state of the trainer, which `load` gives back.
             recipe_json: the resolved recipe.
             fingerprints: of the data set and whatever else must match to go on.
+            name: as `next_name` gave it, or another store for what belongs together; a new one if
+                it is left out.
 
         Raises:
             CheckpointError: a rank could not write (a full disk, say). Earlier checkpoints are
                 intact, and nothing of this one is left.
         """
         tensors = checkpoint_state.training_state(model) | checkpoint_state.random_state(self._ctx)
-        documents = {"state.json": state, "recipe.json": recipe_json}
-        return self.write(step, tensors, documents, fingerprints)
+        documents = {STATE: state, "recipe.json": recipe_json}
+        return self.write(step, tensors, documents, fingerprints, name)
 
     def write(
         self,
@@ -104,9 +117,11 @@ class CheckpointStore:
         tensors: dict[str, Tensor],
         documents: Mapping[str, Mapping[str, Any]],
         fingerprints: Mapping[str, str],
+        name: str | None = None,
     ) -> CheckpointInfo:
         """As `save`, of tensors and JSON documents at hand."""
-        name = self._agree.on_first_rank(lambda: self._directory.fresh_name(step))
+        name = self.next_name(step) if name is None else name
+        self._agree.on_first_rank(self._directory.remove_debris)
         url = storage.join(self.root, name)
         try:
             files = self._write_tensors(url, tensors)
@@ -120,24 +135,41 @@ class CheckpointStore:
                 "earlier ones are intact: check space and permissions there, then run it again"
             ) from error
         self._agree.on_first_rank(lambda: self._directory.remember(name))
-        self._agree.on_first_rank(self._prune)
+        self._agree.on_first_rank(lambda: self._prune(name))
         return info_of(url, manifest)
+
+    def next_name(self, step: int) -> str:
+        """A name for a checkpoint of `step` that is about to be saved, after all others."""
+        return self._agree.on_first_rank(lambda: self._directory.fresh_name(step))
 
     def apart(self, ctx: DistributedContext) -> "CheckpointStore":
         """The same store, whose collectives are those of `ctx`."""
-        twin = CheckpointStore(self.root, self.keep, ctx)
-        twin._damaged = self._damaged
+        twin = CheckpointStore(self.root, self.keep, ctx, self._needed)
+        twin._damaged, twin._directory = self._damaged, self._directory
         return twin
 
-    def newest(self, step: int | None = None) -> CheckpointInfo | None:
-        """The newest checkpoint that verifies, of all or of one step; or None.
+    def names(self) -> list[str]:
+        """Of the checkpoints whose save finished, newest first. Of one rank alone."""
+        return self._directory.committed()
+
+    def states(self) -> Iterator[dict[str, Any]]:
+        """What `save` was given as the state of each that tells it, newest first: no run resumes
+        from the others. Of one rank alone."""
+        for name in self.names():
+            url = storage.join(self.root, name)
+            try:
+                data = read_verified(url, read_manifest(url, name), STATE)
+                yield dict(storage.parse_json(data, storage.join(url, STATE)))
+            except ValueError:
+                continue
+
+    def newest(self) -> CheckpointInfo | None:
+        """The newest checkpoint that verifies, or None.
 
         Every byte of its files is hashed once, by one rank or another. `skipped` says why newer
         ones were passed over, for the caller to tell. Unfinished saves do not count.
         """
-        of_step = "" if step is None else f"step-{step:08d}-"
-        names = self._agree.on_first_rank(self._directory.committed)
-        return self._first_whole([name for name in names if name.startswith(of_step)])
+        return self._first_whole(self._agree.on_first_rank(self.names))
 
     def at(self, name: str) -> CheckpointInfo | None:
         """The checkpoint of this name, as `newest`, if it verifies."""
@@ -173,7 +205,7 @@ class CheckpointStore:
         self._read_state(info, model, target | random)
         checkpoint_state.restore_training_state(model, target)
         checkpoint_state.restore_random_state(random, self._ctx)
-        return self._document(info, "state.json")
+        return self._document(info, STATE)
 
     def load_weights(self, model: ParallelModel, info: CheckpointInfo) -> None:
         """Restore the weights of both halves alone, for evaluation.
@@ -332,11 +364,11 @@ class CheckpointStore:
         except ValueError as error:
             raise CheckpointError(f"checkpoint {info.url} cannot be loaded: {error}") from error
 
-    def _prune(self) -> None:
+    def _prune(self, saved: str) -> None:
         """Keep the newest checkpoints; damaged ones do not count. No failure stops training."""
         try:
-            self._directory.prune(self.keep, self._damaged)
-        except StorageError as error:
+            self._directory.prune(saved, self.keep, self._damaged, self._needed())
+        except (StorageError, OSError) as error:
             _log.warning("old checkpoints stay for now: %s", error)
 
 

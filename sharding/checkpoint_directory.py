@@ -23,6 +23,9 @@ class CheckpointDirectory:
     def __init__(self, root: str) -> None:
         self._root = root
         self._index = storage.join(root, "committed.json")
+        self._last = 0
+        self._own: set[str] = set()
+        """Names that were made here."""
 
     def newest_first(self) -> list[str]:
         """Names of all checkpoints, finished or not, in the order of their saves."""
@@ -31,11 +34,13 @@ class CheckpointDirectory:
         return sorted(names, key=lambda name: name.rsplit("-", 1)[1], reverse=True)
 
     def fresh_name(self, step: int) -> str:
-        """A name that sorts before all others, whatever the clocks say; also tidies up."""
+        """A name that sorts before all others, whatever the clocks say."""
         names = self.newest_first()
-        self.remove_debris()
         last = int(names[0].rsplit("-", 1)[1], 16) if names else 0
-        return f"step-{step:08d}-{max(time.time_ns(), last + 1):016x}"
+        self._last = max(time.time_ns(), last + 1, self._last + 1)
+        name = f"step-{step:08d}-{self._last:016x}"
+        self._own.add(name)
+        return name
 
     def committed(self) -> list[str]:
         """Names of the checkpoints whose save finished, newest first."""
@@ -71,17 +76,30 @@ class CheckpointDirectory:
         if not storage.is_local(self._root):
             storage.write_sealed(self._index, {"names": [name, *self.committed()]})
 
-    def prune(self, keep: int, damaged: Collection[str]) -> None:
-        """Keep the `keep` newest checkpoints; damaged ones do not count."""
+    def prune(
+        self, saved: str, keep: int, damaged: Collection[str], needed: Collection[str]
+    ) -> None:
+        """Keep the `keep` newest checkpoints, of which damaged ones do not count, and the `needed`.
+
+        Those that others made stay until `saved`, the newest of ours, is of no earlier step: they
+        may be of a run that took over from this one.
+        """
         committed = self.committed()
         kept = [name for name in committed if name not in damaged][:keep]
-        for name in committed[committed.index(kept[-1]) + 1 :]:
-            self.remove(name)
+        for name in committed[committed.index(kept[-1]) + 1 :] if kept else []:
+            ahead = name not in self._own and _step_of(name) > _step_of(saved)
+            if name not in needed and not ahead:
+                self.remove(name)
 
     def remove(self, name: str) -> None:
         """Remove a checkpoint, its commit first; a failure is no reason to stop training."""
+        self._own.discard(name)
         try:
             storage.remove(storage.join(self._root, name, MANIFEST))
             storage.remove(storage.join(self._root, name))
         except Exception as error:  # noqa: BLE001 - each storage back end raises its own kinds
             _log.warning("%s/%s cannot be removed: %s", self._root, name, error)
+
+
+def _step_of(name: str) -> int:
+    return int(name.split("-")[1])

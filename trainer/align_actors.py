@@ -57,10 +57,10 @@ class ActorUpdates(OnlineUpdates):
         super().attach(policy)
         self._actors.start()
 
-    def restore(self, beside: CheckpointStore, step: int) -> None:
+    def restore(self, beside: CheckpointStore, name: str | None) -> None:
         """As in `OnlineUpdates`; the actors go on with the policy that was returned to, and what
         others generated is dropped."""
-        super().restore(beside, step)
+        super().restore(beside, name)
         self._line += 1
         self._publish()
 

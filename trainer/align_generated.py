@@ -64,14 +64,14 @@ class GeneratedPairs:
         self._policy = policy
         self._probe.attach(policy)
 
-    def save(self, beside: CheckpointStore) -> None:
+    def save(self, beside: CheckpointStore, name: str) -> None:
         """Save the round's start with the policy's next checkpoint in `beside`. Collective."""
         assert self._policy is not None, "attach comes first"
-        self._start.save(beside, self._policy.step)
+        self._start.save(beside, name, self._policy.step)
 
-    def restore(self, beside: CheckpointStore, step: int) -> None:
-        """Come back as saved with `beside`'s checkpoint of `step`, or begin (0). Collective."""
-        self._start.restore(beside, step)
+    def restore(self, beside: CheckpointStore, name: str | None) -> None:
+        """Come back as saved with a checkpoint of `beside`, or begin (None). Collective."""
+        self._start.restore(beside, name)
         self._engine.refresh()
 
     def __call__(self, step: Any) -> Iterator[Sequence[PreferenceInputs]]:

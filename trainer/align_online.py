@@ -106,16 +106,16 @@ class OnlineUpdates:
         self._policy = policy
         self._engine = RolloutEngine(self._worker, policy, self._config.generation)
 
-    def save(self, beside: CheckpointStore) -> None:
+    def save(self, beside: CheckpointStore, name: str) -> None:
         """Save what belongs to the policy's next checkpoint in `beside`. Collective."""
         assert self._policy is not None, "attach comes first"
         if self._reference is not None:
-            self._reference.save(beside, self._policy.step)
+            self._reference.save(beside, name, self._policy.step)
 
-    def restore(self, beside: CheckpointStore, step: int) -> None:
-        """Come back as saved with `beside`'s checkpoint of `step`, or begin (0). Collective."""
+    def restore(self, beside: CheckpointStore, name: str | None) -> None:
+        """Come back as saved with a checkpoint of `beside`, or begin (None). Collective."""
         if self._reference is not None:
-            self._reference.restore(beside, step)
+            self._reference.restore(beside, name)
 
     def __call__(self, step: Any) -> Iterator[Sequence[OnlineInputs]]:
         """Inputs of each update, the same for all inner epochs. Collective."""

@@ -61,31 +61,29 @@ class ReferencePolicy:
         )
         self._worker, self._config, self._start = worker, config, start
         self._stores: dict[str, CheckpointStore] = {}
-        self._saved_at: dict[str, int] = {}
         self._likelihood: Likelihood | None = None
 
-    def restore(self, beside: CheckpointStore, step: int) -> None:
-        """As it was with the policy that `beside` has of optimizer step `step`. Collective.
+    def restore(self, beside: CheckpointStore, name: str | None) -> None:
+        """As it was with the policy that `beside` has by that name, or at the start. Collective.
 
         Raises:
             ValueError: it was to be saved then, and is not there.
         """
         self._likelihood = None
-        if step == 0 or self._config.sync_every_steps is None:
+        if name is None or self._config.sync_every_steps is None:
             store, start = open_checkpoint(self._worker, self._start)
             store.load_weights(self.policy, start)
             return
         store = self._store(beside)
-        info = store.newest(step=step)
+        info = store.at(name)
         if info is None:
             why = f" ({'; '.join(store.skipped)})" if store.skipped else ""
             raise ValueError(
-                f"{store.root} has no reference policy of step {step}{why}, which the checkpoint "
-                f"of that step in {beside.root} was trained with: restore it, or remove that "
-                "checkpoint and run the same command again, to go on from the one before"
+                f"{store.root} has no reference policy {name}{why}, which the checkpoint of that "
+                f"name in {beside.root} was trained with: restore it, or remove that checkpoint "
+                "and run the same command again, to go on from the one before"
             )
         store.load_weights(self.policy, info)
-        self._saved_at[store.root] = step
 
     def likelihood(self) -> Likelihood:
         """log π_ref. Collective."""
@@ -105,19 +103,18 @@ class ReferencePolicy:
         self._likelihood = None
         return True
 
-    def save(self, beside: CheckpointStore, step: int) -> None:
-        """Save, once, what belongs to the policy's checkpoint of `step` in `beside`. Collective."""
-        store = self._store(beside)
-        if self._config.sync_every_steps is None or self._saved_at.get(store.root) == step:
-            return
-        store.save(self.policy, step, {}, {}, {"start": self._start["hash"]})
-        self._saved_at[store.root] = step
+    def save(self, beside: CheckpointStore, name: str, step: int) -> None:
+        """Save what belongs to the policy's checkpoint of that name in `beside`. Collective."""
+        if self._config.sync_every_steps is not None:
+            start = {"start": self._start["hash"]}
+            self._store(beside).save(self.policy, step, {}, {}, start, name)
 
     def _store(self, beside: CheckpointStore) -> CheckpointStore:
         """Where the reference lies of each policy in `beside`, and of the one that comes next."""
         if beside.root not in self._stores:
             url = storage.join(beside.root, "reference")
-            self._stores[beside.root] = CheckpointStore(url, beside.keep + 1, self._worker.ctx)
+            store = CheckpointStore(url, 2, self._worker.ctx, beside.names)
+            self._stores[beside.root] = store
         return self._stores[beside.root]
 
 

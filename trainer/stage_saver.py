@@ -19,12 +19,12 @@ class StageSaver:
         recipe_json: Mapping[str, Any],
         fingerprints: Mapping[str, str],
         returned_to: Collection[CheckpointStore],
-        save_beside: Callable[[CheckpointStore], None],
+        save_beside: Callable[[CheckpointStore, str], None],
         *,
         behind_training: bool,
     ) -> None:
-        """`save_beside` saves what belongs to the next checkpoint of a store that training goes
-        back to: when it is resumed, or rolls back. Collective."""
+        """`save_beside` saves what belongs to the next checkpoint, of the given name, of a store
+        that training goes back to: when it is resumed, or rolls back. Collective."""
         self._policy = policy
         self._recipe_json = recipe_json
         self._fingerprints = fingerprints
@@ -33,15 +33,17 @@ class StageSaver:
         self._background = BackgroundSaves(policy.ctx) if behind_training else None
         self._started = time.monotonic()
 
-    def save(self, store: CheckpointStore, state: dict[str, Any]) -> None:
-        """Save the policy and the given state. Collective."""
+    def save(self, store: CheckpointStore, state: dict[str, Any]) -> str:
+        """Save the policy and the given state; the checkpoint's name. Collective."""
+        name = store.next_name(self._policy.step)
         if store in self._returned_to:
-            self._save_beside(store)
+            self._save_beside(store, name)
+        travelling = (state, self._recipe_json, self._fingerprints, name)
         if self._background is None:
-            step = self._policy.step
-            store.save(self._policy, step, state, self._recipe_json, self._fingerprints)
-            return
-        self._background.save(store, self._policy, state, self._recipe_json, self._fingerprints)
+            store.save(self._policy, self._policy.step, *travelling)
+        else:
+            self._background.save(store, self._policy, *travelling)
+        return name
 
     def wait(self) -> None:
         """Until all saves are committed. Collective."""

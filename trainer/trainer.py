@@ -1,5 +1,6 @@
 """The training loop: steps, logs, validation, selection, checkpoints. Blind to the algorithm."""
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -8,7 +9,6 @@ from typing import Any, Protocol
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from configs.storage_faults import first_line
 from configs.training import CheckpointConfig, ValidationConfig
 from sharding.checkpoint import CheckpointStore
 from sharding.loss_module import NonFiniteLossError
@@ -33,8 +33,8 @@ class Step(Protocol):
 class Saver(Protocol):
     """Writes checkpoints, at once or behind training."""
 
-    def save(self, store: CheckpointStore, state: dict[str, Any]) -> None:
-        """Save the model and the given state. Collective."""
+    def save(self, store: CheckpointStore, state: dict[str, Any]) -> str:
+        """Save the model and the given state; the checkpoint's name. Collective."""
 
     def wait(self) -> None:
         """Until all saves are committed. Collective."""
@@ -68,11 +68,14 @@ class TrainerState:
     """Validated before the first step; None if that was not measured."""
     best_value: float | None = None
     """Of the validations after training began, from which alone a checkpoint is selected."""
-    best_step: int = 0
+    best: str | None = None
+    """Name of the checkpoint that has it; for the run's own among those that the store has."""
     best_epoch: int = 0
     stale_validations: int = 0
+    good: str | None = None
+    """Name of the checkpoint that a roll-back returns to."""
     finished: bool = False
-    validations: list[dict[str, float]] = field(default_factory=list)
+    validations: list[dict[str, int | float]] = field(default_factory=list)
     skipped: list[dict[str, int]] = field(default_factory=list)
     """Steps that were left out, and how many samples are to blame for each."""
     watch: WatchState = field(default_factory=WatchState)
@@ -86,15 +89,19 @@ class TrainerState:
     def from_dict(cls, values: dict[str, Any]) -> "TrainerState":
         """What `to_dict` gave. Raises ValueError where `values` are something else."""
         try:
-            TypeAdapter(cls).validate_python(values)
-            return cls(**(values | {"watch": WatchState(**values["watch"])}))
+            state = TypeAdapter(cls).validate_json(json.dumps(values), strict=True)
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"])) or "the top"
             raise ValueError(f"state.json is wrong at {place} ({first['msg']})") from error
-        except (TypeError, KeyError) as error:
-            reason = first_line(error)
-            raise ValueError(f"state.json is no state of a training ({reason})") from error
+        whole = asdict(state)
+        odd = whole.keys() ^ values.keys() or whole["watch"].keys() ^ values["watch"].keys()
+        if odd:
+            raise ValueError(
+                f"state.json is no state of this version's trainings ({', '.join(sorted(odd))}): "
+                "go on with the version that wrote it, or begin again with --force"
+            )
+        return state
 
 
 @dataclass(frozen=True)
@@ -133,8 +140,8 @@ class Trainer:
     """The last policy that kept the guardrails, where they may want it back."""
     checkpoint: CheckpointConfig
     saver: Saver
-    restore: Callable[[CheckpointStore, int], None]
-    """Brings back what was saved beside a store's checkpoint of a step. Collective."""
+    restore: Callable[[CheckpointStore, str], None]
+    """Brings back what was saved beside a store's checkpoint of a name. Collective."""
     validation: ValidationConfig | None
     validate: Callable[[], dict[str, float]]
     measure_start: bool
@@ -243,11 +250,11 @@ class Trainer:
         by_epoch = epoch_ends and every_epochs is not None and done % every_epochs == 0
         return by_step or by_epoch
 
-    def _save(self, store: CheckpointStore) -> None:
+    def _save(self, store: CheckpointStore) -> str:
         self.sign(self.model.step, "saving")
         if self.monitor is not None:
             self.monitor.flush()
-        self.saver.save(store, self.state.to_dict())
+        return self.saver.save(store, self.state.to_dict())
 
     def _log(self, result: StepResult, step: int, tokens: int) -> list[Alarm]:
         """Log an update, if it is one that is logged; what the guardrails say of it."""
@@ -293,9 +300,9 @@ class Trainer:
         self.state.validations.append({"step": step, "epoch": epoch, **metrics})
         improved = sound and (self.state.best_value is None or value > self.state.best_value)
         if improved:
-            self.state.best_value, self.state.best_step = value, step
-            self.state.best_epoch, self.state.stale_validations = epoch, 0
-            self._save(self.best)
+            self.state.best_value, self.state.best_epoch = value, epoch
+            self.state.stale_validations = 0
+            self.state.best = self._save(self.best)
         else:
             self.state.stale_validations += 1
         patience = validation.patience
@@ -322,7 +329,7 @@ class Trainer:
             return
         self.watch.kept(metrics)
         if self.watch.acts:
-            self._save(self.good)
+            self.state.good = self._save(self.good)
 
     def _heed(self, alarms: Sequence[Alarm]) -> None:
         """Say what is broken, and do what the severest alarm asks for. Collective."""
@@ -340,16 +347,17 @@ class Trainer:
         """Return to the last good policy, and to the reference that it had; data and schedule go
         on, at lower learning rates."""
         self.saver.wait()
-        good, step = self.good.newest(), self.model.step
-        assert self.watch is not None, "only guardrails roll back"
-        if good is None or self.good.skipped:
-            why = "; ".join(self.good.skipped) or f"nothing is in {self.good.root}"
+        name, step = self.state.good, self.model.step
+        assert self.watch is not None and name is not None, "the start was kept"
+        good = self.good.at(name)
+        if good is None:
+            why = "; ".join(self.good.skipped)
             raise ValueError(
                 f"the policy to roll back to is damaged ({why}): mend the storage and run the same "
                 "command again, which resumes before the alarm"
             )
         self.good.load(self.model, good)
         self.model.step = step
-        self.restore(self.good, good.step)
+        self.restore(self.good, name)
         self.watch.rolled_back()
         self.model.lr_ratio = self.state.watch.lr_ratio

@@ -31,6 +31,7 @@ from trainer.policy import (
     refuse_other_meanings,
 )
 from trainer.stage_saver import StageSaver
+from trainer.stage_stores import StageStores
 from trainer.stop_notice import StopNotice, attended
 from trainer.trainer import Limits, StepLoader, Trainer, TrainerState
 from trainer.watchdog import Watchdog
@@ -45,11 +46,11 @@ class Updates(Protocol):
     def __call__(self, step: Any) -> Iterable[Sequence[Any]]:
         """Inputs of each update. Collective."""
 
-    def save(self, beside: CheckpointStore) -> None:
+    def save(self, beside: CheckpointStore, name: str) -> None:
         """Save what belongs to the policy's next checkpoint in `beside`. Collective."""
 
-    def restore(self, beside: CheckpointStore, step: int) -> None:
-        """Come back as saved with `beside`'s checkpoint of `step`, or begin (0). Collective."""
+    def restore(self, beside: CheckpointStore, name: str | None) -> None:
+        """Come back as saved with a checkpoint of `beside`, or begin (None). Collective."""
 
 
 class OneUpdate:
@@ -65,10 +66,10 @@ class OneUpdate:
         """The step's inputs, one per micro batch."""
         return (self._make_inputs(step),)
 
-    def save(self, beside: CheckpointStore) -> None:
+    def save(self, beside: CheckpointStore, name: str) -> None:
         """There is nothing to save."""
 
-    def restore(self, beside: CheckpointStore, step: int) -> None:
+    def restore(self, beside: CheckpointStore, name: str | None) -> None:
         """There is nothing to restore."""
 
 
@@ -99,11 +100,9 @@ class TrainingStage:
     def fit(self) -> dict[str, Any]:
         """Train to the end; the outputs name the selected checkpoint. Collective."""
         worker, config, layout = self.worker, self.config, self.worker.layout
-        newest = CheckpointStore(
-            layout.checkpoints(self.name, self.fingerprint), config.checkpoint.keep, worker.ctx
-        )
-        best = CheckpointStore(layout.best(self.name, self.fingerprint), 2, worker.ctx)
-        good = CheckpointStore(layout.good(self.name, self.fingerprint), 2, worker.ctx)
+        keep = config.checkpoint.keep
+        stores = StageStores.below(layout, self.name, self.fingerprint, keep, worker.ctx)
+        newest = stores.newest
         total_steps = self.limits.total_steps(self.steps_per_epoch)
         policy = parallelize_policy(
             worker,
@@ -119,8 +118,8 @@ class TrainingStage:
             self.before(policy, info is None)
         state = self._resume(policy, newest, info)
         self.updates.attach(policy)
-        self.updates.restore(newest, policy.step)
-        saver = self._saver(policy, (newest, good))
+        self.updates.restore(newest, None if info is None else info.name)
+        saver = self._saver(policy, (newest, stores.good))
         watchdog = Watchdog(
             worker.recipe.failures.hang,
             layout.failures,
@@ -128,24 +127,22 @@ class TrainingStage:
             rank=worker.ctx.rank,
         )
         with attended() as notice, watchdog:
-            stores = (newest, best, good)
             state = self._trainer(policy, state, stores, saver, notice, watchdog).train()
         told = saver.sentence()
         if told is not None:
             worker.tell(told)
-        return _outcome(state, newest, best, good)
+        return _outcome(state, stores)
 
     def _trainer(
         self,
         policy: ParallelModel,
         state: TrainerState,
-        stores: tuple[CheckpointStore, CheckpointStore, CheckpointStore],
+        stores: StageStores,
         saver: StageSaver,
         notice: StopNotice,
         watchdog: Watchdog,
     ) -> Trainer:
         config, total_steps = self.config, self.limits.total_steps(self.steps_per_epoch)
-        newest, best, good = stores
         worker, watch = self.worker, _watch(config, state)
         non_finite = worker.recipe.failures.non_finite
         loader = self.loader_at(state)
@@ -158,9 +155,9 @@ class TrainingStage:
             steps_per_epoch=self.steps_per_epoch,
             total_steps=total_steps,
             state=state,
-            newest=newest,
-            best=best,
-            good=good,
+            newest=stores.newest,
+            best=stores.best,
+            good=stores.good,
             checkpoint=config.checkpoint,
             saver=saver,
             restore=self.updates.restore,
@@ -258,22 +255,21 @@ def _damaged(store: CheckpointStore, mend: str) -> str:
     return f"the stage's outcome in {store.root} is damaged ({why}); {mend}"
 
 
-def _outcome(
-    state: TrainerState, newest: CheckpointStore, best: CheckpointStore, good: CheckpointStore
-) -> dict[str, Any]:
+def _outcome(state: TrainerState, stores: StageStores) -> dict[str, Any]:
     """A training stage's outputs: the checkpoint that later stages start from. Collective."""
+    store = newest = stores.newest
     last = newest.newest()
     selected, selected_on = last, "last step"
-    store = newest
     if last is None or newest.skipped:  # run again, the stage resumes before the damaged one
         raise ValueError(_damaged(newest, "run the same command again"))
-    if state.best_value is not None:
-        store, selected_on = best, "validation"
-        selected = best.newest(step=state.best_step)
+    if state.best is not None:
+        store, selected_on = stores.best, "validation"
+        selected = store.at(state.best)
     elif any(alarm["action"] != "warn" for alarm in state.watch.alarms):
-        store, selected_on = good, "guardrails"
-        selected = good.newest()
-    if selected is None or (store is good and good.skipped):
+        assert state.good is not None, "the start was kept"
+        store, selected_on = stores.good, "guardrails"
+        selected = store.at(state.good)
+    if selected is None:
         stage = RunLayout.stage_of(store.root)
         raise ValueError(_damaged(store, f"begin again with `tandem {stage} RECIPE --force`"))
     return {

@@ -1,8 +1,9 @@
 """The training loop's own decisions: when it validates, selects, saves and stops."""
 
+import json
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+from configs import storage
 from configs.failures import NonFiniteConfig
 from configs.guardrails import Action, GuardrailsConfig, LimitConfig
+from configs.layout import RunLayout
 from configs.training import CheckpointConfig, ValidationConfig
 from data_loaders.loader import LoaderState
 from sharding.checkpoint import CheckpointStore
@@ -19,14 +22,16 @@ from sharding.parallelize import ParallelModel
 from sharding.process_group import current_context
 from tests.harness import run_ranks
 from tests.sharding.policies import Settings, make_batch, make_policy
-from trainer.guardrails import Watch
+from trainer.guardrails import Watch, WatchState
 from trainer.left_out import LeftOut
 from trainer.logged_steps import LoggedSteps
 from trainer.objectives.next_item import NextItemInputs
+from trainer.stage_stores import StageStores
 from trainer.stop_notice import StopNotice
 from trainer.trainer import Trainer, TrainerState
 
 STEPS_PER_EPOCH = 2
+KEPT = ("checkpoints/train-x/best", "checkpoints/train-x/good")
 
 
 @dataclass
@@ -65,8 +70,8 @@ class AtOnce:
 
     policy: ParallelModel
 
-    def save(self, store: CheckpointStore, state: dict[str, Any]) -> None:
-        store.save(self.policy, self.policy.step, state, {}, {})
+    def save(self, store: CheckpointStore, state: dict[str, Any]) -> str:
+        return store.save(self.policy, self.policy.step, state, {}, {}).name
 
     def wait(self) -> None:
         """Nothing is in flight."""
@@ -106,10 +111,21 @@ def hash_of(policy: ParallelModel) -> str:
     return sha256(torch.cat([*dense, table.flatten()]).numpy().tobytes()).hexdigest()
 
 
-def run(root: str, values: list[float], changes: dict[str, Any]) -> dict[str, Any]:
+def step_of(name: str | None) -> int | None:
+    """Of a checkpoint's name."""
+    return None if name is None else int(name.split("-")[1])
+
+
+def run(
+    root: str, values: list[float], changes: dict[str, Any], *, resume: bool = False
+) -> dict[str, Any]:
     """Train a small policy whose n-th validation gives values[n]; what the loop did."""
     ctx = current_context("cpu")
     policy = make_policy(ctx, Settings())
+    stores = StageStores.below(RunLayout(root), "train", "x", 2, ctx)
+    state = TrainerState()
+    if resume and (found := stores.newest.newest()) is not None:
+        state = TrainerState.from_dict(stores.newest.load(policy, found))
     calls: list[int] = []
 
     def validate() -> dict[str, float]:
@@ -118,9 +134,12 @@ def run(root: str, values: list[float], changes: dict[str, Any]) -> dict[str, An
         return {"ndcg@10": values[len(calls) - 1]}
 
     weights: list[str] = []
-    restored: list[tuple[str, int]] = []
+    restored: list[tuple[str, int | None]] = []
     settings: dict[str, Any] = {
-        "loader": Batches(fail_at=changes.pop("fail_at", None)),
+        "loader": Batches(
+            LoaderState(**(state.loader or {"epoch": 0, "epoch_step": 0})),
+            fail_at=changes.pop("fail_at", None),
+        ),
         "steps_per_epoch": STEPS_PER_EPOCH,
         "total_steps": 8,
         "checkpoint": CheckpointConfig(every_epochs=None),
@@ -129,12 +148,9 @@ def run(root: str, values: list[float], changes: dict[str, Any]) -> dict[str, An
     }
     guardrails, skipped = changes.pop("guardrails", None), changes.pop("skipped", ())
     inner = changes.pop("inner", 1)
-    state = TrainerState()
     settings["logged"] = LoggedSteps(1, 8, STEPS_PER_EPOCH, guarded=guardrails is not None)
     settings |= changes
     said = Heard()
-    names = ("newest", "best", "good")
-    stores = {name: CheckpointStore(f"{root}/{name}", 2, ctx) for name in names}
     trainer = Trainer(
         stage="train",
         notice=StopNotice(),
@@ -148,10 +164,12 @@ def run(root: str, values: list[float], changes: dict[str, Any]) -> dict[str, An
         state=state,
         watch=None if guardrails is None else Watch(guardrails, state.watch),
         saver=AtOnce(policy),
-        restore=lambda store, step: restored.append((store.root.rsplit("/", 1)[1], step)),
+        restore=lambda store, name: restored.append((store.root.rsplit("/", 1)[1], step_of(name))),
         validate=validate,
         monitor=said,  # type: ignore[arg-type]  # it hears what a stage's monitor would print
-        **stores,
+        newest=stores.newest,
+        best=stores.best,
+        good=stores.good,
         **settings,
     )
     error = ""
@@ -159,7 +177,9 @@ def run(root: str, values: list[float], changes: dict[str, Any]) -> dict[str, An
         trainer.train()
     except OSError as raised:
         error = str(raised)
-    found = {name: store.newest() for name, store in stores.items()}
+    newest, named = stores.newest.newest(), trainer.state
+    for store, name in ((stores.best, named.best), (stores.good, named.good)):
+        assert name is None or store.at(name) is not None
     return {
         "validated_at": calls,
         "weights": [*weights, hash_of(policy)],
@@ -172,7 +192,10 @@ def run(root: str, values: list[float], changes: dict[str, Any]) -> dict[str, An
         "alarms": said.alarms,
         "logged": said.steps,
         "state": trainer.state.to_dict(),
-        **{name: None if info is None else info.step for name, info in found.items()},
+        "newest": None if newest is None else newest.step,
+        "best": step_of(named.best),
+        "good": step_of(named.good),
+        "kept": {name: storage.list_names(f"{root}/{name}") for name in KEPT},
     }
 
 
@@ -281,6 +304,69 @@ def test_a_roll_back_returns_to_the_last_good_policy_and_learns_less(tmp_path: P
     assert to_start["state"]["watch"]["rollbacks"] == 2 and to_start["steps"] == 6
     assert to_start["good"] == 0 and to_start["restored"] == [("good", 0), ("good", 0)]
     assert "after 2 roll-backs" in to_start["state"]["watch"]["alarms"][-1]["reason"]
+
+
+def resumed(root: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """A calm run that rolls back at step 6; one that does not, and is killed at 9, having kept
+    better policies; and the calm one again, from where the killed one was saved: at 5."""
+    limit = LimitConfig(metric="ndcg@10", max_drop=0.1, action="roll_back")
+
+    def changes(**more: Any) -> dict[str, Any]:
+        checkpoint = CheckpointConfig(every_steps=5, every_epochs=None)
+        guardrails = GuardrailsConfig(limits=(limit,))
+        common = {"measure_start": True, "guardrails": guardrails, "checkpoint": checkpoint}
+        return common | more
+
+    first, then = [0.5, 0.5, 0.51], [0.1, 0.5]
+    calm = run(f"{root}/calm", first + then, changes())
+    killed = run(f"{root}/killed", [*first, 0.52, 0.53], changes(total_steps=10, fail_at=9))
+    again = run(f"{root}/killed", then, changes(), resume=True)
+    return calm, killed, again
+
+
+def test_a_resumed_run_knows_its_own_best_and_good_among_those_of_what_was_cut_off(
+    tmp_path: Path,
+) -> None:
+    calm, killed, again = run_ranks(1, resumed, str(tmp_path))[0]
+    assert (killed["best"], killed["good"], killed["newest"], killed["steps"]) == (8, 8, 5, 9)
+    for kept in killed["kept"].values():
+        assert [step_of(name) for name in sorted(kept)] == [4, 6, 8]  # 4 is named by the newest
+    assert again["validated_at"] == [6, 8] and again["restored"] == calm["restored"] == [
+        ("good", 4)
+    ]
+    assert again["weights"][-2:] == calm["weights"][-2:] and again["lr_ratio"] == calm["lr_ratio"]
+    assert again["best"] == calm["best"] == 4
+    states = [{**done["state"], "best": None, "good": None} for done in (calm, again)]
+    assert states[0] == states[1]
+
+
+def changed(**fields: Any) -> dict[str, Any]:
+    return TrainerState().to_dict() | fields
+
+
+@pytest.mark.parametrize(
+    "values, told",
+    [
+        (changed(finished="no"), "wrong at finished"),
+        (changed(best_epoch=1.5), "wrong at best_epoch"),
+        (changed(best_value="0.5"), "wrong at best_value"),
+        (changed(watch=asdict(WatchState()) | {"rollbacks": "2"}), "wrong at watch.rollbacks"),
+        (changed(watch={"start": {}}), "no state of this version's trainings"),
+        (changed(best_step=4), "no state of this version's trainings \\(best_step\\)"),
+        ({}, "no state of this version's trainings"),
+    ],
+)
+def test_a_state_is_taken_as_it_is_or_refused(values: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        TrainerState.from_dict(values)
+
+
+def test_a_state_comes_back_as_it_went() -> None:
+    state = TrainerState(loader={"epoch": 1}, best_value=1.0, best="step-1", finished=True)
+    state.validations.append({"step": 3, "ndcg@10": 0.5})
+    state.watch.recent["kl"] = [float("inf"), 2.0]
+    back = TrainerState.from_dict(json.loads(json.dumps(state.to_dict())))
+    assert back == state and isinstance(back.validations[0]["step"], int)
 
 
 def on_loss(action: Action, **bound: float) -> LimitConfig:
