@@ -38,9 +38,10 @@ class SlowStore(CheckpointStore):
         tensors: dict[str, Tensor],
         documents: Mapping[str, Mapping[str, Any]],
         fingerprints: Mapping[str, str],
+        name: str | None = None,
     ) -> Any:
         assert self.gate.wait(120)
-        return super().write(step, tensors, documents, fingerprints)
+        return super().write(step, tensors, documents, fingerprints, name)
 
     def apart(self, ctx: Any) -> "SlowStore":
         return SlowStore(self.root, 2, ctx)
