@@ -52,16 +52,25 @@ def come_back(root: str) -> None:
     loss = OnlineLoss(build_scorer(worker, normalised=True), config)
     reference = ReferencePolicy(worker, config.reference, loss, {"url": "", "hash": "h"})
     newest = CheckpointStore(RunLayout(root).checkpoints("align", "f"), 2, worker.ctx)
-    for step in (2, 4):
-        reference.save(newest, step)
-        reference.restore(newest, step)
+    policy = make_policy(worker.ctx, Settings())
+    names = {}
+    for step in (2, 4, 6, 8, 10):
+        names[step] = name = newest.next_name(step)
+        reference.save(newest, name, step)
+        reference.restore(newest, name)
+        if step < 6:
+            newest.save(policy, step, {}, {}, {}, name)
+    # As long as its checkpoint is there; that of the last ones would have come next.
+    kept = [int(path.name[5:13]) for path in Path(newest.root).glob("reference/step-*")]
+    assert sorted(kept) == [2, 4, 8, 10]
     for file in Path(newest.root).glob("reference/step-00000004-*/*.distcp"):
         file.write_bytes(b"")
-    with pytest.raises(ValueError, match="no reference policy of step 4 .* has 0 bytes") as error:
-        reference.restore(newest, 4)
+    absent = f"no reference policy {names[4]} .* has 0 bytes"
+    with pytest.raises(ValueError, match=absent) as error:
+        reference.restore(newest, names[4])
     told = str(error.value)
-    assert f"the checkpoint of that step in {newest.root} " in told and "--force" not in told
-    reference.restore(newest, 2)
+    assert f"the checkpoint of that name in {newest.root} " in told and "--force" not in told
+    reference.restore(newest, names[2])
 
 
 def test_a_damaged_reference_costs_no_more_than_its_own_checkpoint(tmp_path: Path) -> None:
