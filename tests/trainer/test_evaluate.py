@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from configs.preferences import RatingRule
 from data_loaders.pairs import read_pairs
 from tests.harness import run_ranks
 from tests.trainer.runs import ITEMS, LENGTH, Pretrained, all_keys, query_of, quiet, settings_of
@@ -64,7 +65,8 @@ def measured_plainly(
         order = sorted(range(1, ITEMS + 1), key=lambda item: (-values[item - 1], item))
         rivals = [item for item in order if item not in seen or item == target]
         top = [item for item in order if item not in seen]
-        found.append(User(rivals.index(target) + 1, target, top))
+        liked = row["ratings"][at] >= RatingRule().liked_from
+        found.append(User(rivals.index(target) + 1, target, top, liked))
     counts = training_counts(users)
     cold = {item for item in range(1, ITEMS + 1) if not counts[item]}
     return loop(ITEMS, KS, set(head), found, cold)
