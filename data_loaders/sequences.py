@@ -18,6 +18,7 @@ import numpy as np
 
 from configs import storage
 from configs.data import DataConfig, GlobalTime
+from configs.terminal import say
 from data_loaders import assembly, cleaning
 from data_loaders.cleaning import Job
 from data_loaders.events import DUPLICATE, SECOND
@@ -73,7 +74,7 @@ def prepare(config: DataConfig, name: str, output_url: str, raw_url: str) -> Dat
     """
     storage.refuse_memory("output", output_url)
     root = storage.absolute(output_url)
-    job = make_job(config, root, resolve(config.source, raw_url, _say))
+    job = make_job(config, root, resolve(config.source, raw_url, say))
     inputs = plan_inputs(job)
     storage.make_directory(root)
     refuse_other_manifest(root)
@@ -84,7 +85,7 @@ def prepare(config: DataConfig, name: str, output_url: str, raw_url: str) -> Dat
         write_manifest(root, manifest)
     finally:
         _sweep(job)
-    _say(_closing_line(root, manifest))
+    say(_closing_line(root, manifest))
     return manifest
 
 
@@ -130,10 +131,6 @@ def _only_parts(url: str) -> bool:
     return all(_PART.fullmatch(name) for name in storage.list_names(url))
 
 
-def _say(line: str) -> None:
-    print(line, flush=True)
-
-
 @dataclass
 class _Preparation:
     """State of one preparation on the driver: counts and paths, nothing that grows with events."""
@@ -141,7 +138,7 @@ class _Preparation:
     job: Job
     name: str
     inputs: dict[str, Input]
-    progress: Progress = field(default_factory=lambda: Progress(_say))
+    progress: Progress = field(default_factory=lambda: Progress(say))
     read: int = 0
     quarantined: Counter[str] = field(default_factory=Counter)
     quarantine: list[dict[str, Any]] = field(default_factory=list)

@@ -17,6 +17,7 @@ from pyarrow.fs import FSSpecHandler, PyFileSystem
 
 from configs.cluster import ClusterConfig
 from configs.failures import FailuresConfig
+from configs.terminal import say
 
 # Read by Ray when it is imported.
 os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
@@ -177,7 +178,7 @@ def run_workers(
     grows = grows and failures.preemption.action == "restart"
     group = _elastic(cluster, sizes, grows) if len(sizes) > 1 else None
     termination = current_termination()
-    restarts = Restarts(failures, place, lambda line: print(line, flush=True))
+    restarts = Restarts(failures, place, say)
     with (
         Console() as console,
         termination.asks(console.ask_to_stop, failures.preemption.grace_s),
@@ -250,7 +251,7 @@ def _check_resources(cluster: ClusterConfig) -> None:
     sentence += f"needs {'; '.join(lacking)}"
     if cluster.address == "local":
         raise ValueError(f"{sentence}; join a larger one by cluster.address, or lower {key}")
-    print(f"{sentence}: waiting for nodes to join", flush=True)
+    say(f"{sentence}: waiting for nodes to join")
 
 
 def _resources(cluster: ClusterConfig) -> dict[str, float]:

@@ -5,7 +5,6 @@ the driver prints them as they are.
 """
 
 import asyncio
-import sys
 import threading
 from types import TracebackType
 
@@ -16,8 +15,11 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from configs.redaction import redacted
+from configs.terminal import say
 
 POLL_S = 0.3
+LAST_WORDS_S = 5.0
+"""How long the end of a run that was asked to end waits for its lines to be read."""
 
 
 @ray.remote(num_cpus=0)
@@ -60,10 +62,13 @@ class Console:
         ).remote()
         self._stop = threading.Event()
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._pump, daemon=True)
+        self._printing = threading.Thread(target=self._pump, daemon=True)
+        # Of its own: a reader that has stopped reading holds up the one that prints.
+        self._conveying = threading.Thread(target=self._convey, daemon=True)
 
     def __enter__(self) -> "Console":
-        self._thread.start()
+        self._printing.start()
+        self._conveying.start()
         return self
 
     def __exit__(
@@ -73,7 +78,8 @@ class Console:
         trace: TracebackType | None,
     ) -> None:
         self._closed.set()
-        self._thread.join()
+        self._conveying.join()
+        self._printing.join(LAST_WORDS_S if self._stop.is_set() else None)
         ray.kill(self._exchange)
 
     def line(self) -> "Line":
@@ -93,14 +99,16 @@ class Console:
         return nodes, ranks
 
     def _pump(self) -> None:
-        told = False
         while not self._closed.wait(POLL_S):
-            if self._stop.is_set() and not told:
-                self._exchange.stop.remote()
-                told = True
             if not self._print():
                 return
         self._print()
+
+    def _convey(self) -> None:
+        while not self._closed.wait(POLL_S):
+            if self._stop.is_set():
+                self._exchange.stop.remote()
+                return
 
     def _print(self) -> bool:
         try:
@@ -108,8 +116,7 @@ class Console:
         except (RayError, TimeoutError):  # the cluster goes away; the run itself reports why
             return False
         for line in lines:
-            print(redacted(line), flush=True)
-        sys.stdout.flush()
+            say(redacted(line))
         return True
 
 

@@ -6,7 +6,6 @@ waits until a rival's write would show, and holds the output if it then reads ba
 
 import os
 import socket
-import sys
 import threading
 import time
 import uuid
@@ -17,6 +16,7 @@ from typing import Any
 
 from configs import storage
 from configs.base import Config, Timestamp
+from configs.terminal import say
 
 FILE = ".tandem-run.lock"
 """Hidden, so that it is no log of a user's, and of a name that nothing else has."""
@@ -92,7 +92,7 @@ class OutputLock:
                     return
                 self._write()
             except Exception as error:  # noqa: BLE001 - each storage back end raises its own kinds
-                print(f"{self._url} cannot be renewed: {error}", file=sys.stderr, flush=True)
+                say(f"{self._url} cannot be renewed: {error}", error=True)
 
     def _wait(self) -> bool:
         """Until the next beat, or, at once, after a sleep; whether the lock is closed."""

@@ -9,6 +9,7 @@ from configs.layout import RunLayout, read_record
 from configs.load import LoadedRecipe
 from configs.recipe import Recipe, StageName
 from configs.redaction import refuse_credentials
+from configs.terminal import say
 from launch.other_trainings import other_trainings
 from launch.output_lock import OutputLock
 from launch.reward_checks import check_functions, check_models
@@ -85,7 +86,7 @@ class _Run:
             except BaseException:
                 self._lock.check()  # says more than what else went wrong
                 raise
-        print(f"done in {_clock(time.monotonic() - started)}: {self._layout.root}", flush=True)
+        say(f"done in {_clock(time.monotonic() - started)}: {self._layout.root}")
 
     def _stages(self, names: tuple[StageName, ...], last: StageName | None) -> None:
         needed = set(names) if self._only is None else {self._only, *GRAPH[self._only].needs}
@@ -105,12 +106,12 @@ class _Run:
         from trainer.monitor.terminal import render_recommendations, render_table
 
         if "evaluate" in self._done:
-            print("\n" + render_table(read_results(self._layout.results)), flush=True)
+            say("\n" + render_table(read_results(self._layout.results)))
         if "recommend" in self._done:
             shown = read_recommendations(self._layout.recommendations)
-            print("\n" + render_recommendations(shown))
+            say("\n" + render_recommendations(shown))
         if "report" in self._done:
-            print(f"report: {self._done['report']['report']}", flush=True)
+            say(f"report: {self._done['report']['report']}")
 
     def _stage(self, stage: Stage, label: str, again: bool) -> None:
         fingerprint = storage.fingerprint(
@@ -122,7 +123,7 @@ class _Run:
         forced = self._force and (again or self._from is None) and not begun
         anew = selected and (again or forced) and not begun
         if record is not None and not anew:
-            print(f"{label}: unchanged, skipped", flush=True)
+            say(f"{label}: unchanged, skipped")
             self._done[stage.name] = record["outputs"]
             return
         if not selected:
@@ -140,10 +141,10 @@ class _Run:
         self._execute(stage, label, fingerprint)
 
     def _execute(self, stage: Stage, label: str, fingerprint: str) -> None:
-        print(f"{label}: {_purpose(stage.name, self._recipe)}", flush=True)
+        say(f"{label}: {_purpose(stage.name, self._recipe)}")
         if stage.name in ("train", "align"):
             for line in other_trainings(self._layout, stage.name, fingerprint, self._recipe):
-                print(line, flush=True)
+                say(line)
         started = time.monotonic()
         if stage.needs_ray:
             self._connect()
@@ -164,7 +165,7 @@ class _Run:
         }
         storage.write_sealed(self._layout.stage_record(stage.name), record)
         self._done[stage.name] = outputs
-        print(f"{label}: done in {_clock(seconds)}", flush=True)
+        say(f"{label}: done in {_clock(seconds)}")
 
     def _current_record(self, stage: Stage, fingerprint: str) -> dict[str, Any] | None:
         url = self._layout.stage_record(stage.name)
@@ -176,7 +177,7 @@ class _Run:
         try:
             _check_outputs(stage, record["outputs"])
         except ValueError as error:
-            print(f"what {stage.name} left is not what it was: {error}", flush=True)
+            say(f"what {stage.name} left is not what it was: {error}")
             return None
         return record
 

@@ -8,6 +8,7 @@ from configs import storage
 from configs.alignment import AlignmentBase
 from configs.layout import RunLayout
 from configs.recipe import Recipe, StageName
+from configs.terminal import say
 from launch.stage_inputs import (
     Outputs,
     align_inputs,
@@ -133,10 +134,6 @@ def _check_features(recipe: Recipe, manifest: "DatasetManifest") -> None:
             )
 
 
-def _say(line: str) -> None:
-    print(line, flush=True)
-
-
 # -- tokenize ---------------------------------------------------------------------------------
 
 
@@ -148,7 +145,7 @@ def _tokenize(context: StageContext) -> Outputs:
     url = context.layout.semantic_ids(context.fingerprint)
     recipe, data = context.recipe, context.layout.data
     device = recipe.cluster.device
-    manifest = tokenize(config, data, url, seed=recipe.seed, say=_say, device=device)
+    manifest = tokenize(config, data, url, seed=recipe.seed, say=say, device=device)
     return {"url": url, "semantic_ids": manifest.fingerprint}
 
 

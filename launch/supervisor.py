@@ -7,7 +7,6 @@ Slurm, Kubernetes or whoever started the run.
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -20,6 +19,7 @@ from configs import storage
 from configs.cluster import split_address
 from configs.layout import RunLayout
 from configs.recipe import Recipe
+from configs.terminal import say
 from launch.address import answers
 from launch.termination import ENDINGS
 
@@ -191,4 +191,4 @@ def _how(status: int) -> str:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    say(line, error=True)

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,12 +9,16 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
+from configs.terminal import leave_terminal, say_aside
+
 ENDINGS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 """Signals that ask a run to end: of schedulers and service managers, of Ctrl-C, of a terminal that
 is closed."""
 REPEAT_S = 1.0
 """Signals so close together are one: who tells a whole group of processes tells the supervisor as
 well, which hands it on; and `timeout` tells its child, then its group."""
+SAYING_S = 1.0
+"""What a reader that has stopped reading may cost."""
 GIVEN_UP_STATUS = 2
 """Of a run that another one has taken over, if it cannot say so."""
 
@@ -67,21 +70,18 @@ class Termination:
         if not self.asked:
             self._by = signal.Signals(number)
             if self._by == signal.SIGHUP:
-                _leave_terminal()
+                leave_terminal()
         if self._ask is None or self.asked:
             self.end(
                 f"ended by {self._by.name}; what is committed stands: the same command goes on"
             )
         self.asked = True
-        print(
-            f"{self._by.name}: the workers are asked to save and end, within {self._grace_s:g} s; "
-            "a second one ends the run at once",
-            flush=True,
-        )
         self._ask()
         self._timer = threading.Timer(self._grace_s, self._hurry)
         self._timer.daemon = True
         self._timer.start()
+        told = f"{self._by.name}: the workers are asked to save and end, within {self._grace_s:g} s"
+        say_aside(f"{told}; a second one ends the run at once", SAYING_S)
 
     def give_up(self) -> None:
         """From another thread: end the run at once, and let its workers save nothing more."""
@@ -112,7 +112,7 @@ class Termination:
 
     def end(self, sentence: str) -> NoReturn:
         """Say why, and leave with the status of a process that the signal ended."""
-        print(sentence, flush=True)
+        say_aside(sentence, SAYING_S)
         raise SystemExit(128 + self._by)
 
 
@@ -139,12 +139,3 @@ def unheard() -> Iterator[None]:
         for number, handler in handlers.items():
             signal.signal(number, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _leave_terminal() -> None:
-    """Let what is printed from now on vanish where it went to a terminal, which is gone."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in (1, 2):
-        if stat.S_ISCHR(os.fstat(stream).st_mode):
-            os.dup2(nowhere, stream)
-    os.close(nowhere)

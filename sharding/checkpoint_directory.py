@@ -26,6 +26,7 @@ class CheckpointDirectory:
         self._last = 0
         self._own: set[str] = set()
         """Names that were made here."""
+        self._swept = False
 
     def newest_first(self) -> list[str]:
         """Names of all checkpoints, finished or not, in the order of their saves."""
@@ -51,7 +52,11 @@ class CheckpointDirectory:
         ]
 
     def remove_debris(self) -> None:
-        """Remove what saves that failed or were killed left behind, if the storage tells."""
+        """Remove what saves that failed or were killed left behind, if the storage tells.
+
+        The first time that of all; then of ours alone, as another run that has taken over, or is
+        being taken over from, may be at a save.
+        """
         try:
             names = self.newest_first()
             committed = set(self.committed())
@@ -59,8 +64,9 @@ class CheckpointDirectory:
             _log.warning("what unfinished saves left in %s stays for now: %s", self._root, error)
             return
         for name in names:
-            if name not in committed:
+            if name not in committed and (name in self._own or not self._swept):
                 self.remove(name)
+        self._swept = True
 
     def _remembered(self) -> list[str]:
         """Names that `remember` wrote; what is damaged tells nothing, and the listing has it."""

@@ -23,6 +23,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt
 from configs import storage
 from configs.base import Config, Timestamp
 from configs.failures import HangConfig
+from configs.storage_faults import StorageError
 
 EXIT_STATUS = 70
 """Of a rank that its watchdog ended."""
@@ -223,10 +224,11 @@ def diagnose_hang(failures: str, since: float, ranks: int) -> str | None:
 
 
 def _read_report(url: str) -> HangReport | None:
-    """What a rank wrote; of a report that is damaged, nothing."""
+    """What a rank wrote; of a report that is damaged or cannot be read, nothing: it is no reason to
+    hide what happened now."""
     try:
         return HangReport.model_validate(storage.read_json(url))
-    except ValueError:
+    except (StorageError, ValueError):
         return None
 
 

@@ -8,6 +8,7 @@ from configs import storage
 from configs.layout import RunLayout
 from configs.load import load_recipe
 from configs.recipe import Recipe
+from configs.storage_faults import StorageError
 from launch.other_trainings import other_trainings
 
 THEIRS = "0123456789ab" + "0" * 52
@@ -49,6 +50,20 @@ def test_what_differs_is_named(tmp_path: Path, recipe: Recipe) -> None:
         "to go on with it"
     ]
     assert "with other data or another start" in told(layout, recipe)[0]
+
+
+def test_another_training_that_cannot_be_read_refuses_nothing(
+    tmp_path: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = RunLayout(str(tmp_path))
+    saved(layout, recipe, 20)
+
+    def refused(url: str) -> None:
+        raise StorageError(f"{url} cannot be read")
+
+    monkeypatch.setattr(storage, "read_json", refused)
+    [line] = told(layout, recipe)
+    assert line.endswith("was trained with settings that cannot be read")
 
 
 def test_a_training_that_goes_on_tells_nothing(tmp_path: Path, recipe: Recipe) -> None:

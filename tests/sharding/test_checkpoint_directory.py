@@ -52,3 +52,17 @@ def test_names_sort_after_all_before_even_those_that_are_not_there_yet(tmp_path:
     names += [ahead, directory.fresh_name(1), directory.fresh_name(1)]
     times = [name.split("-")[2] for name in names]
     assert times == sorted(set(times))
+
+
+def test_only_the_first_sweep_takes_what_others_left(tmp_path: Path) -> None:
+    """Later, another run may be at a save: of one that this run took over from, or that took it."""
+    ours = CheckpointDirectory(str(tmp_path))
+    for step in (1, 2):
+        debris = tmp_path / CheckpointDirectory(str(tmp_path)).fresh_name(step)
+        debris.mkdir()
+        ours.remove_debris()
+        assert debris.exists() == (step == 2)
+    failed = tmp_path / ours.fresh_name(3)
+    failed.mkdir()
+    ours.remove_debris()
+    assert not failed.exists()

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from configs import storage
 from configs.failures import HangConfig
+from configs.storage_faults import StorageError
 from trainer import watchdog
 from trainer.watchdog import EXIT_STATUS, Watchdog, diagnose_hang
 
@@ -67,3 +69,16 @@ def test_the_accused_are_those_that_wait_for_nobody(tmp_path: Path) -> None:
     sentence = diagnose_hang(str(tmp_path), 0.0, 3)
     assert sentence is not None and sentence.startswith("rank 1 (host h, process 1) made no")
     assert diagnose_hang(str(tmp_path), 101.0, 3) is None
+
+
+def test_a_report_that_cannot_be_read_hides_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An old one of another user's, say: whatever ends the group now is told as it is."""
+    (tmp_path / "hang-train-1-rank-0.json").write_text("{}")
+
+    def refused(url: str) -> None:
+        raise StorageError(f"{url} cannot be read")
+
+    monkeypatch.setattr(storage, "read_json", refused)
+    assert diagnose_hang(str(tmp_path), 0.0, 1) is None
