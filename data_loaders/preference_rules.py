@@ -129,8 +129,9 @@ def _by_watch_time(slices: Slices, rule: WatchTimeRule, labels: Sequence[str]) -
         user[known], duration_buckets(duration[known], rule), dwell[known]
     )
     smallest = min(rule.liked_share, rule.disliked_share or rule.liked_share)
-    enough = size * smallest >= 1
-    top, bottom = more < rule.liked_share * size, less < rule.disliked_share * size
+    # Quotients are rounded once, as the shares were: equal ones are equal. Products miss the edge.
+    enough = 1 / size <= smallest
+    top, bottom = more / size < rule.liked_share, less / size < rule.disliked_share
     liked, disliked = np.zeros((2, len(dwell)), bool)
     liked[known] = enough & top & ~bottom
     disliked[known] = enough & bottom & ~top

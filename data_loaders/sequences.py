@@ -185,7 +185,7 @@ class _Preparation:
 
     def _check_bad_share(self) -> None:
         bad, limit = self.quarantined.total(), self.job.cleaning.max_bad_share
-        if bad <= limit * self.read:
+        if bad / max(self.read, 1) <= limit:  # a product may miss the edge by its rounding
             return
         reasons = _reasons(self.quarantined)
         quarantine = storage.join(self.job.root, "quarantine", self.job.version)

@@ -114,6 +114,20 @@ def test_the_top_quarter_of_each_bucket_is_liked() -> None:
     assert found.counts() == {"liked": 3, "disliked": 4, "neither": 8}
 
 
+@pytest.mark.parametrize("size", [20, 25, 50, 100])
+def test_shares_in_percent_have_exact_edges(size: int) -> None:
+    """Those of liked and of disliked add up to 1: only an event that lies in both is neither."""
+    users = slices_of([[(0, float(dwell), 60.0, 1.0) for dwell in range(size)]])
+    for liked in range(1, 100):
+        rule = WatchTimeRule(liked_share=liked / 100, disliked_share=(100 - liked) / 100)
+        found = outcomes(users, rule, ()).rewards
+        top, bottom = -(-liked * size // 100), -(-(100 - liked) * size // 100)
+        assert top + bottom - size in (0, 1)
+        enough = min(liked, 100 - liked) * size >= 100
+        assert (found == 1).sum() == (size - bottom) * enough, liked
+        assert (found == -1).sum() == (size - top) * enough, liked
+
+
 @given(users=USERS, skip=st.booleans(), explicit=st.booleans())
 @settings(deadline=None, max_examples=100)
 def test_labels_are_what_they_say(users: Users, skip: bool, explicit: bool) -> None:

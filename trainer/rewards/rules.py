@@ -98,7 +98,8 @@ def over_represented(group: Group, classes: Tensor, largest_share: float) -> Ten
     own, legal = classes[group.items], group.legal
     same = (own[:, :, None] == own[:, None, :]) & legal[:, None, :]
     number = legal.sum(1, keepdim=True)
-    return legal & (own >= 0) & (same.sum(2) > largest_share * number)
+    # float64 quotients are rounded once, as the share was: equal ones are equal, unlike products.
+    return legal & (own >= 0) & (same.sum(2).double() / number > largest_share)
 
 
 def with_quota(classes: Tensor, limited: Tensor) -> Tensor:

@@ -134,7 +134,7 @@ def test_a_quota_that_is_just_filled_is_kept(share: float, over: bool) -> None:
     assert rules.over_represented(found, limited, share).tolist() == expected
 
 
-@pytest.mark.parametrize("number", [10, 20, 30])
+@pytest.mark.parametrize("number", [10, 20, 30, 100])
 def test_rounding_fills_no_quota(number: int) -> None:
     """Every share in percent that is a whole number of items."""
     classes = torch.tensor([-1, 0, -1])
