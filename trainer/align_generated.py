@@ -115,7 +115,7 @@ class GeneratedPairs:
         match self._config:
             case SelfPlayConfig(losers=losers):
                 chosen = self_play_pairs(rollout.candidates, rollout.group, losers)
-                worth = rules.hit(rollout.group, "item")
+                worth = rules.hit(rollout.group, "id")
             case IterativePreferenceConfig():
                 assert self._rewards is not None
                 worth = self._rewards(rollout.group).total
@@ -154,14 +154,16 @@ def extreme_pairs(
 def self_play_pairs(
     candidates: Candidates, group: Group, losers: int
 ) -> tuple[Candidates, dict[str, Tensor]]:
-    """What the user took next against the first `losers` candidates that are other items.
+    """What the user took next against the first `losers` candidates that are something else.
+
+    An item that shares the target's semantic id is not: a policy that writes ids writes the same.
 
     Args:
         candidates: [N, G].
         group: the same, and the targets.
         losers: K.
     """
-    other = group.legal & (group.items != group.target_ids[:, None])
+    other = group.legal & ~rules.hits(group, "id")
     # Those that are others move to the front, in order.
     order = (~other).to(torch.uint8).argsort(dim=1, stable=True)[:, :losers]
     wrong = _taken(candidates, order, other.gather(1, order))

@@ -22,6 +22,7 @@ from trainer.generate import GenerationMetrics, ItemGenerator
 from trainer.losses import pretraining_loss
 from trainer.metrics import Popularity, RankingMetrics
 from trainer.monitor.results import protocol
+from trainer.objectives.dpo import pairs_won
 from trainer.policy import (
     Say,
     Worker,
@@ -200,7 +201,7 @@ def _seen(users: EvaluationBatch, config: EvaluationConfig) -> tuple[Tensor, Ten
 
 
 def preference_accuracy(worker: Worker, policy: ParallelModel, pairs_url: str) -> float:
-    """Share of held-out losers that their winner is likelier than. Collective."""
+    """Share of held-out losers that their winner is likelier than; a tie is half. Collective."""
     counts = torch.zeros(2, dtype=torch.float64, device=worker.ctx.device)
     likelihood = Likelihood.of(worker, policy, normalised=False)
     for pairs in preference_batches(
@@ -212,8 +213,7 @@ def preference_accuracy(worker: Worker, policy: ParallelModel, pairs_url: str) -
     ):
         log_probs = likelihood(pair_candidates(worker, policy.model, pairs))
         there = (pairs.rejected_ids > 0).to(worker.ctx.device)
-        right = (log_probs[:, :1] > log_probs[:, 1:]) & there
-        counts += torch.stack([right.sum(), there.sum()])
+        counts += ranked_right(log_probs, there)
     right, total = worker.ctx.all_reduce_sum(counts).tolist()
     if total == 0:
         raise ValueError(
@@ -221,6 +221,19 @@ def preference_accuracy(worker: Worker, policy: ParallelModel, pairs_url: str) -
             "alignment.rule"
         )
     return right / total
+
+
+def ranked_right(log_probs: Tensor, there: Tensor) -> Tensor:
+    """Losers below their winner, and all losers: [2] float64.
+
+    Items that share a semantic id tie with each other, as in the training step's `accuracy`.
+
+    Args:
+        log_probs: [b, 1 + K] float32, log π of the winner and its losers; anything where none is.
+        there: [b, K] bool, which losers there are.
+    """
+    won = pairs_won(log_probs[:, :1] - log_probs[:, 1:])
+    return torch.stack([won.where(there, 0.0).double().sum(), there.sum().double()])
 
 
 def validation_ranker(

@@ -1,6 +1,7 @@
 """Pairs that the round's start generates: which they are, and the stage on real ranks."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,18 @@ def test_what_the_user_took_wins_over_other_offers(
         assert pairs.codes is not None
         kept = pairs.codes[row, : 1 + len(others)].tolist()
         assert kept == [[item, 10 * item] for item in wanted[: 1 + len(others)]]
+
+
+def test_an_item_of_the_same_semantic_id_is_no_loser() -> None:
+    """Items 1 and 2 share an id: where 2 was taken, writing 1 is a hit."""
+    candidates, group = group_of(torch.tensor([[1, 1, 3, 4]]), torch.tensor([2]))
+    group = replace(group, target_codes=torch.tensor([[1, 10]]))
+    pairs, measures = self_play_pairs(candidates, group, 2)
+    assert pairs.items.tolist() == [[2, 3, 4]] and measures["reward"].tolist() == [0.5]
+    assert pairs.codes is not None and pairs.codes.tolist() == [[[1, 10], [3, 30], [4, 40]]]
+    bare = replace(group, codes=None, target_codes=None)  # a model that scores items
+    pairs, _ = self_play_pairs(replace(candidates, codes=None), bare, 2)
+    assert pairs.items.tolist() == [[2, 1, 1]]
 
 
 def test_what_cannot_be_is_refused() -> None:

@@ -14,7 +14,7 @@ from data_loaders.pairs import read_pairs
 from tests.harness import run_ranks
 from tests.trainer.runs import ITEMS, LENGTH, Pretrained, all_keys, query_of, quiet, settings_of
 from tests.trainer.test_metrics import User, loop
-from trainer.evaluate import evaluate_worker, evaluation_policy, load_policy
+from trainer.evaluate import evaluate_worker, evaluation_policy, load_policy, ranked_right
 from trainer.policy import start_worker
 
 KS = [1, 5, 10]
@@ -123,3 +123,10 @@ def test_metrics_are_those_of_a_plain_loop_in_every_world(pretrained: Pretrained
     of_all = torch.tensor([float(every[item]) for item in range(1, ITEMS + 1)])
     other = measured_plainly(users, "test", {row["user_id"]: of_all for row in users})
     assert other != measured_plainly(users, "test", everywhere)
+
+
+def test_a_tie_is_ranked_half_right() -> None:
+    """Items of one semantic id are as likely; what is no loser does not count."""
+    log_probs = torch.tensor([[-1.0, -1.0, -2.0], [-3.0, -2.0, -torch.inf], [-1.0, -1.0, -1.0]])
+    there = torch.tensor([[True, True], [True, False], [False, False]])
+    assert ranked_right(log_probs, there).tolist() == [1.5, 3.0]
