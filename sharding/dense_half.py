@@ -62,14 +62,18 @@ class DenseHalf(nn.Module):
         with torch.autocast(device.type, torch.bfloat16, enabled=self._autocast):
             return use(self, rows, *args)
 
-    def loss(self, rows: Rows, inputs: Any, index: Index) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and metrics of a micro batch (a tuple: DeepSpeed looks for tensors in it)."""
+    def loss(
+        self, rows: Rows, inputs: Any, index: Index
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """Loss, metrics and their own terms of a micro batch, as `LossOutput` has them (a tuple:
+        DeepSpeed looks for tensors in it)."""
         output = self.loss_module(inputs, rows, index)
         loss = output.loss_sum
         if not loss.requires_grad:  # a rank without data whose loss is a constant still takes part
             parts = list(rows.values()) or list(self.parameters())
             loss = loss + 0.0 * torch.stack([value.sum() for value in parts]).sum()
-        return loss, {name: value.detach() for name, value in output.metrics.items()}
+        metrics = {name: value.detach() for name, value in output.metrics.items()}
+        return loss, metrics, output.terms
 
     def infer(
         self,

@@ -5,7 +5,7 @@ Apart from parallelize.py so that objectives and their tests load neither TorchR
 Shape legend: U unique rows of a table in a step, D width.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -36,6 +36,9 @@ class LossOutput:
     """Scalar float32, sum over the micro batch's valid terms."""
     metrics: dict[str, Tensor]
     """Scalar float32 sums without gradient, to be divided by the global weight."""
+    terms: dict[str, Tensor] = field(default_factory=dict)
+    """Scalar float32 numbers of terms, by the metrics that are divided by these instead; the same
+    names in every micro batch. A metric without a term in the global batch is not measured."""
 
 
 class ModelInputs(Protocol):

@@ -5,7 +5,6 @@ Shape legend: n requested ids, U distinct ids of a step, T tokens, D width.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,51 +22,11 @@ from sharding.embedding_plan import agree_on_plan
 from sharding.embedding_shard import ShardedTables
 from sharding.loss_module import LossModule, LossOutput, NonFiniteLossError
 from sharding.process_group import DistributedContext
+from sharding.step_result import StepResult
 
-__all__ = ["LossModule", "LossOutput", "ParallelModel", "StepResult", "parallelize"]
+__all__ = ["LossModule", "LossOutput", "ParallelModel", "parallelize"]
 
 NAMED_SAMPLES = 64  # sample ids in an error message
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """One optimizer step, over all ranks. Reading a number waits for the device."""
-
-    step: int
-    """Steps done, this one included."""
-    stop: bool
-    """A rank was asked to end; known to all of them alike."""
-    lr: float
-    sparse_lr: float
-    _names: tuple[str, ...]
-    _totals: Tensor
-    """Weight, squared norms of the dense and of the rows' gradient, loss, then the metrics."""
-
-    @property
-    def weight(self) -> float:
-        """Valid terms of the global batch."""
-        return float(self._totals[0])
-
-    @property
-    def sparse_grad_norm(self) -> float:
-        """Norm of the looked-up rows' gradient before clipping, over all ranks."""
-        return math.sqrt(float(self._totals[2]))
-
-    @property
-    def dense_grad_norm(self) -> float:
-        """Norm of the dense half's gradient before clipping."""
-        return math.sqrt(float(self._totals[1]))
-
-    @property
-    def loss(self) -> float:
-        """Mean over valid terms."""
-        return float(self._totals[3]) / max(self.weight, 1.0)
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """Means over valid terms."""
-        values = (self._totals[4:] / self._totals[0].clamp(min=1.0)).tolist()
-        return dict(zip(self._names, values, strict=True))
 
 
 class ParallelModel:
@@ -141,7 +100,7 @@ class ParallelModel:
         leaves = {name: value.detach().requires_grad_() for name, value in rows.items()}
         wait()
         _, empty, ending = shared.tolist()  # the one time that a step waits for the device
-        totals, names = self._backward(micro, distinct, leaves, index, shared, empty > 0)
+        totals, names, counted = self._backward(micro, distinct, leaves, index, shared, empty > 0)
         self._check_finite(totals, sample_ids)
         self.before_change()
         self._update_tables(rows, leaves, totals[2])
@@ -150,7 +109,7 @@ class ParallelModel:
         self.engine.step(lr)
         self._balance_experts()
         self.step += 1
-        return StepResult(self.step, ending > 0, lr, sparse_lr, names, totals)
+        return StepResult(self.step, ending > 0, lr, sparse_lr, names, counted, totals)
 
     def _distinct(self, required: Sequence[Index]) -> tuple[dict[str, Tensor], list[Index]]:
         """Distinct ids of every table over all micro batches, and each one's positions."""
@@ -178,20 +137,23 @@ class ParallelModel:
         index: Sequence[Index],
         shared: Tensor,
         deferred: bool,
-    ) -> tuple[Tensor, tuple[str, ...]]:
-        """Forward and backward of all micro batches; local sums as `StepResult` has them."""
+    ) -> tuple[Tensor, tuple[str, ...], tuple[str, ...]]:
+        """Forward and backward of all micro batches; local sums and names as `StepResult` has
+        them."""
         # Both halves average over ranks: undo that, and divide by the global weight instead.
         scale = (self.ctx.world_size / shared[0].clamp(min=1.0)).float()
         sums: list[Tensor] = []
         names: tuple[str, ...] = ()
+        counted: tuple[str, ...] = ()
         with self.engine.accumulate(deferred=deferred):
             for at, inputs in enumerate(micro):
                 # A copy of the leaves: ZeRO 3 replaces tensors inside the arguments of a forward.
-                loss, metrics = self.engine(
+                loss, metrics, terms = self.engine(
                     DenseHalf.loss, distinct, dict(leaves), inputs, index[at]
                 )
-                names = tuple(sorted(metrics))
-                sums.append(torch.stack([loss.detach(), *(metrics[name] for name in names)]))
+                names, counted = tuple(sorted(metrics)), tuple(sorted(terms))
+                told = [*(metrics[name] for name in names), *(terms[name] for name in counted)]
+                sums.append(torch.stack([loss.detach(), *told]))
                 self.engine.backward(loss * scale, last=at == len(micro) - 1)
         squares = [_row_gradient(leaf, distinct[name]) for name, leaf in leaves.items()]
         sparse = torch.stack(squares).sum() if squares else scale.new_zeros(())
@@ -199,7 +161,7 @@ class ParallelModel:
         local = torch.stack([scale.new_zeros(()), self.engine.grad_square(), sparse])
         totals = torch.cat([local, torch.stack(sums).float().sum(0)]).double()
         totals[0] = shared[0] / self.ctx.world_size
-        return totals, names
+        return totals, names, counted
 
     def _check_finite(self, totals: Tensor, sample_ids: Sequence[int] | None) -> None:
         """Sum `totals` over ranks in place, and stop every rank if something is not finite."""

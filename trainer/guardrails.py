@@ -4,7 +4,7 @@ The watch itself decides; the training loop carries out. All its numbers are equ
 that every rank decides alike, and its state travels with the checkpoints.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -89,14 +89,21 @@ class Watch:
         if self.config.divergence is not None:
             self.state.origin = metrics.get(self.config.divergence.metric)
 
-    def logged(self, step: int, metrics: Mapping[str, float]) -> list[Alarm]:
+    def logged(
+        self, step: int, metrics: Mapping[str, float], unmeasured: Collection[str] = ()
+    ) -> list[Alarm]:
         """A training step that is logged; its alarms, of metrics whose window is full.
+
+        Args:
+            step: updates done.
+            metrics: what it measured.
+            unmeasured: what training measures, and this step had nothing to measure of.
 
         Raises:
             ValueError: a limit's metric is measured nowhere.
         """
         state, alarms = self.state, []
-        self._refuse_unknown(metrics)
+        self._refuse_unknown({*metrics, *unmeasured})
         divergence = self.config.divergence
         if divergence is not None and divergence.reward in metrics:
             state.rewards.append(metrics[divergence.reward])
@@ -134,15 +141,15 @@ class Watch:
         state.recent = {}
         return self._raised(alarms)
 
-    def _refuse_unknown(self, logged: Mapping[str, float]) -> None:
-        validated = self.state.start
+    def _refuse_unknown(self, logged: set[str]) -> None:
+        validated = set(self.state.start)
         divergence = self.config.divergence
-        wanted = {limit.metric: {**validated, **logged} for limit in self.config.limits}
+        wanted = {limit.metric: validated | logged for limit in self.config.limits}
         wanted |= {
             limit.metric: validated for limit in self.config.limits if limit.max_drop is not None
         }
         if divergence is not None:
-            wanted |= {divergence.reward: dict(logged), divergence.metric: validated}
+            wanted |= {divergence.reward: logged, divergence.metric: validated}
         for name, measured in wanted.items():
             if name not in measured:
                 raise ValueError(

@@ -12,7 +12,8 @@ from pydantic import TypeAdapter, ValidationError
 from configs.training import CheckpointConfig, ValidationConfig
 from sharding.checkpoint import CheckpointStore
 from sharding.loss_module import NonFiniteLossError
-from sharding.parallelize import ParallelModel, StepResult
+from sharding.parallelize import ParallelModel
+from sharding.step_result import StepResult
 from trainer.guardrails import Alarm, Watch, WatchState, sentence, severest
 from trainer.left_out import LeftOut, blame
 from trainer.logged_steps import LoggedSteps
@@ -257,10 +258,11 @@ class Trainer:
         return self.saver.save(store, self.state.to_dict())
 
     def _log(self, result: StepResult, step: int, tokens: int) -> list[Alarm]:
-        """Log an update, if it is one that is logged; what the guardrails say of it."""
+        """Log an update, if it is one that is logged; what the guardrails say of it. One of empty
+        sequences alone measured nothing, which is no row of zeros."""
         if self.monitor is not None:
             self.monitor.add_tokens(tokens)
-        if step not in self.logged:
+        if step not in self.logged or result.weight == 0:
             return []
         if self.monitor is not None:
             values = {"lr": result.lr, "sparse_lr": result.sparse_lr}
@@ -268,7 +270,8 @@ class Trainer:
             self.monitor.log_step(step, self._epoch(step), result.loss, values)
         if self.watch is None:
             return []
-        return self.watch.logged(step, {"loss": result.loss} | result.metrics)
+        measured = {"loss": result.loss} | result.metrics
+        return self.watch.logged(step, measured, result.unmeasured)
 
     def _judge(self, step: int, alarms: list[Alarm]) -> list[Alarm]:
         """At an epoch's end: validate if that is due, and keep a policy that breaks no limit.

@@ -16,7 +16,8 @@ from configs.layout import RunLayout
 from data_loaders.synthetic import write_synthetic
 from sharding import block_file, checkpoint, checkpoint_files
 from sharding.loss_module import LossOutput
-from sharding.parallelize import ParallelModel, StepResult
+from sharding.parallelize import ParallelModel
+from sharding.step_result import StepResult
 from tests.harness import Ranks
 from tests.sharding.policies import whole_state
 from tests.trainer.runs import ITEMS, USERS, quiet, settings_of

@@ -1,5 +1,7 @@
 """The watch's decisions, without a training loop."""
 
+import pytest
+
 from configs.guardrails import DivergenceConfig, GuardrailsConfig, LimitConfig
 from trainer.guardrails import Watch, WatchState, sentence, severest
 
@@ -122,6 +124,17 @@ def test_what_is_not_a_number_breaks_every_bound() -> None:
     watch.begin({})
     assert watch.logged(1, {"kl": 0.5}) == []
     assert len(watch.logged(2, {"kl": float("nan")})) == 1
+
+
+def test_a_step_without_a_measure_says_nothing_of_it() -> None:
+    watch = watch_of(limits=(LimitConfig(metric="accuracy", min=0.4),), window=2)
+    watch.begin({})
+    assert watch.logged(1, {"loss": 1.0}, {"accuracy"}) == watch.judged(1, {}) == []
+    assert watch.logged(2, {"loss": 1.0, "accuracy": 0.3}) == []
+    assert watch.logged(3, {"loss": 1.0}, {"accuracy"}) == []
+    assert len(watch.judged(3, {})) == 1
+    with pytest.raises(ValueError, match="'accuracy', which is not measured; here are loss"):
+        watch.logged(4, {"loss": 1.0})
 
 
 def test_a_state_that_travelled_decides_alike() -> None:

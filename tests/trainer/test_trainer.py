@@ -17,6 +17,8 @@ from configs.guardrails import Action, GuardrailsConfig, LimitConfig
 from configs.layout import RunLayout
 from configs.training import CheckpointConfig, ValidationConfig
 from data_loaders.loader import LoaderState
+from models.batch import JaggedBatch
+from models.ops.windows import windows_ending_at
 from sharding.checkpoint import CheckpointStore
 from sharding.parallelize import ParallelModel
 from sharding.process_group import current_context
@@ -133,6 +135,10 @@ def run(
         weights.append(hash_of(policy))
         return {"ndcg@10": values[len(calls) - 1]}
 
+    def batch_of(step: int, empty: bool) -> JaggedBatch:
+        batch = make_batch(step, ctx)
+        return windows_ending_at(batch, batch.offsets[:0], 1) if empty else batch
+
     weights: list[str] = []
     restored: list[tuple[str, int | None]] = []
     settings: dict[str, Any] = {
@@ -147,7 +153,7 @@ def run(
         "measure_start": False,
     }
     guardrails, skipped = changes.pop("guardrails", None), changes.pop("skipped", ())
-    inner = changes.pop("inner", 1)
+    inner, empty = changes.pop("inner", 1), changes.pop("empty", ())
     settings["logged"] = LoggedSteps(1, 8, STEPS_PER_EPOCH, guarded=guardrails is not None)
     settings |= changes
     said = Heard()
@@ -158,7 +164,7 @@ def run(
         left_out=LeftOut(NonFiniteConfig(), f"{root}/failures", "train", ctx),
         model=policy,
         updates=lambda step: [
-            [NextItemInputs(make_batch(step.step, ctx), None, None, 0)]
+            [NextItemInputs(batch_of(step.step, step.step in empty), None, None, 0)]
             for _ in range(0 if step.step in skipped else inner)
         ],
         state=state,
@@ -412,6 +418,18 @@ def test_an_epoch_that_breaks_a_limit_ends_with_no_good_policy(tmp_path: Path) -
     assert done["restored"] == [("good", 0), ("good", 0)] and done["steps"] == 6
     assert (done["good"], done["best"]) == (0, None)
     assert len(done["logged"]) == 4  # the first step, and the last of each epoch
+
+
+def test_a_step_of_empty_sequences_is_no_measure(tmp_path: Path) -> None:
+    """Its zeros are below every floor; the epoch that it ends is judged by what was logged."""
+    guardrails = GuardrailsConfig(limits=(on_loss("roll_back", min=0.5),), window=1)
+    more = {"guardrails": guardrails, "measure_start": True}
+    done = train(tmp_path / "last", [0.5] * 5, empty=(3, 7), **more)
+    assert done["alarms"] == [] and done["good"] == 8
+    assert [epoch for epoch, _ in done["logged"]] == [0, 0, 1, 2, 2, 3]
+    assert all(loss > 0.5 for _, loss in done["logged"])
+    none = train(tmp_path / "all", [0.5] * 3, empty=range(4), total_steps=4, **more)
+    assert none["alarms"] == none["logged"] == [] and (none["good"], none["steps"]) == (4, 4)
 
 
 @pytest.mark.parametrize("action", ["stop", "roll_back"])

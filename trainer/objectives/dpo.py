@@ -138,8 +138,8 @@ class PreferenceLoss(nn.Module):
     def forward(self, inputs: PreferenceInputs, rows: dict[str, Tensor], index: Ids) -> LossOutput:
         """Loss of a micro batch.
 
-        Metrics, means over pairs: `accuracy` (share of losers below their winner; a tie is half,
-        and so is a step without a pair), `margin` (β Δ, mean over a winner's losers),
+        Metrics, means over pairs, not measured without one: `accuracy` (share of losers below
+        their winner; a tie is half), `margin` (β Δ, mean over a winner's losers),
         `preference_loss`; where log π is complete also `rewards/chosen` and `rewards/rejected`
         (β ρ_w, and β ρ_l's mean over losers). Over contexts: `supervised_loss`, and the inputs' own
         measures.
@@ -150,32 +150,26 @@ class PreferenceLoss(nn.Module):
         ratios = (log_probs - inputs.reference).where(there, 0.0)
         differences, losers = ratios[:, :1] - ratios[:, 1:], there[:, 1:]
         losses = self._losses(differences, losers)
-        if inputs.per_pair is not None:
-            losses = losses * inputs.per_pair
-        metrics = {"preference_loss": losses.detach().sum()}
-        metrics |= self._measured(differences.detach(), losers, inputs.per_pair)
+        margins = self.config.beta * differences.detach()
+        metrics = {
+            "preference_loss": losses.detach().sum(),
+            "accuracy": _mean(pairs_won(differences), losers).sum(),
+            "margin": _mean(margins, losers).sum(),
+        }
         complete = log_probs.detach() if self._scorer.normalised else inputs.log_probs
         if complete is not None:
             rewards = self.config.beta * (complete - inputs.reference).where(there, 0.0)
-            won, lost = rewards[:, 0] * losers.any(1), _mean(rewards[:, 1:], losers)
-            metrics["rewards/chosen"] = _of_pairs(won, inputs.per_pair)
-            metrics["rewards/rejected"] = _of_pairs(lost, inputs.per_pair)
+            metrics["rewards/chosen"] = (rewards[:, 0] * losers.any(1)).sum()
+            metrics["rewards/rejected"] = _mean(rewards[:, 1:], losers).sum()
+        terms = dict.fromkeys(metrics, losers.any(1).float().sum())
         metrics |= {name: values.sum() for name, values in inputs.measures.items()}
         total = self._weight * losses.sum()
+        if inputs.per_pair is not None:
+            total = total * inputs.per_pair
         if scored.supervised is not None:
             total = total + self.config.supervised_weight * scored.supervised.sum()
             metrics["supervised_loss"] = scored.supervised.detach().sum()
-        return LossOutput(total, metrics)
-
-    def _measured(
-        self, differences: Tensor, losers: Tensor, per_pair: Tensor | None
-    ) -> dict[str, Tensor]:
-        """What Δ [B, K] says of the pairs."""
-        accuracy = _of_pairs(_mean(pairs_won(differences), losers), per_pair)
-        if per_pair is not None:
-            accuracy = torch.where(per_pair > 0, accuracy, 0.5 * losers.shape[0])
-        margins = _mean(self.config.beta * differences, losers)
-        return {"accuracy": accuracy, "margin": _of_pairs(margins, per_pair)}
+        return LossOutput(total, metrics, terms)
 
     def flops_per_token(self, mean_length: float) -> float:
         """Forward FLOPs per context token; scoring a pair's items is left out."""
@@ -201,8 +195,3 @@ class PreferenceLoss(nn.Module):
 def _mean(values: Tensor, there: Tensor) -> Tensor:
     """Mean over those of values [B, K] that are there: [B]."""
     return (values * there).sum(1) / there.sum(1).clamp(min=1)
-
-
-def _of_pairs(values: Tensor, per_pair: Tensor | None) -> Tensor:
-    """Sum of values [B], 0 of no pair: scalar, whose mean over all entries is that of pairs."""
-    return values.sum() if per_pair is None else values.sum() * per_pair
