@@ -31,20 +31,18 @@ from trainer.align_generated import GeneratedPairs
 from trainer.align_logged import LoggedImpressions
 from trainer.align_online import OnlineUpdates, prompt_loader
 from trainer.evaluate import load_policy, preference_accuracy, validation_ranker
+from trainer.left_out import left_out_samples
 from trainer.objectives.dpo import PreferenceInputs, PreferenceLoss
 from trainer.objectives.logged import LoggedLoss
 from trainer.objectives.online import OnlineLoss
 from trainer.policy import Say, Worker, open_checkpoint, start_worker
-from trainer.probe import PolicyProbe
+from trainer.probe import PROBED, PolicyProbe
 from trainer.reference_policy import ReferencePolicy
 from trainer.rollout_actors import RolloutActors, snapshots_url
 from trainer.scoring import Likelihood, build_scorer, pair_candidates
 from trainer.supervised import SupervisedTargets
 from trainer.trainer import Limits, StepLoader, TrainerState
 from trainer.training_stage import OneUpdate, TrainingStage
-
-PROBED = 256
-"""Training pairs in whose contexts an offline policy's divergence is measured."""
 
 
 def align_worker(settings: dict[str, Any], say: Say) -> dict[str, Any]:
@@ -136,7 +134,7 @@ def logged_stage(worker: Worker, config: GBPOConfig, settings: dict[str, Any]) -
 
     def before(policy: ParallelModel, afresh: bool) -> None:
         load_policy(worker, policy, settings["start"])
-        updates.draw(policy)
+        updates.draw(policy, left_out_samples(worker, settings["fingerprint"]))
         load_pretrained(worker, policy, settings, afresh)
 
     return TrainingStage(

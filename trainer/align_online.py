@@ -250,10 +250,10 @@ class SpreadCheck:
         """Look at a step's groups: bool [N] of each micro batch, no spread. Collective."""
         if self._done:  # later steps shall not wait for the device
             return
-        self._done = True
         equal = torch.cat(list(even)).double()
         counts = torch.stack([equal.sum(), torch.ones_like(equal).sum()])
         without, groups = (int(count) for count in self._ctx.all_reduce_sum(counts).tolist())
+        self._done = groups > 0
         if groups and without == groups:
             self._tell(
                 f"all candidates of each of the first {groups:,} groups are worth the same: "

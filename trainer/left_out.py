@@ -4,13 +4,15 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from configs import storage
 from configs.failures import NonFiniteConfig
-from data_loaders.poison import PoisonedSampleError, reason_of
+from data_loaders.poison import PoisonedSampleError, read_quarantined, reason_of
 from sharding.loss_module import NonFiniteLossError
 from sharding.process_group import DistributedContext
+from trainer.policy import Worker
 
 _NOT_THE_SAMPLES = (
     "closed by peer",
@@ -93,3 +95,8 @@ def blame(error: Exception, sample_ids: Sequence[int]) -> Exception:
     where = "".join(traceback.format_tb(error.__traceback__)[-1:]).strip().splitlines()
     place = f"the update ({where[0].strip()})" if where else "the update"
     return PoisonedSampleError([int(sample) for sample in sample_ids], place, reason_of(error))
+
+
+def left_out_samples(worker: Worker, fingerprint: str) -> np.ndarray:
+    """Samples that the stage of a fingerprint leaves out, int64: whoever reads its data does."""
+    return read_quarantined(worker.layout.quarantined(fingerprint))

@@ -24,6 +24,9 @@ from trainer.prompts import Prompts
 from trainer.rollout import Rollout, RolloutEngine
 from trainer.scoring import Likelihood
 
+PROBED = 256
+"""Training contexts in which the divergence from a policy that is not held is measured."""
+
 
 class PolicyProbe:
     """Adds to a step's inputs what is measured before their update."""

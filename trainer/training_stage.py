@@ -10,11 +10,10 @@ from configs.alignment import AlignmentBase
 from configs.layout import RunLayout
 from configs.redaction import redacted
 from configs.training import TrainingConfig
-from data_loaders.poison import read_quarantined
 from sharding.checkpoint import CheckpointInfo, CheckpointStore
 from sharding.parallelize import ParallelModel
 from trainer.guardrails import Watch
-from trainer.left_out import LeftOut
+from trainer.left_out import LeftOut, left_out_samples
 from trainer.logged_steps import LoggedSteps
 from trainer.monitor.stage_monitor import StageMonitor
 from trainer.objectives.dpo import PreferenceLoss
@@ -146,7 +145,7 @@ class TrainingStage:
         worker, watch = self.worker, _watch(config, state)
         non_finite = worker.recipe.failures.non_finite
         loader = self.loader_at(state)
-        loader.leave_out(read_quarantined(worker.layout.quarantined(self.fingerprint)))
+        loader.leave_out(left_out_samples(worker, self.fingerprint))
         return Trainer(
             stage=self.name,
             model=policy,

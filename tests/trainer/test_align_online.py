@@ -3,15 +3,24 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from configs.alignment import GBPOConfig
+from data_loaders.dataset import SequenceDataset
+from data_loaders.pairs import validation_users
+from data_loaders.poison import PoisonedSampleError, quarantine
 from sharding.process_group import DistributedContext
 from tests.harness import run_ranks
 from tests.trainer.runs import USERS, assert_named, logged, quiet, settings_of
 from tests.trainer.test_align import align, interrupting
 from tests.trainer.test_code_stages import BLOCKS, write_run
+from trainer.align import logged_stage
+from trainer.align_logged import LoggedImpressions
 from trainer.align_online import SpreadCheck
+from trainer.evaluate import evaluation_policy
+from trainer.policy import start_worker
 from trainer.pretrain import train_worker
 
 PER_STEP = 32
@@ -133,9 +142,9 @@ def test_first_groups_without_spread_are_told() -> None:
     alone = DistributedContext(0, 1, torch.device("cpu"))
     even, mixed = torch.tensor([True, True]), torch.tensor([True, False])
     SpreadCheck(alone, told.append)([even, mixed])
-    SpreadCheck(alone, told.append)([even[:0]])
     assert told == []
     check = SpreadCheck(alone, told.append)
+    check([even[:0]])  # a step of held-out users alone
     check([even, even])
     check([even, even])
     assert len(told) == 1 and "each of the first 4 groups are worth the same" in told[0]
@@ -194,6 +203,48 @@ def test_impressions_alone(root: Path, started: tuple[str, dict[str, Any]]) -> N
     shared = run(root, "log2", started, 2, zero_stage=2, **settings)
     for tag, value in first.items():
         assert shared[1][tag] == pytest.approx(value, rel=2e-3, abs=2e-5), tag
+
+
+def drawn_users(settings: dict[str, Any]) -> list[set[int]]:
+    """In whose contexts GBPO from the log alone tells its KL: of all, without the first of them,
+    and where nobody is left."""
+    worker = start_worker(settings, quiet)
+    config = worker.recipe.alignment
+    assert isinstance(config, GBPOConfig)
+    policy = evaluation_policy(worker)
+    stage = logged_stage(worker, config, settings)
+    place = worker.layout.quarantined(settings["fingerprint"])
+    found: list[set[int]] = []
+    for _ in range(3):
+        assert stage.before is not None and isinstance(stage.updates, LoggedImpressions)
+        stage.before(policy, False)
+        drawn = stage.updates._probe._drawn
+        found.append({user for each in drawn for user in each.candidates.batch.user_ids.tolist()})
+        samples = [user - 1 for user in sorted(found[0])]
+        bad = samples[:1] if len(found) == 1 else samples
+        quarantine(place, PoisonedSampleError(bad, "collating it", "a reason"))
+    assert not drawn, "without a context there is nothing to tell"
+    return found
+
+
+def test_the_divergence_is_told_at_who_is_trained_on(
+    root: Path, started: tuple[str, dict[str, Any]]
+) -> None:
+    """Over steps, since those of a few users may be held out all of them, and without samples that
+    are left out."""
+    family, start = started
+    rule = {"kind": "rating", "liked_from": 4, "disliked_to": 2}
+    more = {"kind": "gbpo", "rewards": None, "logged": {"alone": True, "rule": rule}, "rule": rule}
+    more |= {"generation": {"kind": "ancestral"}, "validation_share": 0.7}
+    more |= {"prompts": {"per_step": 1}}
+    settings = settings_for(root, f"drawn-{family}", family, start=start, **more)
+    [[whole, some, nobody]] = run_ranks(1, drawn_users, settings)
+    dataset = SequenceDataset(str(root / "data"), 4)
+    samples = np.arange(USERS)
+    held_out = validation_users(samples + 1, settings["recipe"]["seed"], 0.7)
+    trained = ~held_out & (dataset.lengths(samples).train_end >= 2)
+    assert held_out.any() and whole == set((samples[trained] + 1).tolist()) and len(whole) > 2
+    assert some == whole - {min(whole)} and nobody == set()
 
 
 def test_other_algorithms(root: Path, started: tuple[str, dict[str, Any]]) -> None:
