@@ -88,7 +88,7 @@ def train(settings: dict[str, Any], fault: Fault | None = None) -> dict[str, str
     record.mkdir(exist_ok=True)
     _record(trained, record, fault if fault is not None and fault.rank == rank else None)
     if fault is not None and fault.rank == rank and "save" in fault.kind:
-        _break_save(fault, trained)
+        _break_save(fault)
     train_worker(settings, quiet)
     if not trained:
         return {}
@@ -153,11 +153,18 @@ def _raise(error: Exception) -> Callable[[Any], Any]:
     return change
 
 
-def _break_save(fault: Fault, trained: list[ParallelModel]) -> None:
-    """Have this rank killed inside the first save after the fault's step."""
+def _break_save(fault: Fault) -> None:
+    """Have this rank killed inside the first save of the fault's step or a later one."""
+    write, saving = checkpoint.CheckpointStore.write, [0]
+
+    def noted(self: checkpoint.CheckpointStore, step: int, *args: Any) -> Any:
+        saving[0] = step  # not the model's: it trains on while an earlier step's save is written
+        return write(self, step, *args)
+
+    checkpoint.CheckpointStore.write = noted  # type: ignore[method-assign]
 
     def due() -> bool:
-        return bool(trained) and trained[-1].step >= fault.step
+        return saving[0] >= fault.step
 
     def die() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
