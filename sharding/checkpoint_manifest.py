@@ -4,7 +4,9 @@ A directory without a valid manifest is not a checkpoint, and a file whose size 
 from the manifest's is damaged.
 """
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -139,18 +141,25 @@ def look_over(url: str, fingerprint: str) -> None:
 
 def _look_at(url: str, entry: CheckpointFile) -> str:
     """Where a file lies, which is there and of its size. Raises ValueError, StorageError."""
-    try:
+    with _named(entry):
         place = storage.inside(url, entry.path)
         size = storage.size(place)
+    if size != entry.bytes:
+        raise ValueError(f"{entry.path} has {size} bytes instead of {entry.bytes}")
+    return place
+
+
+@contextmanager
+def _named(entry: CheckpointFile) -> Iterator[None]:
+    """A file's absence, or a broken disk, as a ValueError; what its storage refuses passes."""
+    try:
+        yield
     except FileNotFoundError as error:
         raise ValueError(f"{entry.path} is missing") from error
     except StorageError:
         raise
     except OSError as error:
         raise ValueError(f"{entry.path} cannot be read ({error})") from error
-    if size != entry.bytes:
-        raise ValueError(f"{entry.path} has {size} bytes instead of {entry.bytes}")
-    return place
 
 
 def verify_file(url: str, entry: CheckpointFile) -> None:
@@ -162,15 +171,8 @@ def verify_file(url: str, entry: CheckpointFile) -> None:
         StorageError: the storage refuses, or does not answer.
     """
     place = _look_at(url, entry)
-    try:
-        with explained(place, "read"):
-            digest = patiently(lambda: _digest(place, entry.block))
-    except FileNotFoundError as error:
-        raise ValueError(f"{entry.path} is missing") from error
-    except StorageError:
-        raise
-    except OSError as error:
-        raise ValueError(f"{entry.path} cannot be read ({error})") from error
+    with _named(entry), explained(place, "read"):
+        digest = patiently(lambda: _digest(place, entry.block))
     if digest != entry.sha256:
         raise ValueError(f"{entry.path} is damaged: its sha256 differs from the manifest's")
 
