@@ -368,7 +368,7 @@ class CheckpointStore:
         """Keep the newest checkpoints; damaged ones do not count. No failure stops training."""
         try:
             self._directory.prune(saved, self.keep, self._damaged, self._needed())
-        except (StorageError, OSError) as error:
+        except OSError as error:
             _log.warning("old checkpoints stay for now: %s", error)
 
 

@@ -2,10 +2,8 @@
 
 import threading
 from itertools import islice
-from math import isnan
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,41 +18,9 @@ from data_loaders.loader import (
 )
 from data_loaders.synthetic import write_synthetic
 from models.batch import JaggedBatch
+from tests.data_loaders.conftest import LENGTH, USERS, known
 
-USERS = 61
-LENGTH = 10
-"""max_length of the tests; many users are longer."""
 Step = StepBatches[JaggedBatch]
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("loader")
-    more = {"num_shards": 3, "rows_per_group": 8, "empty_shards": 1}
-    write_synthetic(
-        str(path),
-        USERS,
-        40,
-        9,
-        2,
-        **more,
-        actions=True,
-        labels=True,
-        dwell_times=True,
-        durations=True,
-    )
-    return path
-
-
-@pytest.fixture(scope="module")
-def users(directory: Path) -> list[dict]:
-    files = sorted((directory / "sequences").iterdir())
-    return [row for file in files for row in pq.read_table(file).to_pylist()]
-
-
-@pytest.fixture(scope="module")
-def dataset(directory: Path) -> SequenceDataset:
-    return SequenceDataset(str(directory), cached_row_groups=16)
 
 
 def loader_of(
@@ -91,11 +57,6 @@ def samples(ranks: list[Step]) -> list[int]:
 
 def tokens(step: Step) -> list[int]:
     return [batch.num_tokens for batch in step.micro_batches]
-
-
-def known(seconds: list[float]) -> list[float | None]:
-    """Dwell times; NaN, which equals nothing, becomes None."""
-    return [None if isnan(value) else value for value in seconds]
 
 
 def by_sample(ranks: list[Step]) -> dict[int, tuple]:
