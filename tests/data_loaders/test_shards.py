@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs import storage
+from configs.storage_faults import StorageError
 from data_loaders.manifest import verify_shard
 from data_loaders.shards import dense_codes, lookup, partition_of, read_table, write_table
 
@@ -68,6 +69,6 @@ def test_lookup_gives_zero_for_null_and_unknown() -> None:
 
 def test_a_full_disk_is_told_with_its_place_and_mend(small_disk: Path) -> None:
     table = pa.table({"a": np.random.default_rng(0).integers(0, 1 << 60, 1 << 18)})
-    with pytest.raises(ValueError, match=r"part\.parquet cannot be written .No space.* `output`"):
+    with pytest.raises(StorageError, match=r"part\.parquet cannot be written .No space.* `output`"):
         write_table(str(small_disk), "part.parquet", table)
     assert list(small_disk.iterdir()) == []
