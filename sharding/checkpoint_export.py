@@ -6,6 +6,7 @@ which is written last.
 """
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,12 @@ from sharding.checkpoint_tensors import CheckpointTensors
 
 BLOCK_BYTES = 64 << 20
 INDEX = "model.safetensors.index.json"
+RECIPE = "recipe.json"
+UNFINISHED = "export.unfinished"
+"""Stands in a directory that is being exported into, so that the same command can be run again."""
+_OURS = re.compile(
+    rf"model-\d{{5,}}-of-\d{{5,}}\.safetensors|{re.escape(RECIPE)}|{re.escape(INDEX)}"
+)
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -62,14 +69,16 @@ def export_safetensors(
 
     Args:
         url: a checkpoint, whose files are verified first.
-        target: a directory (any URL) that is empty or absent.
+        target: a directory (any URL) that is empty or absent, or holds what an export left that
+            did not finish: that is written anew.
         max_file_bytes: a file takes tensors up to this; a larger one has a file of its own.
         progress: called with bytes done and in all.
 
     Raises:
         ValueError: the checkpoint is damaged, or `target` holds something.
     """
-    if storage.list_names(target):
+    found = storage.list_names(target)
+    if found and UNFINISHED not in found:
         raise ValueError(f"{target} is not empty: name a fresh directory to export into")
     tensors = _verified(url)
     recipe = tensors.recipe()
@@ -81,10 +90,10 @@ def export_safetensors(
     files = _packed(sorted(exports, key=lambda export: export.name), max_file_bytes)
     total, done = sum(export.num_bytes for export in exports), 0
     names = [f"model-{at:05d}-of-{len(files):05d}.safetensors" for at in range(1, len(files) + 1)]
-    storage.make_directory(target)
+    _begin(target, found)
     for name, members in zip(names, files, strict=True):
         done = _write_file(storage.join(target, name), tensors, members, done, total, progress)
-    storage.write_json(storage.join(target, "recipe.json"), recipe)
+    storage.write_json(storage.join(target, RECIPE), recipe)
     index = {
         "metadata": {
             "total_size": total,
@@ -99,7 +108,18 @@ def export_safetensors(
         },
     }
     storage.write_json(storage.join(target, INDEX), index)
-    return [*names, "recipe.json", INDEX]
+    storage.remove(storage.join(target, UNFINISHED))
+    return [*names, RECIPE, INDEX]
+
+
+def _begin(target: str, found: list[str]) -> None:
+    """Mark `target` as unfinished, and clear it of what an export before this one left."""
+    storage.make_directory(target)
+    mark = storage.join(target, UNFINISHED)
+    storage.write_bytes(mark, b"tandem checkpoint export did not finish: run it again\n")
+    for name in found:
+        if _OURS.fullmatch(name):
+            storage.remove(storage.join(target, name))
 
 
 def _verified(url: str) -> CheckpointTensors:

@@ -58,6 +58,27 @@ def test_weights_are_those_of_the_checkpoint(
     assert not (tmp_path / "none").exists()
 
 
+def test_an_export_that_ended_early_is_written_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint_export, "BLOCK_BYTES", 50)
+    url, _ = next(iter(run_ranks(2, save, str(tmp_path))[0].values()))
+    target = tmp_path / "out"
+
+    def ends(done: int, total: int) -> None:
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export_safetensors(url, str(target), max_file_bytes=1, progress=ends)
+    assert len(list(target.iterdir())) > 1
+    files = export_safetensors(url, str(target), max_file_bytes=1 << 30, progress=nothing)
+    whole = export_safetensors(url, str(tmp_path / "w"), max_file_bytes=1 << 30, progress=nothing)
+    assert {each.name for each in target.iterdir()} == set(files) == set(whole)
+    for name in files:
+        assert (target / name).read_bytes() == (tmp_path / "w" / name).read_bytes()
+
+
 def test_only_weights_are_exported() -> None:
     names = {
         "tables/item.weight": "tables.item.weight",
