@@ -76,7 +76,7 @@ def _of_groups(alignment: OnlineBase) -> list[str]:
     if alignment.reference is not None:
         names += ["kl"]
     if isinstance(alignment, GBPOConfig) and alignment.logged is not None:
-        names += ["logged_loss"]
+        names += ["logged_loss", "liked", "disliked"]
     if alignment.rollout_actors is not None:
         names += ["staleness", "queue_wait", "dropped"]
     return names

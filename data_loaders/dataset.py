@@ -6,7 +6,7 @@ Shape legend: N rows of all shards, n rows of a call, T events of a call.
 """
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -283,6 +283,14 @@ class SequenceDataset:
         """Lengths and split points of users, without reading their events."""
         found = self.reader.values(sample_ids, ("length", "train_end", "validation_end"))
         return SequenceLengths(found["length"], found["train_end"], found["validation_end"])
+
+    def row_groups(self, shard: int) -> Iterator[np.ndarray]:
+        """Sample ids of each row group of a shard."""
+        entry = self.manifest.shards[shard]
+        first = entry.first_user_id - 1
+        for rows in entry.row_group_rows:
+            yield np.arange(first, first + rows)
+            first += rows
 
     def raw_users(self, sample_ids: np.ndarray) -> list[str]:
         """What the log calls the users."""

@@ -304,13 +304,9 @@ def _write_shard(
 ) -> dict[str, Any]:
     """Pairs of the users of one shard of sequences; what was written, for the manifest."""
     dataset = SequenceDataset(dataset_url, cached_row_groups=1)
-    shard = dataset.manifest.shards[index]
     writers = {part: _PartWriter(f"{part}/part-{index:05d}.parquet", part) for part in PARTS}
     totals = dict.fromkeys(("users", "candidates", *OUTCOMES), 0)
-    first = shard.first_user_id - 1
-    for rows in shard.row_group_rows:
-        ids = np.arange(first, first + rows)
-        first += rows
+    for ids in dataset.row_groups(index):
         ends = dataset.lengths(ids).train_end
         slices = dataset.reader.slices(ids, np.zeros_like(ends), ends)
         pairs = select_pairs(slices, rule, seed, dataset.manifest.labels)

@@ -68,8 +68,7 @@ class PromptLoader(StepLoader[PromptSequences]):
         self._seed, self._held_out = seed, held_out
 
     def _ends(self, sample_ids: np.ndarray) -> np.ndarray:
-        ends = self._dataset.lengths(sample_ids).train_end
-        return np.where(validation_users(sample_ids + 1, self._seed, self._held_out), 0, ends)
+        return prompt_ends(self._dataset, sample_ids, self._seed, self._held_out)
 
     def _tokens(self, sample_ids: np.ndarray) -> np.ndarray:
         return np.clip(self._ends(sample_ids) - 1, 0, self._config.max_length)
@@ -81,8 +80,30 @@ class PromptLoader(StepLoader[PromptSequences]):
         batch = jagged_batch(*split_last(slices))
         if self._rule is None:
             return PromptSequences(batch, None)
-        columns = columns_of(self._rule)
-        whole = self._dataset.reader.slices(sample_ids, np.zeros_like(ends), ends, columns)
-        judged = outcomes(whole, self._rule, self._dataset.manifest.labels).rewards
-        following = expand_ranges(whole.offsets[:-1] + begin + 1, tokens)
-        return PromptSequences(batch, torch.from_numpy(judged[following]))
+        judged = following_outcomes(self._dataset, self._rule, sample_ids, ends, tokens)
+        return PromptSequences(batch, torch.from_numpy(judged))
+
+
+def prompt_ends(
+    dataset: SequenceDataset, sample_ids: np.ndarray, seed: int, held_out: float
+) -> np.ndarray:
+    """Where the events that alignment learns from end, int64 [B]; 0 of users who are held out."""
+    ends = dataset.lengths(sample_ids).train_end
+    return np.where(validation_users(sample_ids + 1, seed, held_out), 0, ends)
+
+
+def following_outcomes(
+    dataset: SequenceDataset,
+    rule: PreferenceRule,
+    sample_ids: np.ndarray,
+    ends: np.ndarray,
+    tokens: np.ndarray,
+) -> np.ndarray:
+    """What the rule says of the last `tokens` [B] of each user's first `ends` [B] events.
+
+    float32 [T]: 1 liked, -1 disliked, 0 neither. Percentiles are over all of the first events.
+    """
+    columns = columns_of(rule)
+    whole = dataset.reader.slices(sample_ids, np.zeros_like(ends), ends, columns)
+    judged = outcomes(whole, rule, dataset.manifest.labels).rewards
+    return judged[expand_ranges(whole.offsets[1:] - tokens, tokens)]

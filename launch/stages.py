@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from configs import storage
-from configs.alignment import AlignmentBase
+from configs.alignment import AlignmentBase, GBPOConfig
 from configs.layout import RunLayout
 from configs.recipe import Recipe, StageName
 from configs.terminal import say
@@ -168,7 +168,7 @@ def _train(context: StageContext) -> Outputs:
 def _align(context: StageContext) -> Outputs:
     layout, done, config = context.layout, context.done, context.recipe.alignment
     assert config is not None, "the align stage exists only with an alignment block"
-    pairs = _pairs(context, config)
+    pairs, impressions = _pairs(context, config), _impressions(context, config)
     start = done["train"]["checkpoint"]
     outputs: Outputs = context.run_training(
         "trainer.align:align_worker",
@@ -176,7 +176,28 @@ def _align(context: StageContext) -> Outputs:
         pairs=None if pairs is None else pairs["url"],
         reference=None if pairs is None else layout.reference(pairs["fingerprint"], start["hash"]),
     )
-    return {**outputs, "pairs": pairs, "metrics": layout.metrics("align", context.fingerprint)}
+    return {
+        **outputs,
+        "pairs": pairs,
+        "impressions": impressions,
+        "metrics": layout.metrics("align", context.fingerprint),
+    }
+
+
+def _impressions(context: StageContext, config: AlignmentBase) -> dict[str, int] | None:
+    """Count what alignment's rule of logged impressions says of them, if it learns from them."""
+    from data_loaders.impressions import count_impressions
+
+    if not isinstance(config, GBPOConfig) or config.logged is None:
+        return None
+    recipe = context.recipe
+    return count_impressions(
+        context.layout.data,
+        config.logged.rule,
+        latest=1 if config.prompts.position == "last" else recipe.data.loader.max_length,
+        seed=recipe.seed,
+        held_out=0.0 if config.rule is None else config.validation_share,
+    )
 
 
 def _pairs(context: StageContext, config: AlignmentBase) -> Outputs | None:
@@ -222,15 +243,15 @@ def _evaluate(context: StageContext) -> Outputs:
     from trainer.monitor.results import write_results
 
     done = context.done
-    pairs = done["align"]["pairs"] if "align" in done else None
+    aligned = done.get("align")
+    pairs = None if aligned is None else aligned["pairs"]
     module = "reward_model" if context.recipe.ranks_candidates else "evaluate"
     measured = context.run_workers(
         f"trainer.{module}:evaluate_worker",
         policies=policies_of(done),
         pairs=None if pairs is None else pairs["url"],
     )
-    alarms = done["align"]["alarms"] if "align" in done else []
-    write_results(context.layout.results, context.recipe, measured, pairs, alarms)
+    write_results(context.layout.results, context.recipe, measured, aligned)
     return {"results": context.layout.results}
 
 

@@ -15,7 +15,6 @@ from configs.preferences import PreferenceRule
 from configs.rewards import ModelReward, QuotaReward, Reward
 from data_loaders.items import item_feature, train_counts
 from data_loaders.loader import LoaderState
-from data_loaders.preference_rules import check_rule
 from data_loaders.prompts import PromptLoader
 from sharding.checkpoint import CheckpointStore
 from sharding.parallelize import ParallelModel
@@ -39,14 +38,10 @@ def prompt_loader(
     worker: Worker, config: OnlineAlignment | GeneratedAlignment, state: TrainerState
 ) -> PromptLoader:
     """Training sequences to cut prompts from, at the state's position."""
-    rule = _logged_rule(config)
-    if rule is not None:
-        place = "alignment.logged.rule"
-        check_rule(rule, worker.dataset.manifest, worker.layout.data, place)
     return PromptLoader(
         worker.dataset,
         worker.recipe.data.loader,
-        rule,
+        _logged_rule(config),
         prompts_per_step=config.prompts.per_step,
         seed=worker.recipe.seed,
         rank=worker.ctx.rank,

@@ -1,5 +1,6 @@
 """What a stage asks of the cluster."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from configs.layout import RunLayout
 from configs.load import load_recipe
 from configs.recipe import StageName
+from data_loaders.synthetic import write_synthetic
 from launch.stages import GRAPH, StageContext
 
 
@@ -31,3 +33,14 @@ def test_only_what_saves_is_ended_to_grow(stage: StageName, grows: bool) -> None
     with pytest.raises(AskedError) as asked:
         GRAPH[stage].run(context)
     assert asked.value.args == (grows,)
+
+
+def test_impressions_are_looked_at_before_a_worker_starts(tmp_path: Path) -> None:
+    chosen = ["alignment={kind: gbpo, logged: {rule: {kind: rating}}}"]
+    recipe = load_recipe("quickstart", chosen).recipe
+    layout = RunLayout(str(tmp_path))
+    done = {"prepare": {"data": "d"}, "train": {"checkpoint": {"url": "x", "hash": "y"}}}
+    context = Context("align", recipe, layout, "0" * 12, done)
+    write_synthetic(layout.data, 9, 9, 5, 0, ratings=False)
+    with pytest.raises(ValueError, match=r"choose another alignment\.logged\.rule\.kind"):
+        GRAPH["align"].run(context)

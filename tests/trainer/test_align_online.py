@@ -256,6 +256,7 @@ def test_other_algorithms(root: Path, started: tuple[str, dict[str, Any]]) -> No
         assert last["train/unique"] == 1  # without replacement
         assert last["train/ratio"] <= 1 and last["train/bounded"] > 0
         assert last["train/logged_loss"] != 0
+        assert last["train/liked"] > 0 and last["train/disliked"] > 0
     else:
         assert len(rows) == 2 * STEPS_PER_EPOCH + 1
         assert rows[1]["train/ratio"] == pytest.approx(1.0, abs=1e-4)

@@ -256,6 +256,12 @@ def _stage_sentence(results: Results, stage: str, rows: Sequence[MetricRow]) -> 
             f"from {pairs.candidates:,} candidates among {pairs.liked:,} "
             f"liked, {pairs.disliked:,} disliked and {pairs.neither:,} other events"
         )
+    if stage == "align" and results.impressions is not None:
+        seen = results.impressions
+        parts.append(
+            f"{seen.liked:,} liked, {seen.disliked:,} disliked and {seen.neither:,} other "
+            "impressions of the log"
+        )
     speed, mfu = curve(rows, "speed/tokens_per_s"), curve(rows, "speed/mfu")
     if speed is not None:
         parts.append(f"{count(float(speed.values.mean()))} tokens/s on average")

@@ -4,7 +4,7 @@ Numbers are comparable only under one protocol; `compare` refuses anything else.
 """
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal, TypeVar
 
@@ -93,8 +93,16 @@ class ModelResult(Config):
     """Hash of the checkpoint that was measured."""
 
 
-class PreferenceCounts(Config):
-    """Preference pairs of the alignment stage."""
+class OutcomeCounts(Config):
+    """What a rule says of events."""
+
+    liked: NonNegativeInt
+    disliked: NonNegativeInt
+    neither: NonNegativeInt
+
+
+class PreferenceCounts(OutcomeCounts):
+    """Preference pairs of the alignment stage, and what their rule says of training events."""
 
     pairs: NonNegativeInt
     validation_pairs: NonNegativeInt
@@ -102,10 +110,6 @@ class PreferenceCounts(Config):
     """A winner and one loser that the rule allows; `rule.pairs_per_user` limits what is kept."""
     users: NonNegativeInt
     """Users with a pair."""
-    liked: NonNegativeInt
-    """Training events that the rule calls so."""
-    disliked: NonNegativeInt
-    neither: NonNegativeInt
 
 
 class AlarmRecord(Config):
@@ -128,6 +132,10 @@ class Results(Config):
     models: dict[str, ModelResult]
     """`popularity`, `pretrained`, `aligned`, or other names."""
     preferences: PreferenceCounts | None = None
+    impressions: OutcomeCounts | None = Field(
+        default=None, exclude_if=lambda counts: counts is None
+    )
+    """Those of the log that alignment learns from; null where it learns from none."""
     alarms: tuple[AlarmRecord, ...] = ()
     """Of the alignment stage's guardrails."""
     semantic_ids: str | None = None
@@ -162,8 +170,7 @@ def write_results(
     url: str,
     recipe: Recipe,
     measured: Mapping[str, Any],
-    pairs: Mapping[str, Any] | None,
-    alarms: Sequence[Mapping[str, Any]] = (),
+    aligned: Mapping[str, Any] | None,
 ) -> Results:
     """Write `results.json`, whole or not at all.
 
@@ -171,9 +178,11 @@ def write_results(
         url: of the file.
         recipe: the resolved recipe.
         measured: what the evaluation answered: `models`, `protocol` and `semantic_ids`.
-        pairs: what `PreferenceCounts` says of the alignment's pairs, if there was one.
-        alarms: guardrails that it broke.
+        aligned: outputs of the align stage, if there was one: `pairs` with what `PreferenceCounts`
+            says of them (or null), `impressions` with `OutcomeCounts` (or null; absent in records
+            of before they were counted), and `alarms`, the guardrails that it broke.
     """
+    outputs = {"pairs": None, "impressions": None, "alarms": [], **(aligned or {})}
     results = Results(
         name=recipe.name,
         seed=recipe.seed,
@@ -181,14 +190,18 @@ def write_results(
         recipe=redacted(recipe.model_dump(mode="json")),
         versions=library_versions(),
         models=measured["models"],
-        preferences=None
-        if pairs is None
-        else PreferenceCounts(**{name: pairs[name] for name in PreferenceCounts.model_fields}),
-        alarms=tuple(AlarmRecord.model_validate(alarm) for alarm in alarms),
+        preferences=_counts(PreferenceCounts, outputs["pairs"]),
+        impressions=_counts(OutcomeCounts, outputs["impressions"]),
+        alarms=tuple(AlarmRecord.model_validate(alarm) for alarm in outputs["alarms"]),
         semantic_ids=measured["semantic_ids"],
     )
     write_sealed(url, results.model_dump(mode="json"))
     return results
+
+
+def _counts(kind: type[C], stage: Mapping[str, Any] | None) -> C | None:
+    """Those of what a stage told."""
+    return None if stage is None else kind(**{name: stage[name] for name in kind.model_fields})
 
 
 def read_results(url: str) -> Results:

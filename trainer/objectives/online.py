@@ -91,7 +91,8 @@ class OnlineLoss(nn.Module):
 
         Metrics, means over generated candidates: `policy_loss`, `ratio`, `clip_low`, `clip_high`,
         `bounded`, `entropy` (-log π of the candidates), `kl` and what the inputs measured;
-        `supervised_loss` and `logged_loss` over prompts.
+        `supervised_loss`, `logged_loss`, `liked` and `disliked` (shares of impressions) over
+        prompts.
         """
         config, mask = self.config, inputs.mask
         scored = self._scorer(inputs.candidates, inputs.supervised, rows, index)
@@ -117,6 +118,8 @@ class OnlineLoss(nn.Module):
             losses = impression_losses(logged, inputs.logged_advantages, config.ratio)
             total = total + config.logged.weight * (weights * losses).sum()
             metrics["logged_loss"] = (weights * losses).sum().detach()
+            metrics["liked"] = (weights * (inputs.logged_advantages > 0)).sum()
+            metrics["disliked"] = (weights * (inputs.logged_advantages < 0)).sum()
         if scored.supervised is not None:
             term = (weights * scored.supervised).sum()
             total = total + config.supervised_weight * term

@@ -9,6 +9,7 @@ from configs.recipe import Recipe
 from data_loaders.manifest import DatasetManifest, EventCounts, build_manifest, write_manifest
 from trainer.monitor.results import (
     ModelResult,
+    OutcomeCounts,
     PreferenceCounts,
     Recommendations,
     Results,
@@ -78,6 +79,7 @@ def results(**changes: Any) -> Results:
             disliked=1200,
             neither=800,
         ),
+        "impressions": OutcomeCounts(liked=3456, disliked=78, neither=9),
     }
     return Results.model_validate(content | changes)
 

@@ -94,7 +94,8 @@ def test_the_report_tells_everything(written: dict[str, str]) -> None:
         "NDCG@10 on validation",
         "Preference margin in training",
         "4,210 preference pairs of 601 users, 455 of the pairs held out, from 9,876 candidates "
-        "among 5,000 liked, 1,200 disliked and 800 other events",
+        "among 5,000 liked, 1,200 disliked and 800 other events, 3,456 liked, 78 disliked and 9 "
+        "other impressions of the log",
         "100,000 events were read, 99,000 kept, 1,000 quarantined",
         "null timestamp 212",
         "Invented film 10",

@@ -43,10 +43,17 @@ def test_written_results_read_back_whole() -> None:
     }
     counts = {"pairs": 9, "validation_pairs": 1, "candidates": 20, "users": 4}
     counts |= {"liked": 30, "disliked": 5, "neither": 2}
-    pairs = {"url": "memory://pairs", **counts}
-    written = write_results(URL, chosen, measured, pairs)
+    aligned = {"pairs": {"url": "memory://pairs", **counts}, "impressions": None, "alarms": []}
+    assert write_results(URL, chosen, measured, aligned) == read_results(URL)
+    assert "impressions" not in read_json(URL)
+    said = {"liked": 7, "disliked": 0, "neither": 3}
+    alarm = {"step": 4, "action": "warn", "reason": "low"}
+    written = write_results(
+        URL, chosen, measured, aligned | {"impressions": said, "alarms": [alarm]}
+    )
     assert read_results(URL) == written
     stored = read_json(URL)
+    assert stored["impressions"] == said and stored["alarms"] == [alarm]
     assert stored["seed"] == 3 and stored["preferences"] == counts
     assert stored["models"]["pretrained"] == measured["models"]["pretrained"]
     assert stored["semantic_ids"] == "e" * 64

@@ -291,4 +291,7 @@ def test_the_logged_item_weighs_what_a_group_does() -> None:
         p = task.score(Candidates(batch, wanted[:, None])).exp().flatten()
     losses = torch.where(told < 0, p / torch.maximum(p, 1 - p), -told)
     expected = 0.5 * losses.mean()
-    torch.testing.assert_close(output.loss_sum / task.loss.weight(inputs), expected)
+    weight = task.loss.weight(inputs)
+    torch.testing.assert_close(output.loss_sum / weight, expected)
+    liked, disliked = (output.metrics[name] / weight for name in ("liked", "disliked"))
+    assert float(liked) == pytest.approx(1 / 3) == float(disliked)
