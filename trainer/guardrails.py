@@ -16,6 +16,8 @@ FOLLOWS: dict[Action, str] = {
     "roll_back": "returning to the last policy that kept the limits",
     "stop": "stopping",
 }
+ROUNDING = 1e-9
+"""What a share of two metrics may be off by."""
 SEVERITY: dict[Action, int] = {"warn": 0, "roll_back": 1, "stop": 2}
 
 
@@ -207,7 +209,8 @@ class Watch:
         done = self.state.rollbacks
         if alarm.action != "roll_back" or done < self.config.max_rollbacks:
             return alarm
-        return Alarm(alarm.step, "stop", f"{alarm.reason}, after {done} roll-backs")
+        allowed = f"alignment.guardrails.max_rollbacks={self.config.max_rollbacks}"
+        return Alarm(alarm.step, "stop", f"{alarm.reason}, and {allowed} allows no more roll-backs")
 
     def rolled_back(self) -> None:
         """Learn less from here; what was averaged belongs to the policy that was left."""
@@ -220,11 +223,14 @@ class Watch:
 def _broken(limit: LimitConfig, value: float, start: float | None) -> str:
     """How `value` breaks a limit, in a sentence; empty where it keeps it."""
     name, broken, drop = limit.metric, "", limit.max_drop
-    if drop is not None and start is not None and value < start * (1.0 - drop):
-        broken = (
-            f"{name} fell from {start:.4f} to {value:.4f}, by {1.0 - value / start:.1%}: more "
-            f"than the {drop:.1%} allowed"
-        )
+    if drop is not None and start is not None:
+        # Both are rounded already: a drop of exactly what is allowed must not miss by that.
+        fell = 1.0 - value / start if start else 0.0
+        if not fell <= drop + ROUNDING:
+            broken = (
+                f"{name} fell from {start:.4f} to {value:.4f}, by {fell:.3%}: more than the "
+                f"{100 * drop:g}% allowed"
+            )
     if limit.min is not None and not value >= limit.min:
         broken = f"{name} is {value:.4f}, below its limit of {limit.min:g}"
     if limit.max is not None and not value <= limit.max:

@@ -1,6 +1,8 @@
 """The watch's decisions, without a training loop."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from configs.guardrails import DivergenceConfig, GuardrailsConfig, LimitConfig
 from trainer.guardrails import Watch, WatchState, sentence, severest
@@ -73,11 +75,32 @@ def test_of_several_alarms_the_severest_counts_and_all_are_kept() -> None:
     alarms = watch.judged(2, {"hr@50": 0.49, "legality": 0.9, "coverage@10": 0.1})
     assert severest(alarms) == "stop" and severest([]) is None
     assert sentence(alarms, "stop") == (
-        "guardrail: hr@50 fell from 0.5000 to 0.4900, by 2.0%: more than the 1.0% allowed; "
+        "guardrail: hr@50 fell from 0.5000 to 0.4900, by 2.000%: more than the 1% allowed; "
         "legality is 0.9000, below its limit of 1; coverage@10 is 0.1000, below its limit of 0.2; "
         "stopping"
     )
     assert [a["action"] for a in watch.state.alarms] == ["warn", "stop", "roll_back"]
+
+
+@given(users=st.integers(1, 10**9), percent=st.integers(0, 99), times=st.integers(1, 10**6))
+def test_a_drop_of_exactly_what_is_allowed_is_allowed(users: int, percent: int, times: int) -> None:
+    hits = 100 * times
+    users += hits
+    limit = LimitConfig(metric="hr@50", max_drop=percent / 100, action="stop")
+    watch = watch_of(limits=(limit,))
+    watch.begin({"hr@50": hits / users})
+    kept = times * (100 - percent)
+    assert watch.judged(1, {"hr@50": kept / users}) == []
+    assert watch.judged(2, {"hr@50": (kept - 1) / users})
+
+
+def test_a_drop_of_nothing_and_to_what_is_no_number() -> None:
+    watch = watch_of(limits=(LimitConfig(metric="hr@50", max_drop=0.0, action="stop"),))
+    watch.begin({"hr@50": 0.0})
+    assert watch.judged(1, {"hr@50": 0.0}) == []
+    watch.begin({"hr@50": 0.1})
+    assert watch.judged(1, {"hr@50": 0.1}) == []
+    assert len(watch.judged(1, {"hr@50": float("nan")})) == 1
 
 
 def test_what_was_logged_is_judged_however_little_it_is() -> None:
