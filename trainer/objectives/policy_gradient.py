@@ -175,8 +175,9 @@ def gbpo_terms(new: Tensor, old: Tensor | None, advantages: Tensor) -> Terms:
     """
     gain, seen = advantages[..., None], new.detach()
     old = seen if old is None else old.detach()
-    # 1 - π loses nothing near π = 0, and is 0, below any π_old, where π rounds to 1.
-    against = torch.log1p(-seen.exp().clamp(max=1.0))
+    # 1 - π loses nothing near π = 0. Near π = 1 it is known to some roundings only, while the
+    # others' gradients are not: were it 0 there, nothing but a tiny π_old would bound them.
+    against = torch.log1p(-seen.exp().clamp(max=1.0 - 64 * torch.finfo(seen.dtype).eps))
     bound = torch.maximum(old, torch.where(gain >= 0, seen, against))
     ratio = (new - bound).exp()
     nowhere = torch.zeros_like(seen, dtype=torch.bool)

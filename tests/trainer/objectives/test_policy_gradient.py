@@ -247,6 +247,24 @@ def test_gbpo_bounds_the_gradient(logits: list[float], old: float | None, gain: 
         assert float(in_log.abs()) > 0  # nothing is cut off
 
 
+@settings(max_examples=300, deadline=None)
+@given(
+    logits=st.lists(st.floats(-40.0, 40.0, width=32), min_size=2, max_size=6),
+    old=st.none() | st.floats(-90.0, 0.0, width=32),
+    gain=st.sampled_from([-1.0, 1.0]),
+)
+def test_gbpo_bounds_the_gradient_where_probabilities_round(
+    logits: list[float], old: float | None, gain: float
+) -> None:
+    """As above in training's precision, up to its rounding: also where π rounds to 1."""
+    values = torch.tensor(logits, requires_grad=True)
+    new = values.log_softmax(0)[:1].view(1, 1, 1)
+    before = None if old is None else torch.tensor([[[old]]])
+    terms = pg.gbpo_terms(new, before, torch.tensor([[gain]]))
+    [in_logits] = torch.autograd.grad(terms.objective.sum(), values)
+    assert float(in_logits.abs().max()) <= 1.05
+
+
 def test_before_the_first_update_all_have_the_gradient_of_the_policy() -> None:
     """With π = π_old: A ∇ log π, and GBPO's where A < 0 is that times π / max(π, 1 - π)."""
     gain, old = some_advantages(), log_probs(5)
