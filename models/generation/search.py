@@ -105,7 +105,7 @@ def generate(
     tokens, undecided = None, None
     for level in range(trie.num_levels):
         logits = decoder.step(context, cache, level, tokens)
-        _refuse_nan(logits, level)
+        refuse_unsound(logits, level)
         if undecided is not None:
             logits = undecided.spread(logits)
         assert logits.shape == (*beams.states.shape, trie.codebook_sizes[level])
@@ -123,12 +123,16 @@ def generate(
     return _padded(beams, codes, width_of(config))
 
 
-def _refuse_nan(logits: Tensor, level: int) -> None:
-    """No beam would survive it, and an empty answer would pass for a catalogue that allows none."""
-    sound = ~logits.isnan().any()
+def refuse_unsound(logits: Tensor, place: int) -> None:
+    """Raise ValueError where a beam's logits, [..., V] of code `place`, have no finite largest one.
+
+    No beam would survive that, and an empty answer would pass for a catalogue that allows none. On
+    a device it is told without waiting for it.
+    """
+    sound = logits.amax(-1).isfinite().all()
     sentence = (
-        f"the model's logits of level {level + 1} are NaN: its weights, or what it was given, are "
-        "not finite; go back to an earlier checkpoint"
+        f"the model's logits of code {place + 1} are not finite: its weights, or what it was "
+        "given, are not; go back to an earlier checkpoint"
     )
     if logits.device.type == "cpu":
         if not sound:

@@ -12,7 +12,7 @@ from torch import Tensor
 from configs.generation import BeamConfig
 from models.generation.catalogue_trie import CatalogueTrie
 from models.generation.restrictions import AllowList, restrict
-from models.generation.search import Generated, StepDecoder, repeated
+from models.generation.search import Generated, StepDecoder, refuse_unsound, repeated
 from models.generation.strategies import TrieLevel, advance, first_beams
 
 
@@ -53,7 +53,8 @@ def generate_sessions(
         exclude: [N, E] int64 items each request must not get, as in `search.generate`.
 
     Raises:
-        ValueError: the decoder's codebooks are not those of the trie, S times over.
+        ValueError: the decoder's codebooks are not those of the trie, S times over, or its logits
+            are not finite.
     """
     sizes, levels = tuple(decoder.codebook_sizes), trie.num_levels
     items = len(sizes) // levels
@@ -69,6 +70,7 @@ def generate_sessions(
     for place in range(items * levels):
         level = place % levels
         logits = decoder.step(context, cache, place, tokens)
+        refuse_unsound(logits, place)
         beams = advance(config, beams, logits, TrieLevel(trie, level, restriction))
         tokens, parents = beams.tokens, beams.parents[..., None]
         codes = torch.cat([_along(codes, parents), tokens[..., None]], dim=2)

@@ -14,7 +14,7 @@ from models.generation import search as search_module
 from models.generation.catalogue_trie import CatalogueTrie
 from models.generation.kv_cache import BeamCache
 from models.generation.restrictions import AllowList, restrict
-from models.generation.search import Generated, generate, item_of_each, items_of
+from models.generation.search import Generated, generate, item_of_each, items_of, refuse_unsound
 from models.generation.strategies import Beams, TrieLevel, best_native, best_reference
 from models.ops.native import native_available
 from tests.models.generation.plain import Catalogue, TinyDecoder, catalogues, exact_log_probs
@@ -307,5 +307,13 @@ def test_weights_that_diverged_give_no_empty_answer(level: int) -> None:
     catalogue = Catalogue(torch.tensor([[0, 0], [0, 2], [1, 1]]), (3, 3))
     decoder = TinyDecoder(catalogue.sizes, 0)
     decoder.head[level][2, 1] = torch.nan
-    with pytest.raises(ValueError, match=f"logits of level {level + 1} are NaN"):
+    with pytest.raises(ValueError, match=f"logits of code {level + 1} are not finite"):
         generate(decoder, decoder.contexts(2), 2, catalogue.trie, BeamConfig(beams=3))
+
+
+def test_logits_that_leave_no_beam_are_unsound() -> None:
+    low = -torch.inf
+    refuse_unsound(torch.tensor([[low, 0.0], [1.0, 2.0]]), 0)
+    for wrong in ([low, low], [torch.inf, 0.0], [torch.nan, 0.0]):
+        with pytest.raises(ValueError, match="logits of code 3 are not finite"):
+            refuse_unsound(torch.tensor([[0.0, 1.0], wrong]), 2)

@@ -1,6 +1,7 @@
 """Session generation against scoring every session of a small catalogue."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -40,6 +41,23 @@ def test_enough_beams_find_every_session_in_order() -> None:
         assert float(actual.logsumexp(0)) == pytest.approx(0.0, abs=1e-5)
         for at, row in enumerate(found.codes[request]):
             assert torch.equal(TRIE.walk(row), found.states[request, at])
+
+
+@pytest.mark.parametrize("place", range(6))
+def test_weights_that_diverged_give_no_empty_session(
+    place: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(session_items=2, lifelong=None).eval()
+    batch = requests([3, 4])
+    context, step = model.encode(batch, rows_for(model, batch), 0, "last"), model.step
+
+    def diverged(context: Any, cache: Any, at: int, tokens: Any) -> torch.Tensor:
+        logits = step(context, cache, at, tokens)
+        return logits.index_fill(-1, torch.tensor(1), torch.nan) if at == place else logits
+
+    monkeypatch.setattr(model, "step", diverged)
+    with pytest.raises(ValueError, match=f"logits of code {place + 1} are not finite"):
+        generate_sessions(model, context, 2, TRIE, BeamConfig(beams=3))
 
 
 def test_few_beams_write_legal_items_and_fewer_sessions_than_beams_are_fine() -> None:
