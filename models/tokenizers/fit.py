@@ -11,7 +11,10 @@ from models.tokenizers.product_quantizer import fit_product_quantizer
 from models.tokenizers.quantizer import Quantizer
 from models.tokenizers.residual_kmeans import fit_residual_kmeans
 from models.tokenizers.rq_vae_training import fit_rq_vae
-from models.tokenizers.shards import Shards
+from models.tokenizers.shards import Shards, measure
+
+SMALLEST, LARGEST = 1e-12, 1e12
+"""Between them, float32 holds the squares that distances and their gradients are made of."""
 
 
 def fit_quantizer(
@@ -35,6 +38,12 @@ def fit_quantizer(
     Raises:
         ValueError: the config does not fit the data; the sentence says how to mend it.
     """
+    largest = measure(shards).largest
+    if largest and not SMALLEST <= largest <= LARGEST:
+        raise ValueError(
+            f"the largest number of the embeddings is {largest:.1e}, whose squares float32 does "
+            "not hold well: scale them, or set normalize of tokenizer.embeddings to true"
+        )
     model: Quantizer
     match config:
         case RQVAEConfig():

@@ -34,19 +34,28 @@ def padded(block: Tensor) -> Tensor:
     return F.pad(block, (0, 0, 0, BLOCK_ROWS - len(block)))
 
 
-def costs(rows: Tensor, codebook: Tensor, prices: Tensor | None = None) -> Tensor:
+def costs(
+    rows: Tensor,
+    codebook: Tensor,
+    prices: Tensor | None = None,
+    *,
+    middle: Tensor | None = None,
+) -> Tensor:
     """Half squared distances up to a constant of the row, plus prices: float32 [C, K].
 
-    ‖c‖²/2 − x·c for `rows` [C, D] and `codebook` [K, D]; its order over k is the order of
+    ‖c‖²/2 − x·c for `rows` [C, D] and `codebook` [K, D], both less `middle` [D] (the mean code):
+    far from the origin, products would round distances away. Its order over k is that of
     distances. `prices` [K] raise the cost of codes (see balanced.py).
     """
+    middle = codebook.mean(0) if middle is None else middle
+    rows, codebook = rows - middle, codebook - middle
     size, width = codebook.shape
     more_width, more_codes = -width % ALIGNMENT, -size % ALIGNMENT
     even = F.pad(codebook, (0, more_width, 0, more_codes))
     offsets = even.square().sum(1) / 2
     if prices is not None:
         offsets = offsets + F.pad(prices, (0, more_codes))
-    wide = F.pad(rows, (0, more_width)) if more_width else rows.contiguous()
+    wide = F.pad(rows, (0, more_width))
     return torch.addmm(offsets, wide, even.T, alpha=-1)[:, :size]
 
 

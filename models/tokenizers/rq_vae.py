@@ -96,7 +96,7 @@ class RQVAE(ResidualQuantizer):
     def assign(self, residual: Tensor, level: int) -> Tensor:
         """Codes [B] of residuals [B, W] in training: nearest, or spread on the last level."""
         vectors, sinkhorn = self.codebooks[level], self.config.sinkhorn
-        half = costs(residual, vectors)
+        half = costs(residual, vectors, middle=torch.zeros_like(vectors[0]))  # latents are centred
         if sinkhorn is None or level < len(self.codebooks) - 1:
             return half.argmin(1)
         distances = (2 * half + residual.square().sum(1, keepdim=True)).clamp(min=0)

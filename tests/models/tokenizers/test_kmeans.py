@@ -7,7 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from configs.tokenizers import ResidualKMeansConfig
 from models.tokenizers.exact_sums import grid_step, on_grid, sum_by_code
+from models.tokenizers.fit import fit_quantizer
 from models.tokenizers.kmeans import (
     Grid,
     assign_and_sum,
@@ -136,9 +138,30 @@ def test_grid_sums_do_not_depend_on_order(seed: int, scale: float) -> None:
 def test_costs_order_codes_as_distances_do() -> None:
     rows, book = clouds(40, 7, 3, seed=6), clouds(9, 7, 3, seed=7)
     prices = torch.rand(9, generator=torch.Generator().manual_seed(0))
-    expected = torch.cdist(rows, book).square() / 2 - rows.square().sum(1, keepdim=True) / 2
-    torch.testing.assert_close(costs(rows, book), expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(costs(rows, book, prices), expected + prices, rtol=1e-4, atol=1e-4)
+    distances = torch.cdist(rows, book).square() / 2
+
+    def to_first(values: torch.Tensor) -> torch.Tensor:
+        return values - values[:, :1]  # a constant of the row is free
+
+    for extra in (torch.zeros(9), prices):
+        found, expected = costs(rows, book, extra), distances + extra
+        torch.testing.assert_close(to_first(found), to_first(expected), rtol=1e-4, atol=1e-4)
+
+
+def test_what_lies_far_from_the_origin_finds_its_nearest_code() -> None:
+    rows, book = clouds(500, 8, 4, seed=6) + 1e4, clouds(20, 8, 4, seed=7) + 1e4
+    distances = torch.cdist(
+        rows.double(), book.double(), compute_mode="donot_use_mm_for_euclid_dist"
+    )
+    assert float((nearest(rows, book) == distances.argmin(1)).float().mean()) > 0.99
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e20])
+def test_numbers_whose_squares_are_lost_are_refused(scale: float) -> None:
+    data = clouds(50, 4, 3, seed=1) * scale
+    config = ResidualKMeansConfig(codebook_size=4, iterations=2)
+    with pytest.raises(ValueError, match="set normalize of tokenizer.embeddings to true"):
+        fit_quantizer(LocalShards.of(data), 4, config)
 
 
 def test_what_cannot_be_fitted_is_refused() -> None:
