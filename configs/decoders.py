@@ -115,6 +115,19 @@ class OneRecConfig(FeatureInputs):
             raise ValueError("positive_from says what positive_history reads, which is null")
         return self
 
+    def check_feedback(self, rating: bool, action: bool) -> None:
+        """Raise ValueError where a log of these columns says nothing that is positive feedback."""
+        if (
+            self.positive_history is not None
+            and not rating
+            and not (action and self.positive_actions)
+        ):
+            raise ValueError(
+                "model.positive_history reads events whose feedback is positive, but the log tells "
+                "none: map data.source.columns.rating, or .action with model.positive_actions, or "
+                "set model.positive_history to null"
+            )
+
 
 class LazyDecoderConfig(FeatureInputs):
     """OneRec-V2's lazy decoder (arXiv 2508.20900): cross-attention without K/V projections."""
@@ -145,6 +158,11 @@ class LazyDecoderConfig(FeatureInputs):
             raise ValueError(
                 f"kv_layers={self.kv_layers} exceeds num_layers={self.num_layers}: "
                 "no block would read the rest"
+            )
+        if self.experts is None and self.dense_layers != 2:
+            raise ValueError(
+                f"dense_layers={self.dense_layers} says which blocks are without experts, but "
+                "experts is null: leave dense_layers out or set experts"
             )
         if self.experts is not None and self.dense_layers >= self.num_layers:
             raise ValueError(

@@ -142,6 +142,8 @@ def _objective_fits_model(recipe: Recipe) -> None:
                 f"objective.kind='next_code' trains models that write semantic ids, but "
                 f"model.kind={kind!r} scores items: use sampled_softmax or full_softmax"
             )
+        if recipe.tokenizer is not None:
+            raise ValueError(f"model.kind={kind!r} reads no semantic ids: set tokenizer to null")
         return
     if recipe.tokenizer is None:
         raise ValueError(
@@ -268,6 +270,9 @@ def _features_are_mapped(recipe: Recipe) -> None:
                     f"model.{switch} is on, but data.source.columns.{column} maps no column of the "
                     f"log: map one or set model.{switch} to false"
                 )
+    if isinstance(recipe.model, OneRecConfig):
+        columns = source.columns
+        recipe.model.check_feedback(columns.rating is not None, columns.action is not None)
     if recipe.data.cleaning.min_rating is not None and source.columns.rating is None:
         raise ValueError(
             f"data.cleaning.min_rating={recipe.data.cleaning.min_rating} needs a rating: map "

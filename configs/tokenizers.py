@@ -75,6 +75,15 @@ class RQVAEConfig(CodeConfig):
         return self
 
     @model_validator(mode="after")
+    def _decay_is_read(self) -> "RQVAEConfig":
+        if self.dead_code_threshold == 0 and "usage_decay" in self.model_fields_set:
+            raise ValueError(
+                "usage_decay says how dead codes are told, but dead_code_threshold=0 re-seeds "
+                "none: leave usage_decay out or raise the threshold"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _warmup_ends(self) -> "RQVAEConfig":
         if self.warmup_epochs >= self.epochs:
             raise ValueError(

@@ -22,6 +22,10 @@ DECODER = (
 LIFELONG = "model={kind: onerec, lifelong: {history: 2000}}"
 PARQUET = "tokenizer={embeddings: [{kind: vectors, url: v, first_id: 1}]}"
 NPY = "tokenizer={embeddings: [{kind: vectors, url: v, format: npy, item: sku}]}"
+UNUSED_DECAY = "tokenizer.quantizer={kind: rq_vae, dead_code_threshold: 0, usage_decay: 0.5}"
+PLAIN_LOG = "data.source={kind: csv, url: log.csv, columns: {user: u, item: i, timestamp: t}}"
+VECTORS = "tokenizer={embeddings: [{kind: vectors, url: v}]}"
+RATED = "data.source.columns.rating=r"
 TABLE = "tokenizer={embeddings: [{kind: text, table: {url: t, separator: ;}}]}"
 
 
@@ -46,6 +50,20 @@ TABLE = "tokenizer={embeddings: [{kind: text, table: {url: t, separator: ;}}]}"
         ),
         ([*DECODER[1:], "model={kind: tiger}", NPY], "item and vector name columns of Parquet"),
         ([*DECODER[1:], "model={kind: tiger}", TABLE], "separator and quoted_newlines are of CSV"),
+        ([DECODER[0]], "model.kind='hstu' reads no semantic ids: set tokenizer to null"),
+        ([*DECODER, "model={kind: lazy_decoder, dense_layers: 3}"], "dense_layers=3 says which"),
+        (
+            [*DECODER, "model={kind: tiger}", UNUSED_DECAY],
+            "usage_decay says how dead codes are told",
+        ),
+        (
+            [*DECODER[1:], VECTORS, "model={kind: onerec, positive_history: 9}", PLAIN_LOG],
+            "positive_history reads events whose feedback is positive, but the log tells none",
+        ),
+        (
+            [*DECODER[1:], VECTORS, "model={kind: onerec, positive_history: 9}", PLAIN_LOG, RATED],
+            None,
+        ),
         ([*DECODER, "model={kind: tiger}", "objective.windows_per_user=2"], None),
         ([*DECODER, LIFELONG, "data.loader.max_length=2000"], None),
     ],

@@ -75,7 +75,7 @@ def bench_beam(
     """Measure, print, and leave `beam.json` below `output` (any URL).
 
     Raises:
-        ValueError: a catalogue that this many codes cannot name.
+        ValueError: a catalogue that this many codes cannot name, or of fewer ids than beams.
         AssertionError: a contestant's result differs from ours.
     """
     wrong = [count for count in items if not 1 < count <= CODES**LEVELS // 2]
@@ -89,6 +89,11 @@ def bench_beam(
         generator = torch.Generator().manual_seed(seed)
         codes = random_codes(count, generator)
         trie = CatalogueTrie.build(codes, (CODES,) * LEVELS)
+        if trie.num_states(LEVELS) < max(beams):
+            raise ValueError(
+                f"--beams {max(beams)}: {count:,} items have {trie.num_states(LEVELS):,} ids, and "
+                "every beam needs one: lower --beams or raise --items"
+            )
         say(f"{count:,} items, {trie.num_states(LEVELS):,} ids, branches {trie.max_branch}")
         rivals = DictTrie(codes), PrefixComparison(codes)
         for width in beams:
@@ -237,5 +242,5 @@ def _recorded(
         earlier = prefixes.gather(1, beams.parents[..., None].expand(-1, -1, level))
         prefixes = torch.cat([earlier, beams.tokens[..., None]], dim=2)
     valid, scores = beams.states >= 0, beams.scores
-    assert bool(valid.all()), "more beams than ids"
+    assert bool(valid.all()), "there are as many ids as beams"
     return steps, Generated(prefixes, beams.states, scores, scores, scores, valid)

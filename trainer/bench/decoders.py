@@ -74,6 +74,8 @@ def bench_decoders(
     Raises:
         ValueError: sizes at which the parameters cannot be made equal.
     """
+    if shape.width % shape.heads:
+        raise ValueError(f"--heads {shape.heads} must divide --width {shape.width}")
     torch.manual_seed(seed)
     events = torch.randint(0, shape.codes, (batch, shape.history, shape.levels))
     targets = torch.randint(0, shape.codes, (batch, shape.levels))

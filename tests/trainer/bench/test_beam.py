@@ -45,6 +45,12 @@ def test_a_catalogue_that_codes_cannot_name_is_refused(tmp_path: Path) -> None:
     assert result.exit_code == 2 and "4 levels of 256 codes" in result.stderr
 
 
+def test_fewer_ids_than_beams_are_refused(tmp_path: Path) -> None:
+    sizes = ["--items", "100", "--beams", "101", "--part", "constraint"]
+    result = CliRunner().invoke(main, ["bench", "beam", "--output", str(tmp_path), *sizes])
+    assert result.exit_code == 2 and "lower --beams or raise --items" in result.stderr
+
+
 def test_contestants_make_the_same_masks() -> None:
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(4, (60, 3), generator=generator)

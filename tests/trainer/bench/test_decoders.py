@@ -1,6 +1,7 @@
 """The naive decoder-only model and what `tandem bench decoders` claims."""
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -81,3 +82,5 @@ def test_bench_compares_equals_and_leaves_a_file(tmp_path: Path) -> None:
 def test_rivals_that_cannot_be_fitted_are_refused() -> None:
     with pytest.raises(ValueError, match="narrowest rival is larger"):
         _fitted(partial(_naive, SHAPE), target=10)
+    with pytest.raises(ValueError, match="--heads 3 must divide --width 16"):
+        bench_decoders("nowhere", replace(SHAPE, heads=3), batch=2, repeats=1, seed=0, say=print)
