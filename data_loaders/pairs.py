@@ -40,6 +40,8 @@ from models.ops.hashing import mix64
 Part = Literal["train", "validation"]
 PARTS: tuple[Part, ...] = ("train", "validation")
 PAIRS_PER_GROUP = 512
+_PURPOSES = {"train": ("train on", "lower"), "validation": ("measure with", "raise")}
+"""What a part's pairs are for, and what gives more of them."""
 MEND = "delete that directory and run `tandem align RECIPE` to write the pairs anew"
 
 
@@ -228,6 +230,7 @@ def build_pairs(
     max_length: int,
     seed: int,
     validation_share: float,
+    trains: bool,
 ) -> PairManifest:
     """Write the preference pairs of a prepared data set, a Ray Data task a shard.
 
@@ -236,12 +239,14 @@ def build_pairs(
         output_url: directory of the pairs; what it held is replaced.
         max_length: most events of a context.
         validation_share: share of users whose pairs are held out.
+        trains: whether the others are trained on; if not, there may be none.
 
     Returns:
         The manifest, which has been written last.
 
     Raises:
-        ValueError: the data set lacks what the rule reads, or there is no pair to train on.
+        ValueError: the data set lacks what the rule reads, or there is no pair to train on or none
+            to measure with.
     """
     data = read_manifest(dataset_url)
     check_rule(rule, data, dataset_url)
@@ -258,24 +263,30 @@ def build_pairs(
     with quiet():
         progress = Progress(functools.partial(print, flush=True))
         reports = map_parts("read preference pairs", progress, len(data.shards), task)
-    manifest = _summary(data, reports, settings)
+    manifest = _summary(data, reports, settings, PARTS if trains else ("validation",))
     write_manifest(output_url, manifest)
     return manifest
 
 
 def _summary(
-    data: DatasetManifest, reports: list[dict[str, Any]], settings: dict[str, Any]
+    data: DatasetManifest,
+    reports: list[dict[str, Any]],
+    settings: dict[str, Any],
+    needed: Sequence[Part],
 ) -> PairManifest:
+    """The manifest of what was written. ValueError where a needed part is empty."""
     keys = ("users", "candidates", *PARTS, *OUTCOMES)
     totals = {key: sum(r[key] for r in reports) for key in keys}
-    if totals["train"] == 0:
-        rule = settings["rule"]
-        raise ValueError(
-            f"alignment.rule finds no pair to train on: of {totals['liked']} liked and "
-            f"{totals['disliked']} disliked events {totals['candidates']} pairs are within "
-            f"{rule.window} events, {totals['validation']} pairs were kept for validation; loosen "
-            "the rule or lower alignment.validation_share"
-        )
+    for part in needed:
+        if totals[part] == 0:
+            purpose, mend = _PURPOSES[part]
+            raise ValueError(
+                f"alignment.rule finds no pair to {purpose}: of {totals['liked']} liked and "
+                f"{totals['disliked']} disliked events {totals['candidates']} pairs are within "
+                f"{settings['rule'].window} events, {totals['train']} were kept for training and "
+                f"{totals['validation']} for validation; loosen the rule or {mend} "
+                f"alignment.validation_share={settings['validation_share']}"
+            )
     shards = [PairShard(**entry) for report in reports for entry in report["shards"]]
     return seal(
         PairManifest,

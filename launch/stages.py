@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from configs import storage
-from configs.alignment import AlignmentBase, GBPOConfig
+from configs.alignment import AlignmentBase, GBPOConfig, OfflineBase
 from configs.layout import RunLayout
 from configs.recipe import Recipe, StageName
 from configs.terminal import say
@@ -224,6 +224,7 @@ def _pairs(context: StageContext, config: AlignmentBase) -> Outputs | None:
         max_length=recipe.data.loader.max_length,
         seed=recipe.seed,
         validation_share=config.validation_share,
+        trains=isinstance(config, OfflineBase),
     )
     return {
         "url": url,

@@ -155,8 +155,16 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def build(data: Path, output: Path, rule: RatingRule = RULE, seed: int = 1) -> PairManifest:
-    return build_pairs(str(data), rule, str(output), max_length=7, seed=seed, validation_share=0.25)
+def build(
+    data: Path,
+    output: Path,
+    rule: RatingRule | WatchTimeRule = RULE,
+    seed: int = 1,
+    share: float = 0.25,
+    trains: bool = True,
+) -> PairManifest:
+    settings = {"max_length": 7, "seed": seed, "validation_share": share, "trains": trains}
+    return build_pairs(str(data), rule, str(output), **settings)
 
 
 @pytest.fixture(scope="module")
@@ -272,6 +280,17 @@ def test_nothing_to_prefer_is_said(data: Path, tmp_path: Path, local_ray: None) 
         build(tmp_path / "plain", tmp_path / "pairs")
     with pytest.raises(ValueError, match="no pairs were written there"):
         read_pairs(str(tmp_path / "pairs"))
+
+
+def test_a_part_that_is_needed_is_never_empty(data: Path, tmp_path: Path, local_ray: None) -> None:
+    """Each is told before alignment; who trains on no pairs needs only those that measure."""
+    for trains in (True, False):
+        with pytest.raises(ValueError, match=r"no pair to measure with: .* 0 for vali.* or raise"):
+            build(data, tmp_path / "pairs", share=1e-9, trains=trains)
+    with pytest.raises(ValueError, match=r"no pair to train on: .* 0 were kept .* or lower"):
+        build(data, tmp_path / "pairs", share=1 - 1e-9)
+    held_out = build(data, tmp_path / "pairs", share=1 - 1e-9, trains=False)
+    assert held_out.num_pairs == held_out.num_validation_pairs > 0
 
 
 def test_a_corrupt_shard_stops_the_build_in_one_sentence(tmp_path: Path, local_ray: None) -> None:

@@ -37,6 +37,7 @@ def built(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> Path:
         max_length=LENGTH,
         seed=1,
         validation_share=0.25,
+        trains=True,
     )
     return path / "pairs"
 

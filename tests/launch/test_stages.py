@@ -8,6 +8,7 @@ import pytest
 from configs.layout import RunLayout
 from configs.load import load_recipe
 from configs.recipe import StageName
+from data_loaders.manifest import build_manifest, write_manifest
 from data_loaders.synthetic import write_synthetic
 from launch.stages import GRAPH, StageContext
 
@@ -35,12 +36,23 @@ def test_only_what_saves_is_ended_to_grow(stage: StageName, grows: bool) -> None
     assert asked.value.args == (grows,)
 
 
-def test_impressions_are_looked_at_before_a_worker_starts(tmp_path: Path) -> None:
-    chosen = ["alignment={kind: gbpo, logged: {rule: {kind: rating}}}"]
-    recipe = load_recipe("quickstart", chosen).recipe
+@pytest.mark.parametrize(
+    ("alignment", "told"),
+    [
+        ("{kind: dpo}", "finds no pair to train on"),
+        ("{kind: grpo, rule: {kind: rating}}", "finds no pair to measure with"),
+        ("{kind: sprec, rule: {kind: rating}}", "finds no pair to measure with"),
+        ("{kind: gbpo, logged: {rule: {kind: rating}}}", "finds nothing to learn from"),
+    ],
+)
+def test_rules_that_find_nothing_are_told_before_a_worker_starts(
+    alignment: str, told: str, tmp_path: Path
+) -> None:
+    """Of a data set without a shard, which needs no Ray to be read; each kind by what it needs."""
+    recipe = load_recipe("quickstart", [f"alignment={alignment}"]).recipe
     layout = RunLayout(str(tmp_path))
+    content = write_synthetic(layout.data, 9, 9, 5, 0).model_dump(exclude={"fingerprint"})
+    write_manifest(layout.data, build_manifest(**content | {"shards": ()}))
     done = {"prepare": {"data": "d"}, "train": {"checkpoint": {"url": "x", "hash": "y"}}}
-    context = Context("align", recipe, layout, "0" * 12, done)
-    write_synthetic(layout.data, 9, 9, 5, 0, ratings=False)
-    with pytest.raises(ValueError, match=r"choose another alignment\.logged\.rule\.kind"):
-        GRAPH["align"].run(context)
+    with pytest.raises(ValueError, match=told):
+        GRAPH["align"].run(Context("align", recipe, layout, "0" * 12, done))

@@ -36,4 +36,4 @@ def write_pairs(data: str, url: str, losers: int = 1) -> None:
         pairs._write_shard(index, dataset_url=data, output_url=url, **settings)
         for index in range(len(manifest.shards))
     ]
-    write_manifest(url, pairs._summary(manifest, reports, settings))
+    write_manifest(url, pairs._summary(manifest, reports, settings, pairs.PARTS))
