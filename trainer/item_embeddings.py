@@ -112,6 +112,16 @@ class ItemEmbeddings:
         return known
 
 
+@dataclass(frozen=True)
+class Known:
+    """What the earlier table of a frozen tokenizer tells, after `cold_start.stage_known`."""
+
+    items: int
+    """Items of the catalogue that have codes and need no vectors."""
+    widths: tuple[int, ...]
+    """Of its embeddings. Where no new item has a vector, nothing else tells them."""
+
+
 def drawn_directions(raw_ids: pa.ChunkedArray, width: int) -> Tensor:
     """Directions of length one that are a function of the raw ids alone: float32 [n, D]."""
     names = np.asarray(raw_ids.to_pylist(), dtype=object)
@@ -130,29 +140,29 @@ def stage_embeddings(
     device: str,
     progress: Progress,
     say: Callable[[str], None],
-    known_items: int | None = None,
+    known: Known | None = None,
 ) -> ItemEmbeddings:
     """Bring every embedding of the recipe to the items' parts; what is staged already is kept.
 
     Args:
-        known_items: after `cold_start.stage_known`, how many items have codes and need no vectors.
+        known: of a frozen tokenizer; where no item is new, nothing is read.
 
     Raises:
-        ValueError: an embedding cannot be read, or misses more items than it may.
+        ValueError: an embedding cannot be read, misses more items than it may, or has another width
+            than a frozen tokenizer's.
     """
     parts = tuple(item_parts(data_url))
     blocks = []
     for index, embedding in enumerate(config.embeddings):
         place = f"tokenizer.embeddings.{index}"
-        stage = _Staging(data_url, staging_url, parts, index, place, progress, device, known_items)
-        match embedding:
-            case TextEmbedding():
-                block = stage.text(embedding)
-            case VectorEmbedding():
-                block = stage.vectors(embedding)
-            case CollaborativeEmbedding():
-                block = stage.collaborative(embedding)
+        stage = _Staging(data_url, staging_url, parts, index, place, progress, device, known)
+        block = stage.block(embedding)
         _check_missing(block, place, stage.items)
+        if known is not None and block.width != known.widths[index]:
+            raise ValueError(
+                f"{place} has vectors of width {block.width}, and those of tokenizer.frozen had "
+                f"{known.widths[index]}; describe the items as they were described then"
+            )
         told = f", {block.missing:,} items have none" if block.missing else ""
         say(f"  embedding {index}: {embedding.kind}, width {block.width}{told}")
         blocks.append(block)
@@ -160,19 +170,25 @@ def stage_embeddings(
 
 
 def _check_missing(block: Block, place: str, items: int) -> None:
-    share = block.missing / max(items, 1)
-    if share <= block.embedding.max_missing and block.width:
-        return
-    mend = {
-        "text": "map data.source.item_text, name a table with texts",
-        "vectors": "check that its item ids are the log's own (npy: first_id)",
-        "collaborative": "train on the same data",
-    }[block.embedding.kind]
-    raise ValueError(
-        f"{place} has no {block.embedding.kind} for {block.missing:,} of {items:,} items "
-        f"({share:.1%}), more than max_missing={block.embedding.max_missing:g} allows; {mend}, "
-        "or raise max_missing"
+    kind, mends = (
+        block.embedding.kind,
+        {
+            "text": "map data.source.item_text, name a table with texts",
+            "vectors": "check that its item ids are the log's own (npy: first_id)",
+            "collaborative": "train on the same data",
+        },
     )
+    if not block.width:
+        raise ValueError(
+            f"{place} has no {kind} for any of {items:,} items; {mends[kind]}, or remove it"
+        )
+    share = block.missing / max(items, 1)
+    if share > block.embedding.max_missing:
+        raise ValueError(
+            f"{place} has no {kind} for {block.missing:,} of {items:,} items ({share:.1%}), more "
+            f"than max_missing={block.embedding.max_missing:g} allows; {mends[kind]}, or raise "
+            "max_missing"
+        )
 
 
 @dataclass(frozen=True)
@@ -186,23 +202,40 @@ class _Staging:
     place: str
     progress: Progress
     device: str
-    known_items: int | None
+    known: Known | None
 
     @property
     def items(self) -> int:
         """Items that need vectors."""
-        return sum(part.rows for part in self.parts) - (self.known_items or 0)
+        return sum(part.rows for part in self.parts) - (self.known.items if self.known else 0)
+
+    @property
+    def width_then(self) -> int:
+        """Width of this embedding in the earlier table; 0 without one."""
+        return self.known.widths[self.index] if self.known else 0
+
+    def block(self, embedding: ItemEmbedding) -> Block:
+        if not self.items:
+            return Block(embedding, self.width_then, 0, "", None)
+        match embedding:
+            case TextEmbedding():
+                return self.text(embedding)
+            case VectorEmbedding():
+                return self.vectors(embedding)
+            case CollaborativeEmbedding():
+                return self.collaborative(embedding)
 
     def vectors(self, embedding: VectorEmbedding) -> Block:
         name = f"vectors-{self.index}"
         report = self._once(name, lambda: self._stage_vectors(name, embedding))
         found = report["rows"]
-        if self.known_items is not None:
+        if self.known is not None:
             count = functools.partial(_count_new, self.staging_url, name)
             counts = map_parts("count vectors", self.progress, len(self.parts), count)
             found = sum(part["rows"] for part in counts)
         identity = self._of_file(embedding.url)
-        return Block(embedding, report["width"], self.items - found, name, identity)
+        width = report["width"] or self.width_then
+        return Block(embedding, width, self.items - found, name, identity)
 
     def text(self, embedding: TextEmbedding) -> Block:
         check_encoder()
@@ -213,7 +246,7 @@ class _Staging:
             identity = self._of_file(embedding.table.url)
             self._once(texts, lambda: self._stage_texts(texts, embedding))
         name = f"encoded-{self.index}"
-        new_only = self.known_items is not None
+        new_only = self.known is not None
         encode = functools.partial(
             _encode_part,
             self.parts,
@@ -226,7 +259,7 @@ class _Staging:
         )
         gpus = 1 if self.device == "cuda" else 0
         reports = map_parts("encode texts", self.progress, len(self.parts), encode, gpus)
-        width = max(report["width"] for report in reports)
+        width = max(report["width"] for report in reports) or self.width_then
         known = sum(report["rows"] for report in reports)
         return Block(embedding, width, self.items - known, name, identity)
 

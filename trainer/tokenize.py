@@ -32,7 +32,12 @@ from data_loaders.sources import files_signature
 from models.tokenizers.build import DESCRIPTION, TENSORS, load_quantizer
 from trainer.codes_report import summarize_codes, usage_report
 from trainer.item_codes import stage_new, staged_codes
-from trainer.item_embeddings import ItemEmbeddings, selected_checkpoint, stage_embeddings
+from trainer.item_embeddings import (
+    ItemEmbeddings,
+    Known,
+    selected_checkpoint,
+    stage_embeddings,
+)
 from trainer.shard_workers import fit_and_stage
 
 QUANTIZER = "quantizer"
@@ -171,12 +176,8 @@ class _Tokenization:
         """Codes of an earlier table for the items it has, and of its quantizer for the others."""
         earlier = cold_start.EarlierCodes(url, self._continued(url))
         known = cold_start.stage_known(earlier, self._parts, self._staging, self._progress)
-        embeddings = self._embed(known)
-        if embeddings.width != earlier.manifest.width:
-            raise ValueError(
-                f"tokenizer.frozen={url!r} reads embeddings of width {earlier.manifest.width}, and "
-                f"these have {embeddings.width}; describe the items as they were described then"
-            )
+        widths = tuple(block["width"] for block in earlier.manifest.report["embeddings"])
+        embeddings = self._embed(Known(known, widths))
         for entry in earlier.manifest.quantizer:
             verify_shard(url, entry, MEND)
         for name in (TENSORS, DESCRIPTION):
@@ -233,7 +234,7 @@ class _Tokenization:
                 )
         return manifest
 
-    def _embed(self, known_items: int | None) -> ItemEmbeddings:
+    def _embed(self, known: Known | None) -> ItemEmbeddings:
         return stage_embeddings(
             self._config,
             self._data_url,
@@ -241,7 +242,7 @@ class _Tokenization:
             device=self._device,
             progress=self._progress,
             say=self._say,
-            known_items=known_items,
+            known=known,
         )
 
     def _resolve(self, urls: Sequence[str], least_digits: int) -> Resolved:

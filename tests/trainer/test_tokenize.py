@@ -197,6 +197,29 @@ def test_cold_start_keeps_ids_and_trains_nothing(tables: Tables, tmp_path: Path)
         run(config("v", frozen=str(then_url), embeddings=plain), now_data, tmp_path / "d")
 
 
+def test_frozen_where_no_new_item_has_a_vector(tables: Tables, tmp_path: Path) -> None:
+    """Widths come from the earlier table: of more events of the same items, too."""
+    then_url, old = tables.urls[0], tables.data[0]
+    nobody = write_vectors(tmp_path / "v.parquet", ["item-999"])
+    same = run(config(nobody, frozen=str(then_url), reserve=NEW), old, tmp_path / "same")
+    assert same.cold_start is not None and same.cold_start.new_items == 0
+    assert same.report["embeddings"] == [{"kind": "vectors", "width": WIDTH, "missing": 0}]
+    assert codes_by_name(tmp_path / "same", old) == codes_by_name(then_url, old)
+
+    now = write_data(tmp_path / "now", tables.raw[: ITEMS + 3], [50, ITEMS - 47])
+    with pytest.raises(ValueError, match=r"no vectors for 3 of 3 items \(100.0%\), more than"):
+        run(config(nobody, frozen=str(then_url)), now, tmp_path / "ids")
+    spread = [{"kind": "vectors", "url": nobody, "max_missing": 1.0}]
+    later = run(config("v", embeddings=spread, frozen=str(then_url)), now, tmp_path / "ids")
+    assert later.report["embeddings"] == [{"kind": "vectors", "width": WIDTH, "missing": 3}]
+    with pytest.raises(ValueError, match=r"no vectors for any of 90 items; check .* or remove it"):
+        run(config("v", embeddings=spread), old, tmp_path / "anew")
+    wide = pa.table({"item": tables.raw[:1], "vector": [[1.0] * (WIDTH + 1)]})
+    pq.write_table(wide, nobody)
+    with pytest.raises(ValueError, match=r"embeddings\.0 has vectors of width 9, and .* had 8"):
+        run(config("v", embeddings=spread, frozen=str(then_url)), now, tmp_path / "ids")
+
+
 @pytest.mark.usefixtures("local_ray")
 def test_items_without_vectors_are_refused_or_spread_and_all_move_to_the_next_best(
     tmp_path: Path,
