@@ -69,7 +69,8 @@ class MultiTaskLoss(nn.Module):
         rows: dict[str, Tensor],
         index: dict[str, dict[str, Tensor]],
     ) -> LossOutput:
-        """Loss of a micro batch; metric `loss_<output>` is the mean of each."""
+        """Loss of a micro batch; metric `loss_<output>` is the mean of each, over what it learns
+        from."""
         embeddings = model_rows(self.model, rows, index)
         candidates = F.embedding(index["item"]["candidates"], rows["item"])
         args = (embeddings, candidates, inputs.longest, inputs.step_seed)
@@ -77,10 +78,12 @@ class MultiTaskLoss(nn.Module):
         losses, known = self.targets.losses(logits, inputs)
         # The trainer divides by all candidates of the global batch, not by those of each output.
         share = inputs.counts[-1] / inputs.counts[:-1].clamp(min=1.0)
-        means = (losses * known).sum((0, 1)) * share
-        weights = torch.tensor(self.targets.weights, device=means.device)
-        metrics = {f"loss_{n}": m for n, m in zip(self.targets.names, means.detach(), strict=True)}
-        return LossOutput((means * weights).sum(), metrics)
+        sums = (losses * known).sum((0, 1))
+        weights = torch.tensor(self.targets.weights, device=sums.device)
+        names = [f"loss_{name}" for name in self.targets.names]
+        metrics = dict(zip(names, sums.detach(), strict=True))
+        terms = dict(zip(names, known.sum((0, 1)), strict=True))
+        return LossOutput((sums * share * weights).sum(), metrics, terms)
 
     def flops_per_token(self, mean_length: float) -> float:
         """Forward FLOPs per token."""

@@ -83,8 +83,17 @@ def test_the_loss_is_that_of_a_loop() -> None:
     total = means["view"] + 0.5 * means["dwell"] + 3 * means["like"] + 0.25 * means["p_score"]
     assert (output.loss_sum / 9).item() == pytest.approx(total, rel=1e-5)
     assert loss.weight(inputs).item() == 5
-    for name, mean in means.items():
-        assert (output.metrics[f"loss_{name}"] / 9).item() == pytest.approx(mean, rel=1e-5)
+    for name, value in sums.items():
+        assert output.metrics[f"loss_{name}"].item() == pytest.approx(value, rel=1e-5)
+        assert output.terms[f"loss_{name}"] == (3 if name == "dwell" else 5)
+
+
+def test_nothing_is_measured_of_what_nobody_says() -> None:
+    inputs = inputs_of()
+    unknown = torch.full_like(inputs.dwell_times, math.nan)
+    output, _ = run(build(), replace(inputs, dwell_times=unknown))
+    assert [name for name, number in output.terms.items() if not number] == ["loss_dwell"]
+    assert output.terms.keys() == output.metrics.keys() and output.loss_sum.isfinite()
 
 
 def test_what_is_not_there_changes_nothing() -> None:
