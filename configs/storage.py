@@ -20,6 +20,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from configs.storage_faults import explained, patiently
+from configs.storage_removal import remove_tree
 
 CHUNK = 4 << 20
 HASHED_AT_ONCE = 16 << 20
@@ -144,15 +145,14 @@ def make_directory(url: str) -> None:
 
 
 def remove(url: str) -> None:
-    """Delete a file or a directory tree; absent is fine."""
-    if not exists(url):
-        return
-    fs, path = filesystem(url)
-    try:
+    """Delete a file or a directory tree, all that is listed of it; absent is fine.
+
+    Raises:
+        StorageError: some may be left, as the storage refuses or does not answer.
+    """
+    if exists(url):
         with explained(url, "removed"):
-            patiently(lambda: fs.rm(path, recursive=True))
-    except FileNotFoundError:  # a store may list what is gone already
-        pass
+            patiently(lambda: remove_tree(*filesystem(url)))
 
 
 def list_names(url: str) -> list[str]:

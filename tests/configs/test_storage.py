@@ -1,6 +1,8 @@
 """Storage: what passes is tried again, what does not is a sentence, and object stores suffice."""
 
 import errno
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 from configs import storage, storage_faults
 from configs.storage_faults import StorageError, is_passing, patiently
 from data_loaders.matching import matching_files
-from tests.object_store import BREAKS, bucket
+from tests import object_store
+from tests.object_store import BREAKS, DELETED, ObjectStore, bucket
 
 
 @pytest.fixture(autouse=True)
@@ -180,6 +183,49 @@ def test_an_object_store_with_broken_connections_suffices(
     storage.remove(url)
     assert not storage.exists(url)
     storage.remove(url)
+
+
+@pytest.mark.parametrize("at", [1, 3, 8])
+def test_a_tree_is_gone_whatever_request_breaks(
+    at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the broken attempt removed is listed on, and keeps the next from none of the rest."""
+    root = bucket(tmp_path / "bucket")
+    tree = storage.join(root, "a[b]")
+    for name in ("x/1", "x/2", "y/deep/3", "y/4", "5"):
+        storage.write_bytes(storage.join(tree, name), b"x")
+    storage.write_bytes(storage.join(root, "ab", "1"), b"of another")
+    for place in (tmp_path / "bucket").iterdir():
+        os.utime(place, (0, 0))
+    monkeypatch.setattr(object_store, "LAG_S", 3600)
+    requests = iter(range(1, 1_000))
+
+    def one_breaks(self: ObjectStore) -> None:
+        if next(requests) == at:
+            raise ConnectionResetError(errno.ECONNRESET, "the store hung up")
+
+    monkeypatch.setattr(ObjectStore, "_request", one_breaks)
+    storage.remove(tree)
+    left = [place.name for place in (tmp_path / "bucket").iterdir() if DELETED not in place.name]
+    assert left == ["run%2Fab%2F1"]
+
+
+def test_a_tree_that_others_remove_too_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tree" / "below").mkdir(parents=True)
+    (tmp_path / "tree" / "file").write_text("x")
+    rmtree, calls = shutil.rmtree, []
+
+    def meets_another(path: str) -> None:
+        calls.append(path)
+        if len(calls) == 1:
+            raise FileNotFoundError(errno.ENOENT, "gone by now", "below")
+        rmtree(path)
+
+    monkeypatch.setattr(shutil, "rmtree", meets_another)
+    storage.remove(str(tmp_path / "tree"))
+    assert not (tmp_path / "tree").exists()
 
 
 def test_seals_tell_changes(tmp_path: Path) -> None:

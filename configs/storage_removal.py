@@ -1,0 +1,56 @@
+"""Removal of a whole tree from any file system, which may be repeated where it broke off."""
+
+import errno
+import os
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+
+from fsspec import AbstractFileSystem
+from fsspec.implementations.local import LocalFileSystem
+
+AT_ONCE = 16
+"""Files that are removed at a time: a store far away takes its time for each answer."""
+
+
+def remove_tree(fs: AbstractFileSystem, path: str) -> None:
+    """Delete a file, or a directory and what is listed below it.
+
+    Raises:
+        OSError: some may be left; drivers raise their own kinds too.
+    """
+    if isinstance(fs, LocalFileSystem):
+        _remove_local(fs, path)
+    else:
+        _remove_listed(fs, path)
+
+
+def _remove_local(fs: LocalFileSystem, path: str) -> None:
+    try:
+        fs.rm(path, recursive=True)
+    except FileNotFoundError as error:
+        if os.path.lexists(path):
+            raise OSError(errno.EAGAIN, "others remove it too", path) from error
+
+
+def _remove_listed(fs: AbstractFileSystem, path: str) -> None:
+    """Not by fsspec's `rm`, which ends at a file that is gone already, takes signs in names for a
+    glob's, and passes over directories whose listing fails."""
+    fs.invalidate_cache(path)
+    files, directories = [], [path]
+    for directory in directories:  # which grow by what is found in them
+        with suppress(FileNotFoundError, NotADirectoryError):
+            for entry in fs.ls(directory, detail=True):
+                if entry["type"] != "directory":
+                    files.append(entry["name"])
+                elif entry["name"].strip("/") != directory.strip("/"):
+                    directories.append(entry["name"])
+
+    def remove_file(file: str) -> None:
+        with suppress(FileNotFoundError):
+            fs.rm_file(file)
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        list(pool.map(remove_file, files))
+    for directory in reversed(directories):
+        with suppress(OSError):  # a store of objects has none, and an empty one is no harm
+            fs.rmdir(directory)
