@@ -12,8 +12,11 @@ from urllib.parse import urlsplit
 import psutil
 
 from configs.cluster import split_address
+from launch.user_errors import BusyError
 
 PROBE_S = 5.0
+GUARD_S = 30.0
+"""How long a busy head may take to say whether it asks for a token."""
 
 
 def is_loopback(address: str) -> bool:
@@ -49,19 +52,34 @@ def refuse_open(address: str, what: str) -> None:
 
 
 def refuse_unguarded(address: str, what: str, lets_in: Callable[[str], bool]) -> None:
-    """Refuse what asks for no token, whatever is set here.
+    """Refuse what does not prove that it asks for a token, whatever is set here.
 
     Also on loopback: a Ray head listens on every address of its machine, by which others come.
 
     Args:
         address: as for `is_loopback`.
         what: the setting that names it, for the message.
-        lets_in: whether what answers there does what it is asked without a token.
+        lets_in: whether what answers there does what it is asked without a token; raises
+            ConnectionError where it says neither, TimeoutError where it says nothing in time.
 
     Raises:
         ValueError: one sentence with the mend.
+        BusyError: it did not answer in time.
     """
-    if lets_in(address):
+    unknown = f"{what}={address!r}: whether what answers there asks for a token cannot be told"
+    try:
+        open_to_all = lets_in(address)
+    except TimeoutError as error:
+        raise BusyError(
+            f"{unknown}, as it says nothing within {GUARD_S:g} s: it is busy or hangs; run the "
+            "same command again once it answers"
+        ) from error
+    except ConnectionError as error:
+        raise ValueError(
+            f"{unknown} ({error}): give the address of a Ray head that is well, which no proxy "
+            "answers for"
+        ) from error
+    if open_to_all:
         raise ValueError(
             f"{what}={address!r} asks for no token, so anyone who reaches its machine can run code "
             "there: start the cluster anew (`ray stop`, then `RAY_AUTH_MODE=token ray start "
@@ -72,7 +90,8 @@ def refuse_unguarded(address: str, what: str, lets_in: Callable[[str], bool]) ->
 
 def listens_elsewhere(address: str) -> bool:
     """Whether what answers at an address of this machine's loopback answers at others of it."""
-    port = urlsplit(address if "://" in address else f"//{address}").port
+    place = urlsplit(address if "://" in address else f"//{address}")
+    port = place.port or (443 if place.scheme == "https" else 80)
     own = [
         each.address
         for link in psutil.net_if_addrs().values()

@@ -108,7 +108,7 @@ def connect(cluster: ClusterConfig) -> Iterator[None]:
     except ConnectionError as error:
         raise ValueError(why_not(cluster.address, error)) from error
     except Exception as error:
-        if "timed out" not in str(error):
+        if isinstance(error, ValueError) or "timed out" not in str(error):
             raise
         raise BusyError(
             f"Ray did not start within cluster.start_timeout_s={cluster.start_timeout_s}: "

@@ -254,9 +254,8 @@ def check_ray() -> Iterator[Finding]:
         yield Finding(
             "ray", f"RAY_ADDRESS={os.environ['RAY_ADDRESS']} is what cluster.address=auto joins"
         )
-    if head and answers(head) and _lets_in(head):
-        detail = f"the cluster at {head} asks for no token: who reaches its machine runs code there"
-        yield Finding("ray", detail, "ray stop && RAY_AUTH_MODE=token ray start --head")
+    if head and answers(head):
+        yield from check_guard(head)
     host = head.rpartition(":")[0]
     if head and not address.is_loopback(head) and answers(f"{host}:{DASHBOARD_PORT}"):
         restart = "ray stop && RAY_AUTH_MODE=token ray start --head --dashboard-host=127.0.0.1"
@@ -267,10 +266,18 @@ def check_ray() -> Iterator[Finding]:
         yield Finding("ray token", f"{path} can be read by other users", f"chmod 600 {path}")
 
 
-def _lets_in(head: str) -> bool:
+def check_guard(head: str) -> Iterator[Finding]:
+    """A head that does not ask for a token, or does not say."""
     from launch.joining import cluster_lets_in  # imports Ray, which may be what is wrong here
 
-    return cluster_lets_in(head)
+    restart = "ray stop && RAY_AUTH_MODE=token ray start --head"
+    try:
+        if cluster_lets_in(head):
+            detail = "asks for no token: who reaches its machine runs code there"
+            yield Finding("ray", f"the cluster at {head} {detail}", restart)
+    except (ConnectionError, TimeoutError) as error:
+        detail = f"does not say whether it asks for a token ({error})"
+        yield Finding("ray", f"the cluster at {head} {detail}", restart)
 
 
 def answers(head: str) -> bool:

@@ -5,7 +5,6 @@ project's folder does, and no credentials.
 """
 
 import asyncio
-import json
 import logging
 import os
 import shlex
@@ -18,9 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
-from urllib.request import urlopen
 
 import click
+import requests
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read by Ray when it is imported
 
@@ -33,7 +32,7 @@ from configs.load import LoadedRecipe
 from configs.recipe import Recipe
 from configs.redaction import SECRET_NAME, redacted, variable_in
 from launch.address import (
-    PROBE_S,
+    GUARD_S,
     is_loopback,
     listens_elsewhere,
     protect_token,
@@ -298,13 +297,26 @@ def _connect(address: str) -> JobSubmissionClient:
 
 
 def server_lets_in(address: str) -> bool:
-    """Whether the job server at `address` answers a caller that shows no token."""
+    """Whether the job server at `address` answers a caller that shows no token.
+
+    It is asked the way that Ray's own client goes, proxies included.
+
+    Raises:
+        ConnectionError: what answers says neither.
+        TimeoutError: it says nothing within `GUARD_S`.
+    """
     url = address if "://" in address else f"http://{address}"
     try:
-        with urlopen(f"{url.rstrip('/')}/api/version", timeout=PROBE_S) as answer:
-            return "ray_version" in json.load(answer)
-    except (OSError, ValueError):  # refused, or no answer of Ray's
-        return False
+        answer = requests.get(f"{url.rstrip('/')}/api/version", timeout=GUARD_S)
+        if answer.status_code in (401, 403):
+            return False
+        if answer.ok and "ray_version" in answer.text:
+            return True
+    except requests.Timeout as error:
+        raise TimeoutError(str(error)) from error
+    except requests.RequestException as error:
+        raise ConnectionError(" ".join(str(error).split())) from error
+    raise ConnectionError(f"it answers with status {answer.status_code}")
 
 
 @contextmanager

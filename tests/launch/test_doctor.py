@@ -82,7 +82,7 @@ def test_a_dead_cluster_is_told_from_a_living_one(
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     session = tmp_path / "ray" / "ray_current_cluster"
     session.parent.mkdir()
-    monkeypatch.setattr(joining, "PROBE_S", 0.1)
+    monkeypatch.setattr(joining, "cluster_lets_in", lambda head: False)
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         session.write_text(f"127.0.0.1:{port}")
@@ -155,7 +155,7 @@ def test_a_dashboard_beyond_this_machine_is_a_problem(
     (tmp_path / "ray").mkdir()
     session = tmp_path / "ray" / "ray_current_cluster"
     monkeypatch.setattr(doctor, "answers", lambda head: True)
-    monkeypatch.setattr(joining, "PROBE_S", 0.1)
+    monkeypatch.setattr(joining, "cluster_lets_in", lambda head: False)
     session.write_text("192.0.2.1:6379")
     [problem] = [finding for finding in doctor.check_ray() if finding.is_problem]
     assert "192.0.2.1:8265" in problem.detail and "--dashboard-host=127.0.0.1" in str(problem.mend)
@@ -178,6 +178,11 @@ def test_a_cluster_without_tokens_is_a_problem(
         assert "RAY_AUTH_MODE=token ray start" in str(only("check_ray").mend)
     finally:
         server.stop(None)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        head = f"127.0.0.1:{silent.getsockname()[1]}"
+        (tmp_path / "ray" / "ray_current_cluster").write_text(head)
+        monkeypatch.setattr(joining, "GUARD_S", 0.2)
+        assert "does not say whether it asks for a token" in only("check_ray").detail
 
 
 class Open(NodeInfoGcsServiceServicer):
