@@ -69,6 +69,11 @@ class ClusterConfig(Config):
         """Workers without which a stage does not run."""
         return self.num_workers if self.min_workers is None else self.min_workers
 
+    @property
+    def size_key(self) -> str:
+        """The setting that says so."""
+        return "num_workers" if self.min_workers is None else "min_workers"
+
     @model_validator(mode="after")
     def _elastic_range_is_one(self) -> "ClusterConfig":
         if self.least_workers > self.num_workers:

@@ -174,7 +174,7 @@ def run_workers(
         RuntimeError: the group failed more often than allowed.
         SystemExit: the run was asked to end, and is saved where it was.
     """
-    _check_resources(cluster)
+    _check_group(cluster)
     grows = grows and failures.preemption.action == "restart"
     group = _elastic(cluster, sizes, grows) if len(sizes) > 1 else None
     termination = current_termination()
@@ -203,8 +203,8 @@ def _diagnose(
     if isinstance(error, ControllerError):
         raise ValueError(
             f"the worker group did not start within cluster.start_timeout_s="
-            f"{cluster.start_timeout_s} ({summary([error])}); {_needs(cluster)}: see "
-            "`ray status`, or lower cluster.num_workers"
+            f"{cluster.start_timeout_s} ({summary([error])}); {_needs(cluster)}: "
+            + ", or ".join(["see `ray status`", *_smaller(cluster)])
         ) from error
     placed, ranks = console.placed()
     alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
@@ -231,27 +231,42 @@ def _killed_for_memory(node: str) -> int:
         return 0
 
 
-def _check_resources(cluster: ClusterConfig) -> None:
-    """Tell when the group does not fit the cluster as it is; refuse what can never fit.
+def check_resources(
+    cluster: ClusterConfig, what: str, wanted: dict[str, float], *mends: str
+) -> None:
+    """Tell when what a stage wants does not fit the cluster as it is; refuse what can never fit.
 
     Raises:
-        ValueError: the embedded Ray, which does not grow, lacks a resource.
+        ValueError: the embedded Ray, which does not grow, lacks a resource; ends with `mends`.
     """
     has = ray.cluster_resources()
-    wanted, workers = _resources(cluster), cluster.least_workers
-    key = "num_workers" if cluster.min_workers is None else "min_workers"
-    lacking = [
-        f"{count * workers:g} {name}s, and the cluster has {has.get(name, 0):g}"
-        for name, count in wanted.items()
-        if has.get(name, 0) < count * workers
-    ]
+    lacking = [name for name, count in wanted.items() if has.get(name, 0) < count]
     if not lacking:
         return
-    sentence = f"cluster.{key}={workers} with cluster.device={cluster.device!r} "
-    sentence += f"needs {'; '.join(lacking)}"
+    needs = [
+        f"{wanted[name]:g} {name}, and the cluster has {has.get(name, 0):g}" for name in lacking
+    ]
+    sentence = f"{what} with cluster.device={cluster.device!r} needs {'; '.join(needs)}"
     if cluster.address == "local":
-        raise ValueError(f"{sentence}; join a larger one by cluster.address, or lower {key}")
+        of_name = {"GPU": "set cluster.device=cpu", "CPU": "raise cluster.data_cpus"}
+        more = [*(of_name[name] for name in lacking), *mends]
+        raise ValueError(
+            f"{sentence}; join a larger one by cluster.address, or {', or '.join(more)}"
+        )
     say(f"{sentence}: waiting for nodes to join")
+
+
+def _check_group(cluster: ClusterConfig) -> None:
+    """`check_resources` of a worker group."""
+    workers = cluster.least_workers
+    wanted = {name: count * workers for name, count in _resources(cluster).items()}
+    what = f"cluster.{cluster.size_key}={workers}"
+    check_resources(cluster, what, wanted, *_smaller(cluster))
+
+
+def _smaller(cluster: ClusterConfig) -> list[str]:
+    """How to want less, where that is possible."""
+    return [f"lower cluster.{cluster.size_key}"] if cluster.least_workers > 1 else []
 
 
 def _resources(cluster: ClusterConfig) -> dict[str, float]:

@@ -138,6 +138,7 @@ def _check_features(recipe: Recipe, manifest: "DatasetManifest") -> None:
 
 
 def _tokenize(context: StageContext) -> Outputs:
+    from launch.cluster import check_resources
     from trainer.tokenize import tokenize
 
     config = context.recipe.tokenizer
@@ -145,6 +146,8 @@ def _tokenize(context: StageContext) -> Outputs:
     url = context.layout.semantic_ids(context.fingerprint)
     recipe, data = context.recipe, context.layout.data
     device = recipe.cluster.device
+    if device == "cuda":
+        check_resources(recipe.cluster, "tokenize", {"GPU": 1})
     manifest = tokenize(config, data, url, seed=recipe.seed, say=say, device=device)
     return {"url": url, "semantic_ids": manifest.fingerprint}
 

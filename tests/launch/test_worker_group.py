@@ -11,14 +11,17 @@ from typing import Any
 
 import psutil
 import pytest
+import ray
 import torch.distributed as dist
 
 from configs.cluster import ClusterConfig
 from configs.failures import FailuresConfig, HangConfig, RestartConfig
 from configs.layout import RunLayout
+from configs.load import load_recipe
 from data_loaders.poison import PoisonedSampleError
 from launch.cluster import connect, run_workers
 from launch.failures import Place
+from launch.stages import GRAPH, StageContext
 from launch.termination import Termination
 from tests.integration.jobs import wait_for
 from trainer.stop_notice import StoppedError
@@ -46,6 +49,27 @@ def place_of(settings: dict[str, Any]) -> Place:
 def embedded() -> Iterator[None]:
     with connect(CLUSTER):
         yield
+
+
+@pytest.mark.usefixtures("embedded")
+def test_what_the_embedded_ray_lacks_is_refused_with_a_mend_that_can_be_done(
+    tmp_path: Path,
+) -> None:
+    if ray.cluster_resources().get("GPU", 0):
+        pytest.skip("there is a GPU")
+    cuda = ClusterConfig(device="cuda", num_workers=1)
+    lacks = r"cluster.device='cuda' needs {} GPU, and the cluster has 0; join a larger one by "
+    lacks += r"cluster.address, or set cluster.device=cpu"
+    settings = {"attempts": str(tmp_path / "attempts"), "then": []}
+    with pytest.raises(ValueError, match=f"cluster.num_workers=1 with {lacks.format(1)}$"):
+        run(settings, cuda)
+    two = cuda.model_copy(update={"num_workers": 2, "cpus_per_worker": 1})
+    with pytest.raises(ValueError, match=f"{lacks.format(2)}, or lower cluster.num_workers$"):
+        run(settings, two)
+    recipe = load_recipe("beauty/tiger", ["cluster.device=cuda"]).recipe
+    context = StageContext("tokenize", recipe, RunLayout(str(tmp_path)), "0" * 12, {})
+    with pytest.raises(ValueError, match=f"tokenize with {lacks.format(1)}$"):
+        GRAPH["tokenize"].run(context)
 
 
 def work(settings: dict[str, Any], say: Callable[[str], None]) -> str:
