@@ -29,6 +29,8 @@ from trainer.monitor.progress import duration
 
 POLL_S = 0.5
 SAY_EVERY_S = 5.0
+SETTLE_S = 2.0
+"""For so long what tasks held that have just ended may still count as taken."""
 HOLDER_GPU, FITTER_GPU = 0.75, 0.25
 """A holder leaves room on its GPU for the one process that trains an RQ-VAE."""
 
@@ -40,6 +42,9 @@ class _Holder:
         first = embeddings.parts[parts[0]].first_id - 1
         rows = torch.cat([embeddings.matrix(part) for part in parts])
         self._shard = Shard(first, rows.to(device))
+
+    def up(self) -> None:
+        """Answers once the shard is loaded."""
 
     def apply(self, task: Callable[..., Any], *arguments: Any) -> Any:
         return task(self._shard, *arguments)
@@ -94,11 +99,16 @@ class _Fitter:
 
 
 @contextmanager
-def hold(embeddings: ItemEmbeddings, device: str) -> Iterator[ActorShards]:
-    """Holders of all items, one a free CPU (or GPU) and at most one a part; gone at the end."""
+def hold(
+    embeddings: ItemEmbeddings, device: str, say: Callable[[str], None]
+) -> Iterator[ActorShards]:
+    """Holders of all items, one a free CPU (or GPU) and at most one a part; gone at the end.
+
+    There is one at least, which is waited for where nothing is free.
+    """
     filled = [index for index, part in enumerate(embeddings.parts) if part.rows]
     unit = "GPU" if device == "cuda" else "CPU"
-    count = max(min(int(ray.cluster_resources().get(unit, 1)), len(filled)), 1)
+    count = _free(unit, len(filled), say)
     options = {"num_gpus": HOLDER_GPU} if device == "cuda" else {"num_cpus": 1}
     groups = consecutive(np.array([embeddings.parts[index].rows for index in filled]), count)
     holders = tuple(
@@ -108,10 +118,36 @@ def hold(embeddings: ItemEmbeddings, device: str) -> Iterator[ActorShards]:
         for group in groups
     )
     try:
+        _await(holders, unit, say)
         yield ActorShards(holders)
     finally:
         for actor in holders:
             ray.kill(actor)
+
+
+def _free(unit: str, most: int, say: Callable[[str], None]) -> int:
+    """How many of `most` holders have room now; 1 where none has."""
+    wanted = max(min(int(ray.cluster_resources().get(unit, 0)), most), 1)
+    until = time.monotonic() + SETTLE_S
+    while (free := int(ray.available_resources().get(unit, 0))) < wanted:
+        if time.monotonic() > until:
+            say(f"  only {free} of {wanted} {unit}s are free to hold embeddings")
+            break
+        time.sleep(POLL_S)
+    return max(min(free, wanted), 1)
+
+
+def _await(holders: Sequence[ActorHandle], unit: str, say: Callable[[str], None]) -> None:
+    """Return once all are up, or failed, which fitting tells."""
+    began, left = time.monotonic(), [holder.up.remote() for holder in holders]
+    while left:
+        _, left = ray.wait(left, num_returns=len(left), timeout=SAY_EVERY_S)
+        if left:
+            say(
+                f"  hold embeddings  {len(holders) - len(left)} of {len(holders)} processes are up "
+                f"(each waits for a free {unit}, then loads)  elapsed "
+                f"{duration(time.monotonic() - began)}"
+            )
 
 
 def consecutive(sizes: np.ndarray, groups: int) -> list[np.ndarray]:
@@ -144,7 +180,7 @@ def fit_and_stage(
         ValueError: the embeddings or the settings cannot be fitted.
     """
     options = {"num_gpus": FITTER_GPU} if device == "cuda" else {"num_cpus": 0}
-    with hold(embeddings, device) as shards:
+    with hold(embeddings, device, say) as shards:
         fitter = ray.remote(_Fitter).options(max_concurrency=2, **options).remote()
         try:
             job = _Job(config, shards, embeddings, tokenizer_url, ranked, device, seed)

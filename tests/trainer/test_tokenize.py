@@ -29,11 +29,10 @@ from tests.data_loaders.test_collisions import loop_next_best
 from tests.harness import run_ranks
 from tests.trainer.runs import ITEMS as TRAINED_ITEMS
 from tests.trainer.runs import Pretrained, logged, quiet, settings_of
-from trainer import item_embeddings, text_encoder
+from trainer import item_embeddings, shard_workers, text_encoder
 from trainer.codes_report import summarize_codes
 from trainer.evaluate import evaluate_worker
 from trainer.pretrain import train_worker
-from trainer.shard_workers import consecutive
 from trainer.tokenize import tokenize, tokenizer_inputs
 
 ITEMS, NEW, WIDTH, CODES = 90, 30, 8, 4
@@ -335,6 +334,34 @@ def test_a_trained_table_beside_vectors_becomes_ids_that_a_decoder_learns(
         run(config(vectors, embeddings=[table]), other, tmp_path / "a")
 
 
+@pytest.mark.usefixtures("local_ray")
+def test_a_busy_cluster_is_told_and_what_it_has_is_enough(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is free, so one process is waited for, and not as many as the cluster has CPUs."""
+    monkeypatch.setattr(shard_workers, "SAY_EVERY_S", 0.2)
+    data = write_data(tmp_path / "data", names(4), [2, 2])
+    parts = tuple(item_embeddings.item_parts(data))
+
+    class Other:
+        def up(self) -> None: ...
+
+    other = ray.remote(num_cpus=2)(Other).remote()
+    ray.get(other.up.remote())
+    said: list[str] = []
+
+    def say(line: str) -> None:
+        said.append(line)
+        if "0 of 1 processes are up" in line:
+            ray.kill(other)
+
+    nothing = item_embeddings.ItemEmbeddings(parts, (), str(tmp_path))
+    with shard_workers.hold(nothing, "cpu", say) as shards:
+        assert len(shards.holders) == 1
+        assert shards.map(lambda shard: len(shard.rows)) == [4]
+    assert "only 0 of 2 CPUs are free" in said[0] and len(said) > 1
+
+
 def test_embeddings_are_scaled_and_side_by_side(tmp_path: Path) -> None:
     raw = names(4)
     data = write_data(tmp_path / "data", raw, [4])
@@ -389,6 +416,6 @@ def test_inputs_change_with_the_files(tmp_path: Path) -> None:
 def test_runs_of_alike_sums() -> None:
     for sizes in ([5], [1, 1, 1, 1], [100, 1, 1], [1, 1, 100], [3, 9, 2, 8, 4]):
         for groups in (1, 2, 3, 7):
-            runs = consecutive(np.array(sizes), groups)
+            runs = shard_workers.consecutive(np.array(sizes), groups)
             assert np.concatenate(runs).tolist() == list(range(len(sizes)))
             assert 1 <= len(runs) <= groups and all(len(run) for run in runs)
