@@ -121,7 +121,7 @@ class CheckpointStore:
     ) -> CheckpointInfo:
         """As `save`, of tensors and JSON documents at hand."""
         name = self.next_name(step) if name is None else name
-        self._agree.on_first_rank(self._directory.remove_debris)
+        self._agree.on_first_rank(lambda: self._directory.claim(name))
         url = storage.join(self.root, name)
         try:
             files = self._write_tensors(url, tensors)

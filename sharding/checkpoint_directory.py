@@ -9,7 +9,6 @@ import time
 from collections.abc import Collection
 
 from configs import storage
-from configs.storage_faults import StorageError
 from sharding.checkpoint_manifest import MANIFEST
 
 _log = logging.getLogger(__name__)
@@ -25,7 +24,7 @@ class CheckpointDirectory:
         self._index = storage.join(root, "committed.json")
         self._last = 0
         self._own: set[str] = set()
-        """Names that were made here."""
+        """Names that are this store's to remove: saved here, or begun to be removed."""
         self._swept = False
 
     def newest_first(self) -> list[str]:
@@ -39,9 +38,12 @@ class CheckpointDirectory:
         names = self.newest_first()
         last = int(names[0].rsplit("-", 1)[1], 16) if names else 0
         self._last = max(time.time_ns(), last + 1, self._last + 1)
-        name = f"step-{step:08d}-{self._last:016x}"
+        return f"step-{step:08d}-{self._last:016x}"
+
+    def claim(self, name: str) -> None:
+        """Begin a save as `name`, made here or by another store; what failed before goes."""
         self._own.add(name)
-        return name
+        self.remove_debris()
 
     def committed(self) -> list[str]:
         """Names of the checkpoints whose save finished, newest first."""
@@ -60,7 +62,7 @@ class CheckpointDirectory:
         try:
             names = self.newest_first()
             committed = set(self.committed())
-        except StorageError as error:
+        except OSError as error:
             _log.warning("what unfinished saves left in %s stays for now: %s", self._root, error)
             return
         for name in names:
@@ -99,7 +101,7 @@ class CheckpointDirectory:
 
     def remove(self, name: str) -> None:
         """Remove a checkpoint, its commit first; a failure is no reason to stop training."""
-        self._own.discard(name)
+        self._own.add(name)  # `remove_debris` goes on with what this leaves
         try:
             storage.remove(storage.join(self._root, name, MANIFEST))
             storage.remove(storage.join(self._root, name))

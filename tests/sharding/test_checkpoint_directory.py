@@ -1,15 +1,22 @@
 """Which checkpoints stay, whoever wrote them."""
 
+import errno
 from pathlib import Path
 
+import pytest
+import torch
+
 from configs import storage
+from sharding.checkpoint import CheckpointError, CheckpointStore
 from sharding.checkpoint_directory import CheckpointDirectory
 from sharding.checkpoint_manifest import MANIFEST
+from sharding.process_group import current_context
 
 
 def save(root: Path, directory: CheckpointDirectory, step: int, *needed: int) -> list[int]:
     """Commit a checkpoint, and remove what is too old; the steps of those that stay."""
     name = directory.fresh_name(step)
+    directory.claim(name)
     storage.write_bytes(str(root / name / MANIFEST), b"{}")
     steps = {int(each.split("-")[1]): each for each in directory.committed()}
     directory.prune(name, 2, (), [steps[each] for each in needed])
@@ -62,7 +69,40 @@ def test_only_the_first_sweep_takes_what_others_left(tmp_path: Path) -> None:
         debris.mkdir()
         ours.remove_debris()
         assert debris.exists() == (step == 2)
-    failed = tmp_path / ours.fresh_name(3)
-    failed.mkdir()
-    ours.remove_debris()
-    assert not failed.exists()
+
+
+def test_a_failed_save_leaves_nothing_by_whichever_store_it_was_named(tmp_path: Path) -> None:
+    policy, reference = (
+        CheckpointStore(str(tmp_path / place), 2, current_context("cpu"))
+        for place in ("policy", "policy/reference")
+    )
+    for step in (1, 2):
+        name = policy.next_name(step)
+        reference.write(step, {"x": torch.zeros(3)}, {}, {}, name)
+        policy.write(step, {"x": torch.zeros(3)}, {}, {}, name)
+    for store in (reference, policy):
+        name = policy.next_name(3)
+        with pytest.raises(CheckpointError, match="not JSON serializable.*earlier ones are intact"):
+            store.write(3, {"x": torch.zeros(3)}, {"state.json": {"x": object()}}, {}, name)
+        assert len(store.names()) == 2 and name not in storage.list_names(store.root)
+
+
+def test_a_removal_that_fails_is_repeated_at_the_next_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, CheckpointDirectory(str(tmp_path)), 1)
+    ours = CheckpointDirectory(str(tmp_path))
+    whole = storage.remove
+
+    def fails(url: str) -> None:
+        if not url.endswith(MANIFEST):
+            raise OSError(errno.EIO, "Input/output error", url)
+        whole(url)
+
+    monkeypatch.setattr(storage, "remove", fails)
+    for step in (2, 3, 4):
+        save(tmp_path, ours, step)
+    assert len(storage.list_names(str(tmp_path))) == 4
+    monkeypatch.setattr(storage, "remove", whole)
+    save(tmp_path, ours, 5)
+    assert storage.list_names(str(tmp_path)) == sorted(ours.committed())
