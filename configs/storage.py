@@ -324,8 +324,22 @@ def _sync_directory(path: str) -> None:
 
 
 def read_bytes(url: str) -> bytes:
-    """The whole content of a (small) file."""
-    with open_to_read(url) as stream:
+    """The whole content of a (small) file.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        StorageError: the storage refuses, or does not answer.
+        OSError: a disk is broken.
+    """
+    with explained(url, "read"):
+        return patiently(lambda: _read_whole(url))
+
+
+def _read_whole(url: str) -> bytes:
+    fs, path = filesystem(url)
+    if not isinstance(fs, LocalFileSystem):
+        return bytes(fs.cat_file(path))
+    with open(path, "rb") as stream:
         return stream.read()
 
 

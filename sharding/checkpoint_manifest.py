@@ -108,11 +108,11 @@ def read_manifest(url: str, name: str) -> CheckpointManifest:
         ValueError: it is missing, damaged, or belongs to another checkpoint.
         StorageError: whether it does is not known.
     """
+    place = storage.join(url, MANIFEST)
+    with _named(f"its {MANIFEST}", absent="missing, so its save never finished"):
+        data = storage.read_bytes(place)
     try:
-        content = storage.read_json(storage.join(url, MANIFEST))
-        manifest = CheckpointManifest.model_validate(content)
-    except FileNotFoundError as error:
-        raise ValueError(f"it has no {MANIFEST}, so its save never finished") from error
+        manifest = CheckpointManifest.model_validate(storage.parse_json(data, place))
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
@@ -141,7 +141,7 @@ def look_over(url: str, fingerprint: str) -> None:
 
 def _look_at(url: str, entry: CheckpointFile) -> str:
     """Where a file lies, which is there and of its size. Raises ValueError, StorageError."""
-    with _named(entry):
+    with _named(entry.path):
         place = storage.inside(url, entry.path)
         size = storage.size(place)
     if size != entry.bytes:
@@ -150,16 +150,16 @@ def _look_at(url: str, entry: CheckpointFile) -> str:
 
 
 @contextmanager
-def _named(entry: CheckpointFile) -> Iterator[None]:
+def _named(name: str, absent: str = "missing") -> Iterator[None]:
     """A file's absence, or a broken disk, as a ValueError; what its storage refuses passes."""
     try:
         yield
     except FileNotFoundError as error:
-        raise ValueError(f"{entry.path} is missing") from error
+        raise ValueError(f"{name} is {absent}") from error
     except StorageError:
         raise
     except OSError as error:
-        raise ValueError(f"{entry.path} cannot be read ({error})") from error
+        raise ValueError(f"{name} cannot be read ({error})") from error
 
 
 def verify_file(url: str, entry: CheckpointFile) -> None:
@@ -171,7 +171,7 @@ def verify_file(url: str, entry: CheckpointFile) -> None:
         StorageError: the storage refuses, or does not answer.
     """
     place = _look_at(url, entry)
-    with _named(entry), explained(place, "read"):
+    with _named(entry.path), explained(place, "read"):
         digest = patiently(lambda: _digest(place, entry.block))
     if digest != entry.sha256:
         raise ValueError(f"{entry.path} is damaged: its sha256 differs from the manifest's")
@@ -186,14 +186,13 @@ def read_verified(url: str, manifest: CheckpointManifest, path: str) -> bytes:
 
     Raises:
         ValueError: as `verify_file`, or the checkpoint has no such file.
+        StorageError: the storage refuses, or does not answer.
     """
     entry = next((entry for entry in manifest.files if entry.path == path), None)
     if entry is None:
         raise ValueError(f"it has no {path}")
-    try:
+    with _named(path):
         data = storage.read_bytes(storage.inside(url, path))
-    except FileNotFoundError as error:
-        raise ValueError(f"{path} is missing") from error
     if len(data) != entry.bytes or storage.sha256_bytes(data) != entry.sha256:
         raise ValueError(f"{path} is damaged: its sha256 differs from the manifest's")
     return data

@@ -107,7 +107,7 @@ class FailingStore(MemoryFileSystem):
     def _fail(self, *args: Any, **kwargs: Any) -> Any:
         raise self.error
 
-    _open = pipe_file = ls = info = isdir = _fail  # `exists` is fsspec's, which asks `info`
+    _open = cat_file = pipe_file = ls = info = isdir = _fail
 
 
 CALLS: dict[str, Callable[[str], Any]] = {

@@ -1,18 +1,23 @@
 """The manifest is the commit: whatever does not match it is not a checkpoint."""
 
+import errno
+import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
-from configs import storage
+from configs import storage, storage_faults
+from configs.storage_faults import StorageError
 from sharding.checkpoint_manifest import (
     MANIFEST,
     CheckpointFile,
     build_manifest,
     read_manifest,
+    read_verified,
     verify_file,
     write_manifest,
 )
@@ -124,3 +129,32 @@ def test_a_changed_file_is_found(written: bytes | None, reason: str, tmp_path: P
         (tmp_path / "__0_0.distcp").write_bytes(written)
     with pytest.raises(ValueError, match=reason):
         verify_file(str(tmp_path), build_manifest(**content()).files[0])
+
+
+@pytest.mark.parametrize("name", [MANIFEST, "__0_0.distcp"])
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(errno.EIO, "cannot be read"), (errno.ESTALE, "did not answer"), (errno.EACCES, "rights")],
+)
+def test_a_broken_disk_is_damage_and_a_storage_that_refuses_is_none(
+    name: str, number: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = build_manifest(**content())
+    write_manifest(str(tmp_path), manifest)
+    (tmp_path / "__0_0.distcp").write_bytes(b"hello")
+
+    class Broken(io.FileIO):
+        def readall(self) -> bytes:
+            raise OSError(number, os.strerror(number), name)
+
+        readinto = read = readall  # type: ignore[assignment]
+
+    def opened(path: str, mode: str, **kwargs: Any) -> Any:
+        broken = path == str(tmp_path / name)
+        return Broken(path) if broken else open(path, mode, **kwargs)
+
+    monkeypatch.setattr(storage, "open", opened, raising=False)
+    monkeypatch.setattr(storage_faults, "WAITS_S", ())
+    kind = ValueError if number == errno.EIO else StorageError
+    with pytest.raises(kind, match=rf"{name} .*{said}"):
+        read_verified(str(tmp_path), read_manifest(str(tmp_path), NAME), "__0_0.distcp")
