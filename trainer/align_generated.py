@@ -114,14 +114,11 @@ class GeneratedPairs:
         """Winners and losers [N, 1 + K], and what is measured of the groups, [N] each."""
         match self._config:
             case SelfPlayConfig(losers=losers):
-                chosen = self_play_pairs(rollout.candidates, rollout.group, losers)
-                worth = rules.hit(rollout.group, "id")
+                return self_play_pairs(rollout.candidates, rollout.group, losers)
             case IterativePreferenceConfig():
                 assert self._rewards is not None
                 worth = self._rewards(rollout.group).total
-                chosen = extreme_pairs(rollout.candidates, rollout.group, worth)
-        pairs, told = chosen
-        return pairs, told | spread(rollout.group, worth) | {"legality": _legality(rollout.group)}
+                return extreme_pairs(rollout.candidates, rollout.group, worth)
 
 
 def extreme_pairs(
@@ -142,8 +139,7 @@ def extreme_pairs(
     there = (high > low)[:, None]
     pairs = _taken(candidates, places, there.expand_as(places))
     told = high.isfinite()
-    measures = {
-        "reward": _mean_of(rewards, group.legal),
+    measures = _measures(group, rewards) | {
         "reward_best": high.where(told, 0.0),
         "reward_worst": low.where(told, 0.0),
         "tied": 1.0 - there.squeeze(1).float(),
@@ -163,7 +159,8 @@ def self_play_pairs(
         group: the same, and the targets.
         losers: K.
     """
-    other = group.legal & ~rules.hits(group, "id")
+    worth = rules.hit(group, "id")
+    other = group.legal & (worth == 0)
     # Those that are others move to the front, in order.
     order = (~other).to(torch.uint8).argsort(dim=1, stable=True)[:, :losers]
     wrong = _taken(candidates, order, other.gather(1, order))
@@ -171,8 +168,7 @@ def self_play_pairs(
     codes = None
     if wrong.codes is not None and group.target_codes is not None:
         codes = torch.cat([group.target_codes[:, None], wrong.codes], dim=1)
-    hits = (group.legal & ~other).float().sum(1) / group.legal.sum(1).clamp(min=1)
-    return replace(candidates, items=items, codes=codes), {"reward": hits}
+    return replace(candidates, items=items, codes=codes), _measures(group, worth)
 
 
 def _taken(candidates: Candidates, places: Tensor, there: Tensor) -> Candidates:
@@ -184,8 +180,13 @@ def _taken(candidates: Candidates, places: Tensor, there: Tensor) -> Candidates:
     return replace(candidates, items=items, codes=codes)
 
 
-def _legality(group: Group) -> Tensor:
-    return _mean_of(rules.legality(group), group.valid)
+def _measures(group: Group, rewards: Tensor) -> dict[str, Tensor]:
+    """What is measured of all groups: name → [N] float32."""
+    means = {
+        "reward": _mean_of(rewards, group.legal),
+        "legality": _mean_of(rules.legality(group), group.valid),
+    }
+    return means | spread(group, rewards)
 
 
 def _mean_of(values: Tensor, there: Tensor) -> Tensor:

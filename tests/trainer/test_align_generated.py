@@ -92,10 +92,11 @@ def test_an_item_of_the_same_semantic_id_is_no_loser() -> None:
     group = replace(group, target_codes=torch.tensor([[1, 10]]))
     pairs, measures = self_play_pairs(candidates, group, 2)
     assert pairs.items.tolist() == [[2, 3, 4]] and measures["reward"].tolist() == [0.5]
+    assert measures["reward_std"].item() == pytest.approx(3**-0.5) and measures["zero_std"] == 0
     assert pairs.codes is not None and pairs.codes.tolist() == [[[1, 10], [3, 30], [4, 40]]]
     bare = replace(group, codes=None, target_codes=None)  # a model that scores items
-    pairs, _ = self_play_pairs(replace(candidates, codes=None), bare, 2)
-    assert pairs.items.tolist() == [[2, 1, 1]]
+    pairs, measures = self_play_pairs(replace(candidates, codes=None), bare, 2)
+    assert pairs.items.tolist() == [[2, 1, 1]] and measures["zero_std"].tolist() == [1]
 
 
 def test_what_cannot_be_is_refused() -> None:

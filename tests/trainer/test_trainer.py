@@ -1,9 +1,9 @@
 """The training loop's own decisions: when it validates, selects, saves and stops."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from data_loaders.loader import LoaderState
 from models.batch import JaggedBatch
 from models.ops.windows import windows_ending_at
 from sharding.checkpoint import CheckpointStore
+from sharding.loss_module import LossOutput
 from sharding.parallelize import ParallelModel
 from sharding.process_group import current_context
 from tests.harness import run_ranks
@@ -118,6 +119,17 @@ def step_of(name: str | None) -> int | None:
     return None if name is None else int(name.split("-")[1])
 
 
+def measure_rarely(policy: ParallelModel, steps: Collection[int]) -> None:
+    """Have the loss measure `rare`, which is 1, in these steps alone, counted from 0."""
+
+    def told(module: Any, inputs: Any, output: LossOutput) -> LossOutput:
+        here = torch.tensor(float(policy.step in steps))
+        return replace(output, metrics=output.metrics | {"rare": here}, terms={"rare": here})
+
+    assert isinstance(policy._loss, torch.nn.Module)
+    policy._loss.register_forward_hook(told)
+
+
 def run(
     root: str, values: list[float], changes: dict[str, Any], *, resume: bool = False
 ) -> dict[str, Any]:
@@ -153,6 +165,8 @@ def run(
         "measure_start": False,
     }
     guardrails, skipped = changes.pop("guardrails", None), changes.pop("skipped", ())
+    if (rare := changes.pop("rare", None)) is not None:
+        measure_rarely(policy, rare)
     inner, empty = changes.pop("inner", 1), changes.pop("empty", ())
     settings["logged"] = LoggedSteps(1, 8, STEPS_PER_EPOCH, guarded=guardrails is not None)
     settings |= changes
@@ -431,6 +445,15 @@ def test_a_step_of_empty_sequences_is_no_measure(tmp_path: Path) -> None:
     assert all(loss > 0.5 for _, loss in done["logged"])
     none = train(tmp_path / "all", [0.5] * 3, empty=range(4), total_steps=4, **more)
     assert none["alarms"] == none["logged"] == [] and (none["good"], none["steps"]) == (4, 4)
+
+
+def test_a_limit_on_what_the_first_steps_have_none_of_is_no_mistake(tmp_path: Path) -> None:
+    """It is watched for where it is measured; nothing of the others is held against it."""
+    limit = LimitConfig(metric="rare", max=0.9, action="warn")
+    guardrails = GuardrailsConfig(limits=(limit,), window=1)
+    done = train(tmp_path, [0.5] * 4, guardrails=guardrails, rare=(2,), total_steps=6)
+    [alarm] = done["state"]["watch"]["alarms"]
+    assert (alarm["step"], done["steps"]) == (3, 6) and "rare is 1.0000" in alarm["reason"]
 
 
 @pytest.mark.parametrize("action", ["stop", "roll_back"])
