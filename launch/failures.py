@@ -8,11 +8,11 @@ from typing import Literal, assert_never
 
 from ray.train.v2.api.exceptions import PreemptionError
 
-from configs import storage
 from configs.failures import FailuresConfig
 from configs.layout import RunLayout
 from data_loaders.poison import PoisonedSampleError, quarantine, read_quarantined
 from launch.user_errors import USER_ERRORS
+from sharding.checkpoint_directory import CheckpointDirectory
 from trainer.stop_notice import AbandonedError, StoppedError
 from trainer.watchdog import diagnose_hang
 
@@ -64,10 +64,8 @@ class Place:
         return cls(layout.failures, layout.quarantined(fingerprint), newest)
 
     def progress(self) -> str:
-        """Changes whenever a checkpoint is committed."""
-        names = storage.list_names(self.newest)
-        manifests = (storage.join(self.newest, name, "MANIFEST.json") for name in reversed(names))
-        return next((url for url in manifests if storage.exists(url)), "")
+        """Changes whenever a checkpoint is committed, also before the step of a damaged one."""
+        return next(iter(CheckpointDirectory(self.newest).committed()), "")
 
 
 def diagnose(

@@ -6,7 +6,6 @@ from typing import Any
 from configs import storage
 from configs.layout import RunLayout
 from configs.recipe import Recipe, StageName
-from configs.storage_faults import StorageError
 
 _NAMED = 4
 """Settings in a sentence."""
@@ -42,7 +41,7 @@ def other_trainings(
 def _difference(url: str, recipe: Recipe, stage: StageName) -> str:
     try:
         other = storage.read_json(url)
-    except (FileNotFoundError, StorageError, ValueError):
+    except (OSError, ValueError):
         return "settings that cannot be read"
     elsewhere = {*_ELSEWHERE, "alignment"} if stage == "train" else {*_ELSEWHERE}
     blocks = recipe.model_dump(mode="json", exclude=elsewhere)

@@ -131,8 +131,8 @@ def restarts(tmp_path: Path, **failures: Any) -> tuple[Restarts, list[str]]:
     return Restarts(config, place_of(tmp_path), said.append), said
 
 
-def commit_checkpoint(tmp_path: Path, step: int) -> None:
-    name = f"step-{step:08d}-{step:016x}"
+def commit_checkpoint(tmp_path: Path, step: int, saved: int = 0) -> None:
+    name = f"step-{step:08d}-{saved:016x}"
     directory = Path(place_of(tmp_path).newest) / name
     directory.mkdir(parents=True)
     (directory / "MANIFEST.json").write_text("{}")
@@ -148,6 +148,15 @@ def test_restarts_in_a_row_are_counted_by_kind_until_a_checkpoint(tmp_path: Path
     policy.decide(worker)  # weeks later
     with pytest.raises(RuntimeError, match=r"2 times in a row .*failures.worker.max_restarts=1"):
         policy.decide(worker)
+
+
+def test_checkpoints_before_a_damaged_one_are_progress(tmp_path: Path) -> None:
+    """That of step 40 stays until training has caught up with it."""
+    commit_checkpoint(tmp_path, 40, saved=1)
+    policy, _ = restarts(tmp_path, worker={"max_restarts": 1})
+    for saved, step in enumerate((32, 34, 36), start=2):
+        commit_checkpoint(tmp_path, step, saved)
+        policy.decide(Failure("worker", "rank 1 died", RuntimeError("died")))
 
 
 @pytest.mark.parametrize("kind", ["hang", "out_of_memory"])
