@@ -1,5 +1,6 @@
 """Credentials never reach a dump, a record, a report or a sentence: one place knows their looks."""
 
+import logging
 import os
 import re
 from typing import Any, TypeVar
@@ -17,7 +18,7 @@ SECRET_NAME = re.compile(_NAMED.format(words=rf"{_WORDS}|key|pass|pwd|sig"), re.
 _SURE_NAME = re.compile(_NAMED.format(words=rf"{_WORDS}|pass|pwd"), re.IGNORECASE)
 """Of variables that hold nothing else; many a `key` is the name of something."""
 _PLAIN_WORDS = re.compile(r"[A-Za-z]+(?:[-_.][A-Za-z]+)*")
-_IN_URL = re.compile(r"(?P<kept>[A-Za-z][\w+.-]*://)[^\s/:@'\"]*:(?!\d+/)[^\s'\"]*@")
+_IN_URL = re.compile(r"(?P<kept>[A-Za-z][\w+.-]{0,30}://)[^\s/:@'\"]*:(?!\d+/)[^\s'\"]*@")
 _LONE_IN_WEB_URL = re.compile(r"(?P<kept>https?://)[^\s/:@'\"]+@", re.IGNORECASE)
 _PARAMETER = re.compile(r"(?P<kept>[?&;](?P<name>[\w.%-]+)=)(?P<value>[^&;\s'\"#]+)")
 _ASSIGNED = re.compile(
@@ -51,6 +52,24 @@ def redacted(value: T) -> T:
     elif isinstance(value, list | tuple):
         result = type(value)(redacted(inner) for inner in value)
     return result
+
+
+def hide_in_logs() -> None:
+    """Hide credentials in what this process logs from now on, its libraries' lines and tracebacks,
+    too; for the start of a command and of a worker."""
+    make, formatter = logging.getLogRecordFactory(), logging.Formatter()
+
+    def make_redacted(*arguments: Any, **named: Any) -> logging.LogRecord:
+        record = make(*arguments, **named)
+        try:
+            record.msg, record.args = redacted(record.getMessage()), ()
+        except (TypeError, ValueError, KeyError):  # not as its format wants: logging tells of it
+            return record
+        if record.exc_info:
+            record.exc_text = redacted(formatter.formatException(record.exc_info))
+        return record
+
+    logging.setLogRecordFactory(make_redacted)
 
 
 def refuse_credentials(key: str, url: str) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from configs import storage
+from configs import storage, terminal
 from configs.data import (
     ColumnMap,
     DwellUnit,
@@ -82,7 +82,7 @@ def list_sets() -> tuple[PublicSet, ...]:
     return tuple(_SETS[name] for name in sorted(_SETS))
 
 
-def get(name: str, url: str, say: Say = print) -> tuple[str, ...]:
+def get(name: str, url: str, say: Say = terminal.say) -> tuple[str, ...]:
     """URLs of the files of the set's copy in directory `url`, made if it is not there yet.
 
     A copy that is there is checked: against what was recorded when it was made, or, where nothing
@@ -106,7 +106,7 @@ def get(name: str, url: str, say: Say = print) -> tuple[str, ...]:
     return found
 
 
-def source_of(name: str, url: str, say: Say = print) -> ParquetSource:
+def source_of(name: str, url: str, say: Say = terminal.say) -> ParquetSource:
     """The set's copy in `url` as a source with all columns mapped; made if it is not there yet."""
     entry = _find(name)
     files = get(name, url, say)

@@ -4,6 +4,8 @@ from typing import Any
 
 import click
 
+from configs.terminal import say
+
 _threads = click.option(
     "--threads",
     type=click.IntRange(min=1),
@@ -61,9 +63,9 @@ def _add_beam(group: click.Group) -> None:
 
         with measure.threads(threads):
             if part in ("all", "constraint"):
-                bench_beam(output, **sizes, say=click.echo)
+                bench_beam(output, **sizes, say=say)
             if part in ("all", "generation"):
-                bench_generation(output, **sizes, say=click.echo)
+                bench_generation(output, **sizes, say=say)
 
 
 def _add_decoders(group: click.Group) -> None:
@@ -83,7 +85,7 @@ def _add_decoders(group: click.Group) -> None:
         from trainer.bench.decoders import Shape, bench_decoders
 
         shape = Shape(**sizes)
-        bench_decoders(output, shape, batch=batch, repeats=repeats, seed=seed, say=click.echo)
+        bench_decoders(output, shape, batch=batch, repeats=repeats, seed=seed, say=say)
 
 
 def _add_rollout(group: click.Group) -> None:
@@ -101,7 +103,7 @@ def _add_rollout(group: click.Group) -> None:
         from trainer.bench.rollout import bench_rollout
 
         with measure.threads(threads):
-            bench_rollout(output, **sizes, say=click.echo)
+            bench_rollout(output, **sizes, say=say)
 
 
 def _add_checkpoint(group: click.Group) -> None:
@@ -120,4 +122,4 @@ def _add_checkpoint(group: click.Group) -> None:
         from trainer.bench.checkpoint import bench_checkpoint
 
         with measure.threads(threads):
-            bench_checkpoint(output, **sizes, say=click.echo)
+            bench_checkpoint(output, **sizes, say=say)

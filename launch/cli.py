@@ -10,7 +10,8 @@ import click
 
 from configs.load import LoadedRecipe, load_recipe
 from configs.recipe import STAGES, StageName
-from configs.redaction import redacted
+from configs.redaction import hide_in_logs
+from configs.terminal import say
 from launch.bench import add_commands
 from launch.reward_checks import check_functions
 from launch.user_errors import BUSY_STATUS, USER_ERRORS, BusyError
@@ -37,7 +38,7 @@ class _Command(click.Command):
         except (*USER_ERRORS, BusyError) as error:
             if debug:
                 raise
-            click.secho(f"error: {redacted(str(error))}", fg="red", err=True)
+            say(f"error: {error}", error=True, style="red")
             ctx.exit(BUSY_STATUS if isinstance(error, BusyError) else 2)
 
 
@@ -125,7 +126,7 @@ def show_config(recipe: str, overrides: tuple[str, ...]) -> None:
     """Print the resolved recipe with each value's origin; credentials are hidden."""
     loaded = load_recipe(recipe, overrides)
     check_functions(loaded.recipe)
-    click.echo(redacted(loaded.dump()), nl=False)
+    say(loaded.dump(), end="")
 
 
 @main.command(epilog=RECIPE_HELP)
@@ -144,7 +145,7 @@ def plan(
     loaded = load_recipe(recipe, overrides)
     from launch.plan import render_plan
 
-    click.echo(render_plan(loaded.recipe, world_size, rows))
+    say(render_plan(loaded.recipe, world_size, rows))
 
 
 @main.command()
@@ -165,7 +166,7 @@ def compare(before: str, after: str, part: Literal["test", "validation"]) -> Non
         if not storage.exists(place):
             raise ValueError(f"{place} does not exist: run `tandem evaluate RECIPE` there first")
         results.append(read_results(place))
-    click.echo(render_changes(changes(results[0], results[1], part)))
+    say(render_changes(changes(results[0], results[1], part)))
 
 
 @main.group(cls=_Group)
@@ -179,14 +180,14 @@ def list_data() -> None:
     from data_loaders.public import list_sets
 
     for entry in list_sets():
-        click.secho(entry.name, bold=True)
-        click.echo(f"  {entry.about}: {entry.events:,} events; {entry.terms}")
+        say(entry.name, style="bold")
+        say(f"  {entry.about}: {entry.events:,} events; {entry.terms}")
         for file in entry.originals:
             checksum = file.checksum or "no published checksum"
-            click.echo(f"  {', '.join(file.addresses)} ({checksum})")
+            say(f"  {', '.join(file.addresses)} ({checksum})")
         if entry.mirror is not None:
             digest = f"sha256:{entry.mirror.sha256}"
-            click.echo(f"  mirror: package {entry.mirror.requirement} ({digest})")
+            say(f"  mirror: package {entry.mirror.requirement} ({digest})")
 
 
 @data.command("get")
@@ -198,8 +199,8 @@ def get_data(name: str, url: str) -> None:
     from data_loaders.public import get
 
     storage.refuse_memory("--to", url)
-    for file in get(name, url, say=click.echo):
-        click.echo(file)
+    for file in get(name, url, say=say):
+        say(file)
 
 
 @data.command("verify")
@@ -209,7 +210,7 @@ def verify_data(url: str) -> None:
     from configs import storage
     from data_loaders.verification import verify_directory
 
-    verify_directory(storage.absolute(url), click.echo)
+    verify_directory(storage.absolute(url), say)
 
 
 @main.group(cls=_Group)
@@ -223,7 +224,7 @@ def list_checkpoints(url: str) -> None:
     """List the checkpoints of a run, a store, or any directory above them."""
     from launch.checkpoints import render_list
 
-    click.echo(render_list(url))
+    say(render_list(url))
 
 
 @checkpoint.command("verify")
@@ -232,7 +233,7 @@ def verify_checkpoints(url: str) -> None:
     """Hash every file of the checkpoints at URL; exit 2 where one is damaged."""
     from launch.checkpoints import verify
 
-    verify(url, click.echo)
+    verify(url, say)
 
 
 @checkpoint.command("inspect")
@@ -241,7 +242,7 @@ def inspect_checkpoint(url: str) -> None:
     """Show the origin and the tensors of a checkpoint, or of a store's newest one."""
     from launch.checkpoints import render_inspection
 
-    click.echo(render_inspection(url))
+    say(render_inspection(url))
 
 
 @checkpoint.command("export")
@@ -259,7 +260,7 @@ def export_checkpoint(url: str, target: str, max_file_gib: float) -> None:
     from launch.checkpoints import export
 
     for file in export(url, target, int(max_file_gib * 2**30)):
-        click.echo(file)
+        say(file)
 
 
 @main.group(cls=_Group)
@@ -317,17 +318,18 @@ def submit(
     options += [] if until is None else ["--until", until]
     options += [] if from_ is None else ["--from", from_]
     job = start(loaded, address, options=options, environment=environment, python=python)
-    click.echo(f"submitted {job.job_id} to {address}", err=True)
+    say(f"submitted {job.job_id} to {address}", error=True)
     ctx.exit(0 if no_follow else job.follow(on_interrupt))
 
 
 def _tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """The traceback of what no user's mistake explains, without credentials."""
     text = "".join(traceback.format_exception(kind, error, trace))
-    print(redacted(text), end="", file=sys.stderr, flush=True)
+    say(text, error=True, end="")
 
 
 sys.excepthook = _tell
+hide_in_logs()
 
 if __name__ == "__main__":
     main()

@@ -17,6 +17,7 @@ from pyarrow.fs import FSSpecHandler, PyFileSystem
 
 from configs.cluster import ClusterConfig
 from configs.failures import FailuresConfig
+from configs.redaction import hide_in_logs
 from configs.terminal import say
 
 # Read by Ray when it is imported.
@@ -343,6 +344,7 @@ class _AttendSignals(WorkerGroupCallback):
 
 def _enter(config: dict[str, Any]) -> Any:
     """First code of a worker."""
+    hide_in_logs()
     return heeding(partial(_run_stage, config))
 
 

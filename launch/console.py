@@ -14,7 +14,6 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from configs.redaction import redacted
 from configs.terminal import say
 
 POLL_S = 0.3
@@ -116,7 +115,7 @@ class Console:
         except (RayError, TimeoutError):  # the cluster goes away; the run itself reports why
             return False
         for line in lines:
-            say(redacted(line))
+            say(line)
         return True
 
 

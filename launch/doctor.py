@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import click
 import psutil
 
+from configs.terminal import say
 from launch import address, install
 
 GIB = 1 << 30
@@ -53,16 +53,13 @@ def examine() -> bool:
     for check in CHECKS:
         for finding in check():
             problems += finding.is_problem
-            mark = click.style("BAD" if finding.is_problem else "ok ", fg=_color(finding))
-            click.echo(f"{mark}  {finding.name:<12} {finding.detail}")
+            mark = "BAD" if finding.is_problem else "ok "
+            line = f"{mark}  {finding.name:<12} {finding.detail}"
+            say(line, style="red" if finding.is_problem else None)
             if finding.mend is not None:
-                click.echo(f"     {'':<12} mend: {click.style(finding.mend, bold=True)}")
-    click.echo(f"{problems or 'no'} problem{'' if problems == 1 else 's'} found")
+                say(f"     {'':<12} mend: {finding.mend}", style="bold")
+    say(f"{problems or 'no'} problem{'' if problems == 1 else 's'} found")
     return problems == 0
-
-
-def _color(finding: Finding) -> str:
-    return "red" if finding.is_problem else "green"
 
 
 def check_python() -> Iterator[Finding]:

@@ -6,6 +6,7 @@ from typing import Any
 from configs import storage
 from configs.layout import RunLayout
 from configs.recipe import Recipe, StageName
+from configs.redaction import redacted
 
 _NAMED = 4
 """Settings in a sentence."""
@@ -40,11 +41,11 @@ def other_trainings(
 
 def _difference(url: str, recipe: Recipe, stage: StageName) -> str:
     try:
-        other = storage.read_json(url)
+        other = redacted(storage.read_json(url))
     except (OSError, ValueError):
         return "settings that cannot be read"
     elsewhere = {*_ELSEWHERE, "alignment"} if stage == "train" else {*_ELSEWHERE}
-    blocks = recipe.model_dump(mode="json", exclude=elsewhere)
+    blocks = redacted(recipe.model_dump(mode="json", exclude=elsewhere))
     theirs = {k: v for k, v in other.items() if k in blocks} if isinstance(other, dict) else {}
     before, now = dict(_flat(theirs)), dict(_flat(blocks))
     changed = [key for key in {**now, **before} if before.get(key) != now.get(key)]

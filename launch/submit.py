@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-import click
 import requests
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read by Ray when it is imported
@@ -31,6 +30,7 @@ from configs import storage
 from configs.load import LoadedRecipe
 from configs.recipe import Recipe
 from configs.redaction import SECRET_NAME, redacted, variable_in
+from configs.terminal import say
 from launch.address import (
     GUARD_S,
     is_loopback,
@@ -92,7 +92,7 @@ class Job:
             position = 0
             try:
                 async for text in self._client.tail_job_logs(self.job_id):
-                    click.echo(text[max(0, printed - position) :], nl=False)
+                    say(text[max(0, printed - position) :], end="")
                     position += len(text)
                     printed = max(printed, position)
                 if self.status().is_terminal():
@@ -117,7 +117,7 @@ class Job:
         if info.status == JobStatus.SUCCEEDED:
             return 0
         reason = (info.message or "no reason given").partition(", last available logs")[0]
-        click.secho(f"job {self.job_id} {info.status.value}: {reason}", fg="red", err=True)
+        say(f"job {self.job_id} {info.status.value}: {reason}", error=True, style="red")
         if info.status == JobStatus.STOPPED:
             return STOPPED_CODE
         code = info.driver_exit_code or 1  # a job that never got to run has none
@@ -125,23 +125,23 @@ class Job:
 
     def interrupted(self, choice: OnInterrupt) -> int:
         """What Ctrl-C does while the log is followed; 130."""
-        click.echo(err=True)
+        say("", error=True)
         if choice == "ask":
             choice = "stop" if self._wants_stop() else "leave"
         if choice == "leave":
-            click.echo(f"the job goes on; stop it with `ray job stop {self.job_id}`", err=True)
+            say(f"the job goes on; stop it with `ray job stop {self.job_id}`", error=True)
             return STOPPED_CODE
         self._client.stop_job(self.job_id)
         limit = time.monotonic() + STOP_WAIT_S
         while not self.status().is_terminal() and time.monotonic() < limit:
             time.sleep(0.2)
-        click.echo(f"job {self.job_id}: {self.status().value}", err=True)
+        say(f"job {self.job_id}: {self.status().value}", error=True)
         return STOPPED_CODE
 
     def _wants_stop(self) -> bool:
         if not sys.stdin.isatty():
             return True
-        click.echo(f"stop job {self.job_id}? [Y/n] ", nl=False, err=True)
+        say(f"stop job {self.job_id}? [Y/n] ", error=True, end="")
         return not sys.stdin.readline().strip().lower().startswith("n")
 
 

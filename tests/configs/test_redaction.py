@@ -1,6 +1,7 @@
 """Credentials are hidden wherever they stand, and what is none comes back as it was."""
 
 import json
+import time
 
 import pytest
 
@@ -33,6 +34,13 @@ def test_credentials_are_hidden(text: str) -> None:
     shown = redacted(text)
     assert SECRET not in shown and SECRET.replace("/", "") not in shown and "***" in shown
     assert redacted(shown) == shown
+
+
+@pytest.mark.parametrize("word", ["x", "a.", "://", "password", "?a="])
+def test_a_long_text_takes_no_longer_than_its_length(word: str) -> None:
+    started = time.process_time()
+    redacted(word * 20_000)
+    assert time.process_time() - started < 1.0
 
 
 @pytest.mark.parametrize("text", ["password: hunter2", "password='abc'", "passwd=x"])

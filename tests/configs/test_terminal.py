@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from configs.terminal import say
 from tests.integration.jobs import ROOT
 
 ENDING = """
@@ -62,3 +63,11 @@ def test_a_group_is_asked_to_save_although_the_reader_has_stopped() -> None:
     assert time.monotonic() - started < 30
     os.close(ours)
     os.close(theirs)
+
+
+def test_what_is_said_is_fit_to_be_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    say("s3://me:wJalrXUtnFEMI@b/x \x1b[31mred\x1b]0;title\x07 \u202eback \ud800 \r", style="bold")
+    say("größe\t1\n日本語\u3000二 👩\u200d🔬", error=True, end="|")
+    shown = capsys.readouterr()
+    assert shown.out == (r"s3://***@b/x \x1b[31mred\x1b]0;title\x07 \u202eback \ud800 \r" + "\n")
+    assert shown.err == "größe\t1\n日本語\u3000二 👩\u200d🔬|"

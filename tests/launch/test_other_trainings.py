@@ -8,6 +8,7 @@ from configs import storage
 from configs.layout import RunLayout
 from configs.load import load_recipe
 from configs.recipe import Recipe
+from configs.redaction import redacted
 from configs.storage_faults import StorageError
 from launch.other_trainings import other_trainings
 
@@ -50,6 +51,20 @@ def test_what_differs_is_named(tmp_path: Path, recipe: Recipe) -> None:
         "to go on with it"
     ]
     assert "with other data or another start" in told(layout, recipe)[0]
+
+
+def test_a_hidden_credential_is_no_difference(tmp_path: Path, recipe: Recipe) -> None:
+    url = "data.source.item_text={url: 's3://me:wJalrXUtnFEMI@bucket/t.csv', format: csv}"
+    source = [
+        "alignment=null",
+        "data.source={kind: csv, url: x, columns: {user: u, item: i, timestamp: t}}",
+        url,
+    ]
+    ours = load_recipe("quickstart", [f"output={tmp_path}", *source]).recipe
+    layout = RunLayout(str(tmp_path))
+    place = storage.join(layout.checkpoints("train", THEIRS), f"step-{20:08d}-{0:016x}")
+    storage.write_json(storage.join(place, "recipe.json"), redacted(ours.model_dump(mode="json")))
+    assert "with other data or another start" in told(layout, ours)[0]
 
 
 def test_another_training_that_cannot_be_read_refuses_nothing(

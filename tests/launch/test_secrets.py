@@ -10,6 +10,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+from configs import storage
 from configs.cluster import ClusterConfig
 from configs.load import load_recipe
 from data_loaders.synthetic import write_synthetic
@@ -42,6 +43,11 @@ def test_commands_do_not_print_them(tmp_path: Path) -> None:
     recipe.write_text(yaml.safe_dump(content))
     shown = invoke("show-config", str(recipe), url)
     assert "s3://***@bucket/log.csv" in shown and SECRET not in shown
+    store = f"memory://AKIAEXAMPLE:{SECRET}@bucket/run"
+    storage.write_bytes(f"{store}/newest/step-00000001-0000000000000001/x", b"")
+    for command in (["checkpoint", "list", store], ["checkpoint", "verify", store]):
+        told = invoke(*command)
+        assert "unfinished" in told and SECRET not in told
     told = invoke("run", str(recipe), f"output={URL}/run")
     assert "holds credentials" in told and SECRET not in told
     told = invoke("show-config", str(recipe), f"seed={URL}")
@@ -58,6 +64,32 @@ def test_a_traceback_does_not_print_them() -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 1 and "RuntimeError" in done.stderr and SECRET not in done.stderr
+
+
+def test_logs_do_not_hold_them() -> None:
+    """Neither a library's lines, nor the traceback below one; nor what a restart is told."""
+    code = f"""
+import logging, launch.cli
+from configs.failures import FailuresConfig
+from launch.failures import Place, Restarts, diagnose
+from configs.terminal import say
+log = logging.getLogger("botocore")
+log.warning("%s cannot be reached, try %d", "{URL}/x", 2)
+try:
+    raise OSError("{URL}/y")
+except OSError:
+    log.exception("lost %(url)s", {{"url": "{URL}/z"}})
+error, place = RuntimeError("no connection to {URL}/x"), Place("/none", "/none", "/none")
+failure = diagnose([error], place, 0, 1, lost_memory=lambda: False, lost_node=None)
+Restarts(FailuresConfig(), place, say).decide(failure)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    told = done.stdout + done.stderr
+    assert "s3://***@bucket/x cannot be reached, try 2" in told and "OSError: s3://***" in told
+    assert "no connection to s3://***@bucket/x" in told and SECRET not in told
 
 
 def test_results_and_reports_do_not_hold_them(tmp_path: Path) -> None:
