@@ -119,8 +119,8 @@ class TokenizerConfig(Config):
     """Codes of the extra digit kept free for items to come (with `frozen`), so that the models'
     code tables keep their size."""
     frozen: str | None = None
-    """URL of semantic ids made before: its items keep their codes, new ones get codes from its
-    tokenizer, and nothing is trained."""
+    """Output of an earlier run (or the directory of its semantic ids): its items keep their codes,
+    new ones get codes from its tokenizer, and nothing is trained."""
 
     @model_validator(mode="after")
     def _frozen_reads_content(self) -> "TokenizerConfig":

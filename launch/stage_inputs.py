@@ -49,6 +49,8 @@ def tokenize_inputs(recipe: Recipe, done: dict[str, Outputs]) -> dict[str, Any]:
     from trainer.tokenize import tokenizer_inputs
 
     assert recipe.tokenizer is not None, "the tokenize stage exists only with a tokenizer block"
+    if recipe.tokenizer.frozen is not None:
+        _refuse_own_output(recipe, "tokenizer.frozen", recipe.tokenizer.frozen, "tokenizing")
     return {
         "data": done["prepare"]["data"],
         "seed": recipe.seed,
@@ -78,13 +80,17 @@ def _start(recipe: Recipe) -> dict[str, Any]:
     start = recipe.training.start
     if start is None:
         return {}
-    run = storage.absolute(start.run)
-    if run == storage.absolute(recipe.output):
-        raise ValueError(
-            f"training.start.run={start.run!r} is this recipe's own output, which its training "
-            "replaces: name another run, or give this one another `output`"
-        )
+    _refuse_own_output(recipe, "training.start.run", start.run, "training")
     return {"start": trained_checkpoint(start.run, "training.start.run")["hash"]}
+
+
+def _refuse_own_output(recipe: Recipe, place: str, run: str, stage: str) -> None:
+    """Raises ValueError where what a stage goes on from is what it replaces."""
+    if storage.absolute(run) == storage.absolute(recipe.output):
+        raise ValueError(
+            f"{place}={run!r} is this recipe's own output, which its {stage} replaces: name "
+            "another run, or give this one another `output`"
+        )
 
 
 def trained_checkpoint(run: str, place: str) -> dict[str, Any]:

@@ -6,9 +6,15 @@ from dataclasses import asdict
 from typing import Any
 
 from configs import storage
-from configs.layout import RunLayout
+from configs.layout import RunLayout, read_record
 from configs.redaction import redacted
-from configs.tokenize import CollaborativeEmbedding, TextEmbedding, TokenizerConfig, VectorEmbedding
+from configs.tokenize import (
+    CollaborativeEmbedding,
+    ItemEmbedding,
+    TextEmbedding,
+    TokenizerConfig,
+    VectorEmbedding,
+)
 from data_loaders import cold_start
 from data_loaders.collisions import Resolved, resolve
 from data_loaders.exchange import Progress, map_parts, quiet
@@ -81,7 +87,7 @@ def tokenize(
     if storage.exists(storage.join(root, MANIFEST)):
         finished = read_semantic_id_manifest(root)
         if finished.request == request:
-            say(f"  semantic ids are there: {finished.fingerprint[:12]}")
+            say(f"  semantic ids are there: {finished.fingerprint[:12]} in {root}")
             return finished
     staging = storage.join(root, f"staging-{request[:12]}")
     _clear(root, keep=staging.rsplit("/", 1)[-1])
@@ -90,7 +96,7 @@ def tokenize(
         manifest = stage.run()
     write_manifest(root, manifest)
     storage.remove(staging)
-    say(summarize_codes(manifest))
+    say(f"{summarize_codes(manifest)}\n  written to {root}")
     return manifest
 
 
@@ -115,8 +121,29 @@ def tokenizer_inputs(config: TokenizerConfig) -> list[Any]:
                 layout = RunLayout(storage.absolute(run))
                 inputs.append(selected_checkpoint(layout, stage, place)[1])
     if config.frozen is not None:
-        inputs.append(read_semantic_id_manifest(storage.absolute(config.frozen)).fingerprint)
+        inputs.append(frozen_table(config.frozen).manifest.fingerprint)
     return inputs
+
+
+def frozen_table(frozen: str) -> cold_start.EarlierCodes:
+    """The table that `tokenizer.frozen` names: a run's, or the one in that directory.
+
+    Raises:
+        ValueError: there is none, or it is damaged.
+    """
+    url = storage.absolute(frozen)
+    try:
+        record = RunLayout(url).stage_record("tokenize")
+        if storage.exists(record):
+            url = str(read_record(record)["outputs"].get("url"))
+        elif not storage.exists(storage.join(url, MANIFEST)):
+            raise ValueError(
+                "no semantic ids are there; name the output of a run whose stage tokenize has "
+                "finished, or the directory that it said it wrote them to"
+            )
+        return cold_start.EarlierCodes(url, read_semantic_id_manifest(url))
+    except ValueError as error:
+        raise ValueError(f"tokenizer.frozen={frozen!r}: {error}") from error
 
 
 def _clear(root: str, keep: str) -> None:
@@ -155,7 +182,7 @@ class _Tokenization:
 
     def run(self) -> SemanticIdManifest:
         frozen = self._config.frozen
-        return self._train() if frozen is None else self._continue(storage.absolute(frozen))
+        return self._train() if frozen is None else self._continue(frozen)
 
     def _train(self) -> SemanticIdManifest:
         embeddings = self._embed(None)
@@ -172,16 +199,17 @@ class _Tokenization:
         resolved = self._resolve(urls, least_digits=0)
         return self._manifest(embeddings, resolved, {"sample": asdict(quality)}, None)
 
-    def _continue(self, url: str) -> SemanticIdManifest:
+    def _continue(self, frozen: str) -> SemanticIdManifest:
         """Codes of an earlier table for the items it has, and of its quantizer for the others."""
-        earlier = cold_start.EarlierCodes(url, self._continued(url))
+        earlier = frozen_table(frozen)
+        _refuse_other_settings(self._config, earlier.manifest.settings)
         known = cold_start.stage_known(earlier, self._parts, self._staging, self._progress)
         widths = tuple(block["width"] for block in earlier.manifest.report["embeddings"])
         embeddings = self._embed(Known(known, widths))
         for entry in earlier.manifest.quantizer:
-            verify_shard(url, entry, MEND)
+            verify_shard(earlier.url, entry, MEND)
         for name in (TENSORS, DESCRIPTION):
-            data = storage.read_bytes(storage.join(url, QUANTIZER, name))
+            data = storage.read_bytes(storage.join(earlier.url, QUANTIZER, name))
             storage.write_bytes(storage.join(self._root, QUANTIZER, name), data)
         step = functools.partial(
             _code_new, embeddings, storage.join(self._root, QUANTIZER), self._ranked, self._levels
@@ -208,31 +236,6 @@ class _Tokenization:
             retired_items=sum(report["rows"] for report in reports),
         )
         return self._manifest(embeddings, resolved, {}, counts)
-
-    def _continued(self, url: str) -> SemanticIdManifest:
-        """The manifest of the earlier table, if its tokenizer is what the recipe describes."""
-        manifest = read_semantic_id_manifest(url)
-        earlier = manifest.settings
-        if earlier is None:
-            raise ValueError(
-                f"tokenizer.frozen={url!r} was made without a tokenizer, so new items can get no "
-                "codes from it; name a table that `tandem tokenize` wrote"
-            )
-        described = [
-            [(e.kind, e.weight, e.normalize) for e in c.embeddings] for c in (self._config, earlier)
-        ]
-        for name, now, then in (
-            ("quantizer", self._config.quantizer, earlier.quantizer),
-            ("collisions", self._config.collisions, earlier.collisions),
-            ("embeddings", *described),
-        ):
-            if now != then:
-                what = "(kind, weight, normalize) " if name == "embeddings" else ""
-                raise ValueError(
-                    f"tokenizer.{name} differs from that of tokenizer.frozen={url!r}, which is "
-                    f"{what}{then!r}; a frozen tokenizer keeps its settings"
-                )
-        return manifest
 
     def _embed(self, known: Known | None) -> ItemEmbeddings:
         return stage_embeddings(
@@ -290,6 +293,33 @@ class _Tokenization:
             cold_start=counts,
             report=report,
         )
+
+
+def _refuse_other_settings(config: TokenizerConfig, earlier: TokenizerConfig | None) -> None:
+    """Raises ValueError where a frozen tokenizer is not what the recipe describes."""
+    place = f"tokenizer.frozen={config.frozen!r}"
+    if earlier is None:
+        raise ValueError(
+            f"{place} was made without a tokenizer, so new items can get no codes from it; name a "
+            "table that `tandem tokenize` wrote"
+        )
+    described = [[_described(e) for e in c.embeddings] for c in (config, earlier)]
+    for name, now, then in (
+        ("quantizer", config.quantizer, earlier.quantizer),
+        ("collisions", config.collisions, earlier.collisions),
+        ("embeddings", *described),
+    ):
+        if now != then:
+            raise ValueError(
+                f"tokenizer.{name} differs from that of {place}, which is {then!r}; a frozen "
+                "tokenizer keeps its settings"
+            )
+
+
+def _described(embedding: ItemEmbedding) -> dict[str, Any]:
+    """What makes a vector of an item, and not where that lies."""
+    told = {"kind", "weight", "normalize", "encoder", "columns"}
+    return embedding.model_dump(mode="json", include=told)
 
 
 def _code_new(

@@ -82,8 +82,8 @@ def _refuse_other_names(
         codes = info.fingerprints.get("semantic_ids")
         if codes not in (ids.fingerprint, ids.continues):
             raise ValueError(
-                f"{place} was trained on other semantic ids; set tokenizer.frozen to that run's, "
-                "so that known items keep theirs"
+                f"{place} was trained on other semantic ids; set tokenizer.frozen to that run, "
+                "too, so that known items keep theirs"
             )
     if isinstance(model, FeatureInputs) and model.actions:
         names, now = action_names(earlier), action_names(worker.layout.data)

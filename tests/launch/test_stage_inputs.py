@@ -8,7 +8,7 @@ import pytest
 from configs import storage
 from configs.layout import RunLayout
 from configs.load import load_recipe
-from launch.stage_inputs import train_inputs, trained_checkpoint
+from launch.stage_inputs import tokenize_inputs, train_inputs, trained_checkpoint
 
 DONE = {"prepare": {"data": "d"}}
 
@@ -50,6 +50,15 @@ def test_what_changes_numbers_is_another_training(override: str) -> None:
 def test_columns_do_not_count_where_every_weight_has_its_own_sum() -> None:
     adagrad = "sharding.optimizer.kind=adagrad"
     assert inputs(adagrad, "sharding.default=column_wise") == inputs(adagrad)
+
+
+def test_a_run_does_not_go_on_from_what_it_replaces(tmp_path: Path) -> None:
+    own = f"output={tmp_path}"
+    with pytest.raises(ValueError, match=r"training.start.run=.* is this recipe's own output"):
+        inputs(own, f"training.start.run={tmp_path}")
+    recipe = load_recipe("beauty/tiger", [own, f"tokenizer.frozen={tmp_path}"]).recipe
+    with pytest.raises(ValueError, match=r"tokenizer.frozen=.* is this recipe's own output"):
+        tokenize_inputs(recipe, DONE)
 
 
 def test_another_runs_training_is_named_by_a_whole_record_alone(tmp_path: Path) -> None:

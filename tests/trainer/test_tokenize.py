@@ -19,7 +19,7 @@ from torch.nn.functional import normalize
 from configs import storage
 from configs.layout import RunLayout
 from configs.tokenize import TokenizerConfig
-from data_loaders.manifest import FileEntry, build_manifest, read_manifest, write_manifest
+from data_loaders.manifest import FileEntry, build_manifest, read_manifest, seal, write_manifest
 from data_loaders.semantic_ids import SemanticIdManifest, read_semantic_ids
 from data_loaders.shards import write_table
 from data_loaders.synthetic import write_synthetic
@@ -200,7 +200,12 @@ def test_frozen_where_no_new_item_has_a_vector(tables: Tables, tmp_path: Path) -
     """Widths come from the earlier table: of more events of the same items, too."""
     then_url, old = tables.urls[0], tables.data[0]
     nobody = write_vectors(tmp_path / "v.parquet", ["item-999"])
-    same = run(config(nobody, frozen=str(then_url), reserve=NEW), old, tmp_path / "same")
+    record = RunLayout(str(tmp_path / "then")).stage_record("tokenize")
+    storage.write_sealed(record, {"outputs": {"url": str(then_url)}})  # as the launcher leaves it
+    more_events = config(nobody, frozen=str(tmp_path / "then"), reserve=NEW)
+    told: list[str] = []
+    same = tokenize(more_events, old, str(tmp_path / "same"), seed=3, say=told.append)
+    assert told[-1].endswith(f"written to {tmp_path / 'same'}")
     assert same.cold_start is not None and same.cold_start.new_items == 0
     assert same.report["embeddings"] == [{"kind": "vectors", "width": WIDTH, "missing": 0}]
     assert codes_by_name(tmp_path / "same", old) == codes_by_name(then_url, old)
@@ -403,6 +408,28 @@ def test_what_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         config("v", embeddings=[run_of], frozen="ids")
     with pytest.raises(ValueError, match="reserve=3 keeps codes of the extra digit free"):
         config("v", "keep", reserve=3)
+
+
+def test_frozen_names_a_run_or_a_table_of_the_same_tokenizer(
+    tables: Tables, tmp_path: Path
+) -> None:
+    path, then = str(tmp_path), tables.manifests[0]
+    with pytest.raises(ValueError, match=r"frozen='.*': no semantic ids are there; name the outp"):
+        tokenizer_inputs(config(tables.vectors, frozen=path))
+    storage.write_sealed(
+        RunLayout(path).stage_record("tokenize"), {"outputs": {"url": str(tables.urls[0])}}
+    )
+    assert tokenizer_inputs(config(tables.vectors, frozen=path))[-1] == then.fingerprint
+    # Of the settings, what an item's vector is made of counts.
+    text = {"kind": "text", "table": {"url": "t"}, "columns": ["title", "category"]}
+    settings = config("v", embeddings=[text])
+    content = then.model_dump(exclude={"fingerprint"}) | {"settings": settings}
+    write_manifest(str(tmp_path / "ids"), seal(SemanticIdManifest, **content))
+    with pytest.raises(
+        ValueError, match=r"tokenizer.embeddings differs .*'columns': \['title', 'c"
+    ):
+        texts = config("v", embeddings=[{"kind": "text"}], frozen=str(tmp_path / "ids"))
+        run(texts, tables.data[0], tmp_path / "out")
 
 
 def test_inputs_change_with_the_files(tmp_path: Path) -> None:
