@@ -18,7 +18,7 @@ from configs.terminal import say
 
 POLL_S = 0.3
 LAST_WORDS_S = 5.0
-"""How long the end of a run that was asked to end waits for its lines to be read."""
+"""How long the end of a run that was asked to end, or fails, waits for its lines to be read."""
 
 
 @ray.remote(num_cpus=0)
@@ -78,7 +78,8 @@ class Console:
     ) -> None:
         self._closed.set()
         self._conveying.join()
-        self._printing.join(LAST_WORDS_S if self._stop.is_set() else None)
+        patient = error is None and not self._stop.is_set()
+        self._printing.join(None if patient else LAST_WORDS_S)
         ray.kill(self._exchange)
 
     def line(self) -> "Line":
