@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -71,3 +72,70 @@ def test_what_is_said_is_fit_to_be_shown(capsys: pytest.CaptureFixture[str]) -> 
     shown = capsys.readouterr()
     assert shown.out == (r"s3://***@b/x \x1b[31mred\x1b]0;title\x07 \u202eback \ud800 \r" + "\n")
     assert shown.err == "größe\t1\n日本語\u3000二 👩\u200d🔬|"
+
+
+SLOW = """
+from configs.terminal import say
+for n in range(3000): say(f"line {n} " + "x" * 100)
+say("RESULTS")
+"""
+
+
+def test_a_slow_reader_that_is_not_waited_for_gets_every_line() -> None:
+    ours, theirs = os.pipe()
+    os.set_blocking(theirs, False)
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW], cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=theirs,
+    )  # fmt: skip
+    os.close(theirs)
+    time.sleep(0.5)
+    with os.fdopen(ours) as reader:
+        lines = reader.read().splitlines()
+    assert process.wait(timeout=60) == 0
+    assert len(lines) == 3001 and lines[-1] == "RESULTS"
+
+
+FULL = """
+import resource, signal
+from configs.terminal import say
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, -1))
+for n in range(300): say(f"line {n} " + "x" * 80)
+"""
+ROOM = "resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1)); say('RESULTS')"
+
+
+@pytest.mark.parametrize(("then", "status"), [(ROOM, 0), ("", 120)])
+def test_a_full_disk_costs_the_lines_of_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, then: str, status: int
+) -> None:
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    with open(tmp_path / "log", "w") as log:
+        done = run(FULL + then, log.fileno())
+    text = (tmp_path / "log").read_text()
+    assert done.returncode == status and text.startswith("line 0 x")
+    if then:
+        assert text.endswith("\n(lines were lost here: File too large)\nRESULTS\n")
+        assert text.count("lost here") == 1
+    else:
+        assert "File too large" in done.stderr
+
+
+@pytest.mark.parametrize("closed", ["1", "1 2"])
+def test_a_hang_up_without_output_asks_the_group(closed: str, tmp_path: Path) -> None:
+    """Whatever was opened in its place, such as a file or a device, stays."""
+    code = ENDING.format(before="other = os.open(os.devnull, os.O_RDONLY)").replace(
+        "SIGTERM", "SIGHUP"
+    )
+    code = code.replace(
+        'def ask(): print("asked", file=sys.stderr, flush=True)',
+        f"def ask(): open({str(tmp_path / 'asked')!r}, 'w')",
+    )
+    closing = " ".join(f"{number}>&-" for number in closed.split())
+    command = f'exec "$0" -c "$1" {closing}'
+    done = subprocess.run(
+        ["sh", "-c", command, sys.executable, code],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0 and (tmp_path / "asked").exists()
