@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from ray.job_submission import JobSubmissionClient
 from configs.load import load_recipe
 from launch import cli, submit
 from launch.joining import check_door, cluster_lets_in
-from tests.integration.jobs import start, wait_for, write_recipe
+from tests.integration.jobs import ROOT, start, wait_for, write_recipe
 
 
 def test_what_travels_is_our_packages_and_the_resolved_recipe(
@@ -71,6 +72,35 @@ def test_a_token_that_is_not_taken_is_one_sentence(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(submit, "JobSubmissionClient", refuse)
     with pytest.raises(ValueError, match="does not take the token .* export RAY_AUTH_MODE=token"):
         submit._connect("http://127.0.0.1:8265")
+
+
+FOLLOW = """
+import sys
+from ray.job_submission import JobInfo, JobStatus
+from launch import submit
+submit.LOST_AFTER_S = submit.RECONNECT_S = 0.0
+class Server:
+    asked = 0
+    async def tail_job_logs(self, job):
+        self.asked += 1
+        for n in range(3): yield f"line {n}\\n"
+    def get_job_status(self, job): return JobStatus.SUCCEEDED
+    def get_job_info(self, job): return JobInfo(JobStatus.SUCCEEDED, entrypoint="x")
+server = Server()
+assert submit.Job(server, "job").follow("leave") == 0 and server.asked == 1
+"""
+
+
+def test_a_reader_of_the_log_that_left_is_no_lost_server() -> None:
+    ours, theirs = os.pipe()
+    os.close(ours)
+    done = subprocess.run(
+        [sys.executable, "-c", FOLLOW],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=theirs, stderr=subprocess.PIPE, text=True, timeout=60,
+    )  # fmt: skip
+    os.close(theirs)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.fixture(scope="module")
