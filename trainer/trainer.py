@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -165,7 +165,11 @@ class Trainer:
         """
         self.model.lr_ratio = self.state.watch.lr_ratio
         self.model.may_skip = self.left_out.skips
-        try:
+        with ExitStack() as closing:  # in reverse
+            if self.monitor is not None:
+                closing.enter_context(self.monitor)
+            closing.callback(self.loader.close)
+            closing.callback(self.saver.close)
             if self.measure_start and self.model.step == 0:
                 self._begin()
             if not self.state.finished:
@@ -174,11 +178,6 @@ class Trainer:
                         break
             self.sign(self.model.step, "saving")
             self.saver.wait()
-        finally:
-            self.saver.close()
-            self.loader.close()
-            if self.monitor is not None:
-                self.monitor.close()
         return self.state
 
     def _begin(self) -> None:

@@ -91,6 +91,12 @@ class Heard:
         self.alarms: list[str] = []
         self.steps: list[tuple[int, float]] = []
 
+    def __enter__(self) -> "Heard":
+        return self
+
+    def __exit__(self, *ended: object) -> None:
+        """There is nothing to close."""
+
     def log_validation(self, step: int, metrics: dict[str, float], sentence: str) -> None:
         self.sentences.append(sentence)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from types import TracebackType
 
 import torch
 
@@ -65,7 +66,15 @@ class StageMonitor:
         """Make all rows durable; call before a checkpoint is committed."""
         self._tracker.flush()
 
-    def close(self) -> None:
+    def __enter__(self) -> "StageMonitor":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         """Print the last line and close the files."""
         self._progress.close()
-        self._tracker.close()
+        self._tracker.__exit__(kind, error, trace)

@@ -7,6 +7,7 @@ stands for a number that was not finite, and the last tells damage. Tags are `<g
 """
 
 import json
+import logging
 import math
 import os
 import shutil
@@ -29,7 +30,9 @@ from configs.storage import (
     remove,
     write_bytes,
 )
+from configs.storage_faults import explained
 
+_log = logging.getLogger(__name__)
 METRICS_FILE = "metrics.jsonl"
 EVENTS_DIRECTORY = "tensorboard"
 CHECK = "crc32"
@@ -85,18 +88,27 @@ class Tracker:
         Args:
             step: optimizer steps done.
             values: tag → number, see the module's docstring for tags.
+
+        Raises:
+            StorageError: the disk is full.
         """
         row = MetricRow(step, time.time(), dict(values))
-        self._rows.write(_encode([row]))
-        self._rows.flush()
-        for tag, value in row.values.items():
-            self._events.add_scalar(tag, value, step, walltime=row.time)
+        with explained(self._local, "written"):
+            self._rows.write(_encode([row]))
+            self._rows.flush()
+            for tag, value in row.values.items():
+                self._events.add_scalar(tag, value, step, walltime=row.time)
 
     def flush(self) -> None:
-        """Make everything logged so far durable where the run lies."""
-        self._events.flush()
-        self._rows.flush()
-        os.fsync(self._rows.fileno())
+        """Make everything logged so far durable where the run lies.
+
+        Raises:
+            StorageError: the storage is full, refuses, or does not answer.
+        """
+        with explained(self._local, "written"):
+            self._events.flush()
+            self._rows.flush()
+            os.fsync(self._rows.fileno())
         if self._published:
             self._publish()
 
@@ -120,7 +132,13 @@ class Tracker:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
+        """Close; what already goes wrong says more than that this cannot be done."""
+        try:
+            self.close()
+        except OSError as closing:
+            if error is None:
+                raise
+            _log.warning("the metrics of the last steps may be lost: %s", closing)
 
     def _publish(self) -> None:
         write_bytes(join(self._url, METRICS_FILE), read_bytes(join(self._local, METRICS_FILE)))

@@ -115,3 +115,39 @@ def test_every_logged_row_survives_a_kill(tmp_path: Path) -> None:
     dead = subprocess.run([sys.executable, "-c", script], env=environment, timeout=60, check=False)
     assert dead.returncode == -9
     assert steps(str(tmp_path)) == list(range(1, 8))
+
+
+def test_a_full_disk_is_one_sentence_and_replaces_no_other(tmp_path: Path) -> None:
+    script = textwrap.dedent(
+        f"""
+        import resource, signal
+        from configs.storage_faults import StorageError
+        from trainer.monitor.tracker import Tracker
+
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # as if the disk were full: an OSError
+        tracker = Tracker({str(tmp_path)!r})
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, -1))
+        try:
+            with tracker:
+                try:
+                    while True:
+                        tracker.log(1, {{"train/loss": 1.0}})
+                except StorageError as error:
+                    print(error)
+                raise ValueError("what came first")
+        except ValueError as error:
+            print(error)
+        """
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+    ended = subprocess.run(
+        [sys.executable, "-c", script],
+        env=environment,
+        timeout=60,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    told, first = ended.stdout.splitlines()
+    assert told.startswith(f"{tmp_path} cannot be written (") and "free space there" in told
+    assert first == "what came first" and "metrics of the last steps may be lost" in ended.stderr
