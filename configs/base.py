@@ -12,6 +12,10 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+_INT64 = 2**63 - 1
+Count = Annotated[int, Field(ge=0, le=_INT64)]
+"""Of what lies on storage: what 64 bits hold, as a file may say anything."""
+PositiveCount = Annotated[int, Field(gt=0, le=_INT64)]
 Timestamp = Annotated[float, Field(ge=0, le=253_402_300_799)]
 """Seconds since the epoch, of which a calendar knows the date."""
 

@@ -8,10 +8,10 @@ differs from the manifest's is damaged.
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from configs import storage
-from configs.base import Config
+from configs.base import Config, Count, PositiveCount
 from configs.data import Split
 from configs.storage_faults import StorageError, first_line
 
@@ -33,28 +33,39 @@ class FileEntry(Config):
     """A file of the data set; `path` is relative to the manifest's directory and below it."""
 
     path: RelativePath
-    rows: NonNegativeInt
-    bytes: NonNegativeInt
+    rows: Count
+    bytes: Count
     sha256: str
 
 
-class ShardEntry(FileEntry):
+class GroupedEntry(FileEntry):
+    """A file whose row groups are read one by one."""
+
+    row_group_rows: tuple[PositiveCount, ...]
+
+    @model_validator(mode="after")
+    def _groups_are_all_rows(self) -> "GroupedEntry":
+        if sum(self.row_group_rows) != self.rows:
+            raise ValueError("its row groups do not have as many rows as it")
+        return self
+
+
+class ShardEntry(GroupedEntry):
     """A shard of user sequences: rows are the users first_user_id … first_user_id + rows - 1."""
 
-    first_user_id: PositiveInt
-    row_group_rows: tuple[PositiveInt, ...]
-    events: NonNegativeInt
+    first_user_id: PositiveCount
+    events: Count
 
 
 class EventCounts(Config):
     """What became of the events that were read."""
 
-    read: NonNegativeInt
-    kept: NonNegativeInt
-    quarantined: dict[str, PositiveInt]
+    read: Count
+    kept: Count
+    quarantined: dict[str, PositiveCount]
     """reason → events."""
-    below_min_rating: NonNegativeInt
-    core_removed: NonNegativeInt
+    below_min_rating: Count
+    core_removed: Count
 
 
 class Sealed(Config):
@@ -86,17 +97,15 @@ class DatasetManifest(Sealed):
     version: str = ""
     """Directory of this preparation's files inside `sequences`, `items` and the like, so that
     they never replace those of the one before; no part of the content. Empty: there is none."""
-    num_users: PositiveInt
-    num_items: PositiveInt
-    num_events: PositiveInt
-    user_features: dict[str, NonNegativeInt]
+    num_users: PositiveCount
+    num_items: PositiveCount
+    num_events: PositiveCount
+    user_features: dict[str, Count]
     """name → number of categories, without the unknown 0."""
-    side_features: dict[str, NonNegativeInt]
-    item_features: dict[str, NonNegativeInt] = Field(
-        default={}, exclude_if=lambda features: not features
-    )
+    side_features: dict[str, Count]
+    item_features: dict[str, Count] = Field(default={}, exclude_if=lambda features: not features)
     """Columns `item_<name>` of the items table → number of categories, without the unknown 0."""
-    actions: NonNegativeInt
+    actions: Count
     """Number of behaviours; 0 where the source maps none."""
     has_ratings: bool
     has_dwell_times: bool = Field(default=False, exclude_if=lambda has: not has)
@@ -109,7 +118,7 @@ class DatasetManifest(Sealed):
     latest: str = Field(default="", exclude_if=lambda moment: not moment)
     """ISO time from which on a timestamp was impossible; no part of the content, as it may be the
     clock's."""
-    length_histogram: dict[int, PositiveInt]
+    length_histogram: dict[int, PositiveCount]
     """Power of two b → users with b ≤ events < 2b."""
     shards: tuple[ShardEntry, ...]
     items: tuple[FileEntry, ...]

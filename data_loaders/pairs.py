@@ -26,7 +26,7 @@ from data_loaders.exchange import Progress, map_parts, quiet
 from data_loaders.manifest import (
     MANIFEST,
     DatasetManifest,
-    FileEntry,
+    GroupedEntry,
     Sealed,
     read_manifest,
     read_sealed,
@@ -45,11 +45,10 @@ _PURPOSES = {"train": ("train on", "lower"), "validation": ("measure with", "rai
 MEND = "delete that directory and run `tandem align RECIPE` to write the pairs anew"
 
 
-class PairShard(FileEntry):
+class PairShard(GroupedEntry):
     """A shard of pairs of one part."""
 
     part: Part
-    row_group_rows: tuple[PositiveInt, ...]
 
 
 class PairManifest(Sealed):

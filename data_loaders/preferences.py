@@ -10,14 +10,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt
 
 from configs import storage
 from configs.data import LoaderConfig
 from data_loaders.collate import Following, jagged_batch
 from data_loaders.dataset import ShardReader, column_types
 from data_loaders.loader import LoaderState, StepLoader, rank_share
-from data_loaders.manifest import FileEntry, Sealed, read_sealed, seal, write_manifest
+from data_loaders.manifest import GroupedEntry, Sealed, read_sealed, seal, write_manifest
 from data_loaders.pairs import MEND, read_pairs, rejected_columns
 from data_loaders.shards import write_table
 from models.batch import PreferenceBatch
@@ -156,10 +156,8 @@ def preference_batches(
 # -- reference log-probabilities --------------------------------------------------------------
 
 
-class ReferencePart(FileEntry):
+class ReferencePart(GroupedEntry):
     """Log-probabilities of consecutive pairs."""
-
-    row_group_rows: tuple[PositiveInt, ...]
 
 
 class ReferenceManifest(Sealed):

@@ -259,6 +259,8 @@ def export_checkpoint(url: str, target: str, max_file_gib: float) -> None:
     """Write a checkpoint's weights as safetensors."""
     from launch.checkpoints import export
 
+    if not max_file_gib <= 1 << 30:  # nor is nan
+        raise click.BadParameter(f"{max_file_gib} is no size of a file; give a number such as 4")
     for file in export(url, target, int(max_file_gib * 2**30)):
         say(file)
 

@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, StringConstraints, ValidationError
+from pydantic import Field, StringConstraints, ValidationError
 
 from configs import storage
-from configs.base import Config, Timestamp
+from configs.base import Config, Count, PositiveCount, Timestamp
 from configs.storage_faults import StorageError, explained, patiently
 from sharding.block_file import block_digest
 
@@ -33,7 +33,7 @@ class CheckpointFile(Config):
     """A file of the checkpoint."""
 
     path: PlainName
-    bytes: NonNegativeInt
+    bytes: Count
     sha256: Sha256
     block: Annotated[int, Field(gt=0, le=MAX_BLOCK_BYTES)] | None = None
     """Bytes of the blocks whose digests `sha256` is the hash of; null: it is the file's own."""
@@ -44,10 +44,10 @@ class CheckpointManifest(Config):
 
     format: Literal[1] = 1
     name: str
-    step: NonNegativeInt
+    step: Count
     created: Timestamp
     """Orders checkpoints of one step."""
-    world_size: PositiveInt
+    world_size: PositiveCount
     versions: dict[str, str]
     """Library → version it was written with."""
     fingerprints: dict[str, str]

@@ -153,3 +153,13 @@ def test_somebody_elses_manifest_is_not_replaced(tmp_path: Path) -> None:
             refuse_other_manifest(str(tmp_path))
     mine.write_text('{"format": 1, "finger')  # ours, cut off
     refuse_other_manifest(str(tmp_path))
+
+
+@pytest.mark.parametrize("groups", [[10**30], [2, 2], []])
+def test_row_groups_that_are_not_the_rows_are_damage(groups: list[int], tmp_path: Path) -> None:
+    write_manifest(str(tmp_path), _manifest())
+    document = json.loads((tmp_path / "manifest.json").read_text())
+    document["shards"][0]["row_group_rows"] = groups
+    (tmp_path / "manifest.json").write_text(json.dumps(document))
+    with pytest.raises(ValueError, match=r"manifest.json is damaged at 'shards.0"):
+        read_manifest(str(tmp_path))

@@ -100,3 +100,11 @@ def test_damage_is_found_and_exits_2(run: Path) -> None:
     assert "1 of 2 checkpoints are damaged" in bad.stderr
     named = tandem("export", str(file.parent), "--to", str(run / "out"))
     assert named.exit_code == 2 and "is damaged" in named.stderr
+
+
+@pytest.mark.parametrize("size", ["inf", "nan", "1e300"])
+def test_a_size_that_no_file_has_is_refused(size: str, run: Path) -> None:
+    place = str(run / "checkpoints/train-abc/best")
+    refused = tandem("export", place, "--to", str(run / "out"), "--max-file-gib", size)
+    assert refused.exit_code == 2 and "is no size of a file" in refused.stderr
+    assert not (run / "out").exists()

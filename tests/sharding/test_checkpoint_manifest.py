@@ -15,6 +15,7 @@ from configs.storage_faults import StorageError
 from sharding.checkpoint_manifest import (
     MANIFEST,
     CheckpointFile,
+    CheckpointManifest,
     build_manifest,
     read_manifest,
     read_verified,
@@ -158,3 +159,16 @@ def test_a_broken_disk_is_damage_and_a_storage_that_refuses_is_none(
     kind = ValueError if number == errno.EIO else StorageError
     with pytest.raises(kind, match=rf"{name} .*{said}"):
         read_verified(str(tmp_path), read_manifest(str(tmp_path), NAME), "__0_0.distcp")
+
+
+@pytest.mark.parametrize("field", ["step", "world_size"])
+def test_numbers_that_nothing_can_hold_are_refused(field: str, tmp_path: Path) -> None:
+    for changes in ({field: 10**400}, {"files": (_huge_file(),)}):
+        draft = CheckpointManifest.model_construct(**content(**changes), format=1, fingerprint="")
+        write_manifest(str(tmp_path), draft)
+        with pytest.raises(ValueError, match="MANIFEST.json is wrong at .*less than or equal"):
+            read_manifest(str(tmp_path), NAME)
+
+
+def _huge_file() -> CheckpointFile:
+    return CheckpointFile.model_construct(path="a", bytes=10**400, sha256="0" * 64, block=None)
