@@ -8,6 +8,8 @@ from contextlib import suppress
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
+from configs.storage_listing import listed
+
 AT_ONCE = 16
 """Files that are removed at a time: a store far away takes its time for each answer."""
 
@@ -33,17 +35,9 @@ def _remove_local(fs: LocalFileSystem, path: str) -> None:
 
 
 def _remove_listed(fs: AbstractFileSystem, path: str) -> None:
-    """Not by fsspec's `rm`, which ends at a file that is gone already, takes signs in names for a
-    glob's, and passes over directories whose listing fails."""
-    fs.invalidate_cache(path)
-    files, directories = [], [path]
-    for directory in directories:  # which grow by what is found in them
-        with suppress(FileNotFoundError, NotADirectoryError):
-            for entry in fs.ls(directory, detail=True):
-                if entry["type"] != "directory":
-                    files.append(entry["name"])
-                elif entry["name"].strip("/") != directory.strip("/"):
-                    directories.append(entry["name"])
+    """Not by fsspec's `rm`, which ends at a file that is gone already, and takes signs in names for
+    a glob's."""
+    files, directories = listed(fs, path)
 
     def remove_file(file: str) -> None:
         with suppress(FileNotFoundError):

@@ -6,6 +6,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from configs import storage
 from configs.storage_faults import explained, patiently
+from configs.storage_listing import GLOB_SIGNS, globbed, listed
 
 
 def matching_files(url: str, place: str) -> list[tuple[Any, str, str]]:
@@ -41,11 +42,13 @@ def matching_files(url: str, place: str) -> list[tuple[Any, str, str]]:
 
 def _named(fs: Any, path: str) -> tuple[list[str], str, bool]:
     """Paths of files, the directory that their names are relative to, and whether many may be."""
-    many = True
-    if any(sign in path for sign in "*?["):
-        paths, root = fs.glob(path), path[: min(path.find(s) for s in "*?[" if s in path)]
-    elif fs.isdir(path):
-        paths, root = fs.find(path), path.rstrip("/") + "/"
-    else:
-        paths, root, many = [path] if fs.exists(path) else [], path, False
-    return [p for p in paths if not fs.isdir(p)], root.rpartition("/")[0] + "/", many
+    if any(sign in path for sign in GLOB_SIGNS):
+        root = path[: min(path.find(sign) for sign in GLOB_SIGNS if sign in path)]
+        return globbed(fs, path), root.rpartition("/")[0] + "/", True
+    try:
+        kind = fs.info(path)["type"]  # not `isdir`, to which a request that failed is a no
+    except (FileNotFoundError, NotADirectoryError):
+        return [], path, False
+    if kind == "directory" or fs.isdir(path):  # which index pages of http are by `isdir` alone
+        return listed(fs, path)[0], path.rstrip("/") + "/", True
+    return [path], path.rpartition("/")[0] + "/", False

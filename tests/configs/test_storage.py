@@ -13,6 +13,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from configs import storage, storage_faults
 from configs.storage_faults import StorageError, is_passing, patiently
+from configs.storage_listing import globbed
 from data_loaders.matching import matching_files
 from tests import object_store
 from tests.object_store import BREAKS, DELETED, ObjectStore, bucket
@@ -208,6 +209,65 @@ def test_a_tree_is_gone_whatever_request_breaks(
     storage.remove(tree)
     left = [place.name for place in (tmp_path / "bucket").iterdir() if DELETED not in place.name]
     assert left == ["run%2Fab%2F1"]
+
+
+@pytest.mark.parametrize("pattern", ["", "/**/*.csv", "/*/*.csv"])
+@pytest.mark.parametrize("at", range(1, 7))
+def test_no_part_of_a_tree_passes_for_the_whole(
+    pattern: str, at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A listing that breaks once is asked for again; one that is refused is said."""
+    monkeypatch.setattr(object_store, "LAG_S", 0)
+    tree = storage.join(bucket(tmp_path / "bucket"), "logs")
+    names = ["2026/a.csv", "2026/b.csv", "2027/c.csv"]
+    for name in names:
+        storage.write_bytes(storage.join(tree, name), b"x")
+    requests = iter(range(1, 1_000))
+
+    def one_breaks(self: ObjectStore) -> None:
+        if next(requests) == at:
+            raise ConnectionResetError(errno.ECONNRESET, "the store hung up")
+
+    monkeypatch.setattr(ObjectStore, "_request", one_breaks)
+    found = matching_files(tree + pattern, "data.source.url")
+    assert [name for _, _, name in found] == names
+    ls = ObjectStore.ls
+
+    def refuses(self: ObjectStore, path: str, *args: Any, **more: Any) -> Any:
+        if path.endswith("2027"):
+            raise PermissionError(errno.EACCES, "Access Denied")
+        return ls(self, path, *args, **more)
+
+    monkeypatch.setattr(ObjectStore, "ls", refuses)
+    with pytest.raises(StorageError, match="grant rights"):
+        matching_files(tree + pattern, "data.source.url")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("*.csv", ["a.csv"]),
+        ("*/*.csv", ["x/b.csv", "x/c1.csv"]),
+        ("**/*.csv", ["a.csv", "x/b.csv", "x/c1.csv", "x/y/d.csv"]),
+        ("x/c[0-9].cs?", ["x/c1.csv"]),
+        ("x/*", ["x/b.csv", "x/c1.csv", "x/e.txt"]),
+        ("[x]/**/d.csv", ["x/y/d.csv"]),
+        ("z*", []),
+    ],
+)
+def test_globs(
+    pattern: str, expected: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(object_store, "LAG_S", 0)
+    for root in (str(tmp_path / "local"), storage.join(bucket(tmp_path / "bucket"), "r")):
+        for name in ("a.csv", "x/b.csv", "x/c1.csv", "x/e.txt", "x/y/d.csv"):
+            storage.make_directory(storage.join(root, name).rpartition("/")[0])
+            storage.write_bytes(storage.join(root, name), b"x")
+        fs, path = storage.filesystem(storage.join(root, pattern))
+        begin = storage.filesystem(root)[1] + "/"
+        assert sorted(name.removeprefix(begin) for name in globbed(fs, path)) == expected
+        theirs = [name for name in fs.glob(path) if fs.isfile(name)]
+        assert sorted(name.removeprefix(begin) for name in theirs) == expected
 
 
 def test_a_tree_that_others_remove_too_is_gone(
