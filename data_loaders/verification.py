@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from configs import storage
+from configs.storage_faults import StorageError, first_line
 from data_loaders.manifest import MANIFEST, DatasetManifest, Sealed, read_sealed, verify_shard
 from data_loaders.pairs import PairManifest
 from data_loaders.preferences import ReferenceManifest
@@ -27,7 +28,12 @@ def verify_directory(url: str, say: Callable[[str], None]) -> None:
     path = storage.join(url, MANIFEST)
     if not storage.exists(path):
         raise ValueError(f"{path} does not exist: name a data set, or another directory with one")
-    content = storage.read_json(path)
+    try:
+        content = storage.read_json(path)
+    except StorageError:
+        raise
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({first_line(error)}); {_MEND}") from error
     keys = content.keys() if isinstance(content, dict) else ()
     found = [kind for key, kind in _KINDS.items() if key in keys]
     if len(found) != 1:
