@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from configs.preferences import PreferenceRule
+from configs.terminal import say
 from data_loaders.dataset import SequenceDataset
 from data_loaders.exchange import Progress, map_parts, quiet
 from data_loaders.manifest import read_manifest
@@ -43,7 +44,7 @@ def count_impressions(
         held_out=held_out,
     )
     with quiet():
-        progress = Progress(functools.partial(print, flush=True))
+        progress = Progress(say)
         reports = map_parts("read impressions", progress, len(data.shards), task)
     totals = {name: sum(report[name] for report in reports) for name in OUTCOMES}
     if not totals["liked"] + totals["disliked"]:

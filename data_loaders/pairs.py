@@ -21,6 +21,7 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from configs import storage
 from configs.preferences import PreferenceRule
+from configs.terminal import say
 from data_loaders.dataset import SequenceDataset, Slices, event_columns
 from data_loaders.exchange import Progress, map_parts, quiet
 from data_loaders.manifest import (
@@ -260,7 +261,7 @@ def build_pairs(
         _write_shard, dataset_url=dataset_url, output_url=output_url, **settings
     )
     with quiet():
-        progress = Progress(functools.partial(print, flush=True))
+        progress = Progress(say)
         reports = map_parts("read preference pairs", progress, len(data.shards), task)
     manifest = _summary(data, reports, settings, PARTS if trains else ("validation",))
     write_manifest(output_url, manifest)
