@@ -8,6 +8,7 @@ failure writes the same file again.
 
 import json
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,20 +35,43 @@ MAX_SORTED_PARTS = 256
 
 @dataclass
 class Progress:
-    """Says at most every few seconds, and at the end of each phase, how far it is."""
+    """Says at most every few seconds, and at the end of each phase, how far it is; and now and then
+    that a phase goes on where no part of it is ready for long."""
 
     say: Callable[[str], None]
     every_s: float = 5.0
+    patience_s: float = 20.0
     _began: float = field(default=0.0, init=False)
     _said: float = field(default=0.0, init=False)
+    _done: int = field(default=0, init=False)
 
-    def begin(self) -> None:
-        """Start the clock of a phase."""
-        self._began = self._said = time.monotonic()
+    @contextmanager
+    def phase(self, name: str, total: int) -> Iterator[None]:
+        """Around the work of a phase of `total` parts, each told by `step`."""
+        self._began, self._done = time.monotonic(), 0
+        self._said, ended = self._began, threading.Event()
+
+        def wait() -> None:
+            while not ended.wait(self.patience_s / 4):
+                now = time.monotonic()
+                if now - self._said >= self.patience_s:
+                    self._said = now
+                    self.say(
+                        f"  {name:<24} part {self._done} of {total} after {now - self._began:.0f} "
+                        "s; the next ones are at work, or wait for a free CPU or GPU"
+                    )
+
+        waiting = threading.Thread(target=wait, daemon=True)
+        waiting.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            waiting.join()
 
     def step(self, phase: str, done: int, total: int, rows: int) -> None:
         """`done` of `total` parts of the phase are ready; they held `rows` rows."""
-        now = time.monotonic()
+        now, self._done = time.monotonic(), done
         if done == total or now - self._said >= self.every_s:
             self._said = now
             spent = max(now - self._began, 1e-9)
@@ -156,17 +180,17 @@ def _packed(reports: list[Report]) -> dict[str, list[str]]:
 
 
 def _collect(dataset: Dataset, phase: str, progress: Progress, total: int) -> list[Report]:
-    progress.begin()
     reports: list[Report] = []
     rows = 0
-    try:
-        for row in dataset.iter_rows():
-            reports.append(json.loads(row["report"]))
-            rows += reports[-1]["rows"]
-            if len(reports) < total:
-                progress.step(phase, len(reports), total, rows)
-    except (ray.exceptions.RayTaskError, ray.exceptions.UserCodeException) as error:
-        raise users_error(error) from error
+    with progress.phase(phase, total):
+        try:
+            for row in dataset.iter_rows():
+                reports.append(json.loads(row["report"]))
+                rows += reports[-1]["rows"]
+                if len(reports) < total:
+                    progress.step(phase, len(reports), total, rows)
+        except (ray.exceptions.RayTaskError, ray.exceptions.UserCodeException) as error:
+            raise users_error(error) from error
     progress.step(phase, total, total, rows)
     return reports
 
