@@ -4,51 +4,86 @@ fsspec's `find`, `glob` and `rm` pass over directories whose listing fails, so t
 would pass for the whole.
 """
 
-import re
+import os
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from fnmatch import fnmatchcase
 
 from fsspec import AbstractFileSystem
-from fsspec.utils import glob_translate
+from fsspec.implementations.local import LocalFileSystem
+
+from configs.storage_faults import explained, patiently
 
 GLOB_SIGNS = "*?["
 
 
-def listed(
-    fs: AbstractFileSystem, path: str, depth: int | None = None
-) -> tuple[list[str], list[str]]:
+def listed(fs: AbstractFileSystem, path: str, done: str = "read") -> tuple[list[str], list[str]]:
     """Files at or below `path`, and directories, itself first, each before what it holds.
 
-    Args:
-        depth: directories that a file may lie in, `path` included; None for any number.
+    A link to a directory is one, unless that holds it.
 
     Raises:
-        OSError: a directory could not be listed; drivers raise their own kinds too. One that is
+        StorageError: a directory cannot be listed, so that its tree cannot be `done`. One that is
             gone by now holds nothing.
     """
-    fs.invalidate_cache(path)
-    files, directories = [], [path]
-    levels = {path: 1}
+    files: list[str] = []
+    directories = [path]
     for directory in directories:  # which grow by what is found in them
-        with suppress(FileNotFoundError, NotADirectoryError):
-            for entry in fs.ls(directory, detail=True):
-                name = entry["name"]
-                if entry["type"] != "directory":
-                    files.append(name)
-                elif name.strip("/") != directory.strip("/"):
-                    levels[name] = levels[directory] + 1
-                    if depth is None or levels[name] <= depth:
-                        directories.append(name)
+        for name, is_directory in _entries(fs, directory, done):
+            (directories if is_directory else files).append(name)
     return files, directories
 
 
 def globbed(fs: AbstractFileSystem, pattern: str) -> list[str]:
     """Files whose path matches a pattern of *, ?, [a-z] and, as a whole part, **.
 
+    Only directories that the pattern's parts match are looked into.
+
     Raises:
-        OSError: as `listed`.
+        StorageError: as `listed`.
     """
-    first = min(pattern.find(sign) for sign in GLOB_SIGNS if sign in pattern)
-    root = pattern[:first].rpartition("/")[0]
-    depth = None if "**" in pattern else pattern[first:].count("/") + 1
-    matches = re.compile(glob_translate(pattern)).match
-    return [name for name in listed(fs, root or fs.root_marker, depth)[0] if matches(name)]
+    parts = pattern.split("/")
+    fixed = next(at for at, part in enumerate(parts) if any(sign in part for sign in GLOB_SIGNS))
+    places = ["/".join(parts[:fixed]) or fs.root_marker]
+    for part in parts[fixed:-1]:
+        if part == "**":
+            places = [below for place in places for below in listed(fs, place)[1]]
+        else:
+            places = _matching(fs, places, part, lambda is_directory: is_directory)
+    if parts[-1] == "**":
+        files = [file for place in places for file in listed(fs, place)[0]]
+    else:
+        files = _matching(fs, places, parts[-1], lambda is_directory: not is_directory)
+    return list(dict.fromkeys(files))  # two ** may find a file twice
+
+
+def _matching(
+    fs: AbstractFileSystem, places: list[str], part: str, wanted: Callable[[bool], bool]
+) -> list[str]:
+    return [
+        name
+        for place in places
+        for name, is_directory in _entries(fs, place, "read")
+        if wanted(is_directory) and fnmatchcase(name.rstrip("/").rpartition("/")[2], part)
+    ]
+
+
+def _entries(fs: AbstractFileSystem, directory: str, done: str) -> Iterator[tuple[str, bool]]:
+    """Path of each entry of a directory, and whether it is a directory."""
+    local = isinstance(fs, LocalFileSystem)
+    fs.invalidate_cache(directory)
+    found = []
+    with (
+        suppress(FileNotFoundError, NotADirectoryError),
+        explained(directory if local else fs.unstrip_protocol(directory), done),
+    ):
+        found = patiently(lambda: fs.ls(directory, detail=True))
+    for entry in found:
+        name = entry["name"]
+        if local and entry["islink"] and os.path.isdir(name):
+            if not f"{os.path.realpath(directory)}/".startswith(f"{os.path.realpath(name)}/"):
+                yield name, True
+        elif entry["type"] != "directory":
+            yield name, False
+        elif name.strip("/") != directory.strip("/"):  # which some stores list, too
+            yield name, True

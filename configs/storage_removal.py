@@ -37,7 +37,7 @@ def _remove_local(fs: LocalFileSystem, path: str) -> None:
 def _remove_listed(fs: AbstractFileSystem, path: str) -> None:
     """Not by fsspec's `rm`, which ends at a file that is gone already, and takes signs in names for
     a glob's."""
-    files, directories = listed(fs, path)
+    files, directories = listed(fs, path, "removed")
 
     def remove_file(file: str) -> None:
         with suppress(FileNotFoundError):

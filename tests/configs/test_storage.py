@@ -9,6 +9,7 @@ from typing import Any
 
 import fsspec
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from configs import storage, storage_faults
@@ -268,6 +269,43 @@ def test_globs(
         assert sorted(name.removeprefix(begin) for name in globbed(fs, path)) == expected
         theirs = [name for name in fs.glob(path) if fs.isfile(name)]
         assert sorted(name.removeprefix(begin) for name in theirs) == expected
+
+
+def test_a_glob_looks_only_where_it_may_find(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("day1/x.csv", "private/x.csv", "day2/deep/x.csv"):
+        storage.write_bytes(str(tmp_path / name), b"x")
+    looked = []
+    ls = LocalFileSystem.ls
+
+    def noted(self: LocalFileSystem, path: str, *args: Any, **more: Any) -> Any:
+        looked.append(os.path.basename(path))
+        if path.endswith("day2"):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return ls(self, path, *args, **more)
+
+    monkeypatch.setattr(LocalFileSystem, "ls", noted)
+    found = matching_files(str(tmp_path / "day1*" / "*.csv"), "data.source.url")
+    assert [name for _, _, name in found] == ["day1/x.csv"] and looked[1:] == ["day1"]
+    with pytest.raises(StorageError, match=r"/day2 cannot be read \(Permission denied\); grant"):
+        matching_files(str(tmp_path / "day*" / "*.csv"), "data.source.url")
+
+
+def test_links_to_directories_are_followed_but_not_in_circles(tmp_path: Path) -> None:
+    for name in ("in/a.csv", "real/b.csv"):
+        storage.write_bytes(str(tmp_path / name), b"x")
+    (tmp_path / "in" / "day2").symlink_to("../real")
+    (tmp_path / "in" / "around").symlink_to(".")
+    (tmp_path / "in" / "c.csv").symlink_to("../real/b.csv")
+    for pattern, expected in (
+        ("", ["a.csv", "c.csv", "day2/b.csv"]),
+        ("/*/b.csv", ["day2/b.csv"]),
+        ("/**/b.csv", ["day2/b.csv"]),
+    ):
+        found = matching_files(f"{tmp_path}/in{pattern}", "data.source.url")
+        assert [name for _, _, name in found] == expected
+        assert all(storage.read_bytes(path) == b"x" for _, path, _ in found)
 
 
 def test_a_tree_that_others_remove_too_is_gone(
