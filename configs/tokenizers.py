@@ -9,6 +9,9 @@ from configs.base import Config
 CodebookSize = Annotated[int, Field(ge=2)]
 
 
+USAGE_DECAY = 0.97
+
+
 class CodeConfig(Config):
     """Digits of a semantic id, and how many values each may take."""
 
@@ -61,7 +64,7 @@ class RQVAEConfig(CodeConfig):
     weight_decay: NonNegativeFloat = 0.0
     dead_code_threshold: float = Field(0.1, ge=0, lt=1)
     """A code used less than this share of an even use is re-seeded from the batch; 0 never."""
-    usage_decay: float = Field(0.97, gt=0, lt=1)
+    usage_decay: float = Field(USAGE_DECAY, gt=0, lt=1)
     """Decay per step of the running use of codes."""
     sinkhorn: SinkhornConfig | None = None
 
@@ -76,7 +79,7 @@ class RQVAEConfig(CodeConfig):
 
     @model_validator(mode="after")
     def _decay_is_read(self) -> "RQVAEConfig":
-        if self.dead_code_threshold == 0 and "usage_decay" in self.model_fields_set:
+        if self.dead_code_threshold == 0 and self.usage_decay != USAGE_DECAY:
             raise ValueError(
                 "usage_decay says how dead codes are told, but dead_code_threshold=0 re-seeds "
                 "none: leave usage_decay out or raise the threshold"

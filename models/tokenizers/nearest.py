@@ -43,11 +43,11 @@ def costs(
 ) -> Tensor:
     """Half squared distances up to a constant of the row, plus prices: float32 [C, K].
 
-    ‖c‖²/2 − x·c for `rows` [C, D] and `codebook` [K, D], both less `middle` [D] (the mean code):
+    ‖c‖²/2 − x·c for `rows` [C, D] and `codebook` [K, D], both less `middle` [D] (of the codes):
     far from the origin, products would round distances away. Its order over k is that of
     distances. `prices` [K] raise the cost of codes (see balanced.py).
     """
-    middle = codebook.mean(0) if middle is None else middle
+    middle = codebook.median(0).values if middle is None else middle  # which no far code moves
     rows, codebook = rows - middle, codebook - middle
     size, width = codebook.shape
     more_width, more_codes = -width % ALIGNMENT, -size % ALIGNMENT

@@ -143,7 +143,7 @@ def nearest_rows(rows: Tensor, queries: Tensor, count: int) -> tuple[Tensor, Ten
         nearest first. Those of several shards merge by `merge_nearest`.
     """
     found: tuple[Tensor, Tensor] | None = None
-    middle = queries.mean(0)  # one for all blocks and shards, whose costs are compared
+    middle = queries.median(0).values  # one for all blocks and shards, whose costs are compared
     for start in range(0, len(rows), BLOCK_ROWS):
         block = rows[start : start + BLOCK_ROWS]
         far = costs(queries, block, middle=middle)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from configs.tokenizers import RQVAEConfig
+from models.ops.hashing import as_signed
 from models.ops.keyed_sampling import keyed_integers
 from models.tokenizers.kmeans import Progress, check_enough_rows, no_progress
 from models.tokenizers.rq_vae import RQVAE
@@ -83,7 +84,7 @@ def train_rq_vae(
 
 
 def _revival_draws(model: RQVAE, rows: int, seed: int, step: int) -> list[Tensor]:
-    key = torch.tensor([seed * 1_000_003 + step], device=model.center.device)
+    key = torch.tensor([as_signed(seed * 1_000_003 + step)], device=model.center.device)
     salts = range(REVIVE_SALT, REVIVE_SALT + len(model.codebook_sizes))
     return [
         keyed_integers(key, size, rows, salt)[0]
@@ -101,7 +102,7 @@ def keyed_batches(
     """
     ahead = max(ROWS_FETCHED // batch_size, 1)
     for first in range(0, steps, ahead):
-        keys = torch.arange(first, min(first + ahead, steps)) + seed * 1_000_003
+        keys = torch.arange(first, min(first + ahead, steps)) + as_signed(seed * 1_000_003)
         ids = keyed_integers(keys, batch_size, rows, BATCH_SALT)
         yield from gather_rows(shards, ids.view(-1)).split(batch_size)
 

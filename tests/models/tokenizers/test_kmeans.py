@@ -156,6 +156,17 @@ def test_what_lies_far_from_the_origin_finds_its_nearest_code() -> None:
     assert float((nearest(rows, book) == distances.argmin(1)).float().mean()) > 0.99
 
 
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+@pytest.mark.parametrize("far", [1.0, 1e5, 1e6])
+def test_one_far_code_spoils_no_others_choice(far: float, offset: float) -> None:
+    rows, book = clouds(500, 8, 4, seed=6) + offset, clouds(40, 8, 4, seed=7) + offset
+    book[0] *= far
+    distances = torch.cdist(
+        rows.double(), book.double(), compute_mode="donot_use_mm_for_euclid_dist"
+    )
+    assert float((nearest(rows, book) == distances.argmin(1)).float().mean()) > 0.99
+
+
 @pytest.mark.parametrize("scale", [1e-20, 1e20])
 def test_numbers_whose_squares_are_lost_are_refused(scale: float) -> None:
     data = clouds(50, 4, 3, seed=1) * scale

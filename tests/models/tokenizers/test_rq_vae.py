@@ -126,6 +126,16 @@ def test_batches_are_keyed_draws() -> None:
     assert num_steps(RQVAEConfig(epochs=0.5, warmup_epochs=0, batch_size=100), 1) == (0, 1)
 
 
+def test_any_seed_fits_and_codes_that_are_never_revived_are_kept_in_a_dump() -> None:
+    config = RQVAEConfig(
+        num_levels=1, codebook_size=4, hidden=(8,), code_width=4, epochs=1, warmup_epochs=0
+    )
+    where = LocalShards.of(clouds(40, 4, 3, seed=1))
+    fit_quantizer(where, 4, config, seed=(1 << 63) - 1)
+    never = config.model_copy(update={"dead_code_threshold": 0.0})
+    assert RQVAEConfig.model_validate(never.model_dump()) == never
+
+
 def test_dead_codes_come_back() -> None:
     data = clouds(500, 8, 20, seed=6)
     model = started(SMALL, data)
