@@ -187,8 +187,8 @@ def test_a_group_that_can_never_fit_is_refused_at_once(embedded: None, tmp_path:
     attempts = tmp_path / "attempts"
     settings = {"attempts": str(attempts), "then": ("done",)}
     for more, lacking in (
-        ({"device": "cuda"}, "needs 1 GPUs, and the cluster has 0; join a larger one"),
-        ({"num_workers": 3, "data_cpus": 3}, "needs 3 CPUs, and the cluster has 2"),
+        ({"device": "cuda"}, "needs 1 GPU, and the cluster has 0; join a larger one"),
+        ({"num_workers": 3, "data_cpus": 3}, "needs 3 CPU, and the cluster has 2"),
     ):
         cluster = CLUSTER.model_copy(update=more)
         with pytest.raises(ValueError, match=f"cluster.num_workers=.* {lacking}"):
