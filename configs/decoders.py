@@ -6,6 +6,8 @@ from pydantic import Field, PositiveInt, model_validator
 
 from configs.base import Config
 
+POSITIVE_FROM = 4.0
+
 
 class FeatureInputs(Config):
     """What a history token carries besides the codes of its item."""
@@ -22,6 +24,13 @@ class FeatureInputs(Config):
     """Add an embedding of the logarithm of the time between the event and the request."""
     dwell_times: bool = False
     """Add an embedding of the logarithm of the time that the user stayed with the event's item."""
+
+    def check_events(self, *, rating: bool, action: bool, dwell: bool) -> None:
+        """Raise ValueError where the model reads of events what the data do not hold."""
+        if self.actions and not action:
+            raise ValueError(_unread("actions", "an action", "action", "false"))
+        if self.dwell_times and not dwell:
+            raise ValueError(_unread("dwell_times", "a dwell time", "dwell", "false"))
 
 
 class TIGERConfig(FeatureInputs):
@@ -96,7 +105,7 @@ class OneRecConfig(FeatureInputs):
     """Short-term pathway: latest events."""
     positive_history: PositiveInt | None = None
     """Positive-feedback pathway: latest events whose feedback is positive; None leaves it out."""
-    positive_from: float = 4.0
+    positive_from: float = POSITIVE_FROM
     """Rating from which feedback is positive (where ratings are mapped)."""
     positive_actions: tuple[str, ...] = ()
     """Actions that are positive feedback (where actions are mapped)."""
@@ -111,22 +120,20 @@ class OneRecConfig(FeatureInputs):
         _heads_divide_width(self.num_heads, self.width)
         if self.positive_actions and self.positive_history is None:
             raise ValueError("positive_actions says what positive_history reads, which is null")
-        if self.positive_from != 4.0 and self.positive_history is None:
+        if self.positive_from != POSITIVE_FROM and self.positive_history is None:
             raise ValueError("positive_from says what positive_history reads, which is null")
         return self
 
-    def check_feedback(self, rating: bool, action: bool) -> None:
-        """Raise ValueError where a log of these columns says nothing that is positive feedback."""
-        if (
-            self.positive_history is not None
-            and not rating
-            and not (action and self.positive_actions)
-        ):
-            raise ValueError(
-                "model.positive_history reads events whose feedback is positive, but the log tells "
-                "none: map data.source.columns.rating, or .action with model.positive_actions, or "
-                "set model.positive_history to null"
-            )
+    def check_events(self, *, rating: bool, action: bool, dwell: bool) -> None:
+        """As of any decoder; and the positive-feedback pathway finds what it reads."""
+        super().check_events(rating=rating, action=action, dwell=dwell)
+        if self.positive_actions and not action:
+            raise ValueError(_unread("positive_actions", "an action", "action", "()"))
+        if self.positive_from != POSITIVE_FROM and not rating:
+            raise ValueError(_unread("positive_from", "a rating", "rating", f"{POSITIVE_FROM}"))
+        if self.positive_history is not None and not rating and not self.positive_actions:
+            either = "a rating, nor an action that model.positive_actions names"
+            raise ValueError(_unread("positive_history", either, "rating", "null"))
 
 
 class LazyDecoderConfig(FeatureInputs):
@@ -196,6 +203,13 @@ class HSTUDecoderConfig(FeatureInputs):
                 "choose a divisor of the width"
             )
         return self
+
+
+def _unread(key: str, what: str, column: str, off: str) -> str:
+    return (
+        f"model.{key} reads it, but the events have not {what}: map data.source.columns.{column} "
+        f"where the log has it, or set model.{key} to {off}"
+    )
 
 
 def _heads_divide_width(num_heads: int, width: int) -> None:

@@ -135,7 +135,6 @@ def _objective_fits_model(recipe: Recipe) -> None:
                 f"model.kind={kind!r} recommends nothing that could be aligned: set alignment to "
                 "null"
             )
-        return
     if not recipe.writes_codes:
         if isinstance(recipe.objective, NextCodeConfig):
             raise ValueError(
@@ -264,15 +263,10 @@ def _features_are_mapped(recipe: Recipe) -> None:
             f"{list(known_item)}"
         )
     if isinstance(recipe.model, FeatureInputs):
-        for switch, column in (("actions", "action"), ("dwell_times", "dwell")):
-            if getattr(recipe.model, switch) and getattr(source.columns, column) is None:
-                raise ValueError(
-                    f"model.{switch} is on, but data.source.columns.{column} maps no column of the "
-                    f"log: map one or set model.{switch} to false"
-                )
-    if isinstance(recipe.model, OneRecConfig):
-        columns = source.columns
-        recipe.model.check_feedback(columns.rating is not None, columns.action is not None)
+        names = ("rating", "action", "dwell")
+        recipe.model.check_events(
+            **{name: getattr(source.columns, name) is not None for name in names}
+        )
     if recipe.data.cleaning.min_rating is not None and source.columns.rating is None:
         raise ValueError(
             f"data.cleaning.min_rating={recipe.data.cleaning.min_rating} needs a rating: map "

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from configs import storage
 from configs.alignment import AlignmentBase, GBPOConfig, OfflineBase
+from configs.decoders import FeatureInputs
 from configs.layout import RunLayout
 from configs.recipe import Recipe, StageName
 from configs.terminal import say
@@ -132,6 +133,10 @@ def _check_features(recipe: Recipe, manifest: "DatasetManifest") -> None:
                 f"model.{kind}_features names {', '.join(unknown)}, which the data set does not "
                 f"have: there are {', '.join(there) or 'none'}"
             )
+    if isinstance(recipe.model, FeatureInputs):
+        recipe.model.check_events(
+            rating=manifest.has_ratings, action=manifest.actions > 0, dwell=manifest.has_dwell_times
+        )
 
 
 # -- tokenize ---------------------------------------------------------------------------------

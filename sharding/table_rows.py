@@ -24,7 +24,9 @@ class CheckpointTable:
         keys = (f"tables/{table}.weight", f"dense/tables.{table}.weight/weight")
         found = [key for key in keys if key in self._tensors.saved]
         if not found:
-            raise ValueError(f"checkpoint {url} has no embedding table {table!r}")
+            raise ValueError(
+                f"checkpoint {url} has no embedding table {table!r}: name one whose model has it"
+            )
         self._key = found[0]
 
     @property

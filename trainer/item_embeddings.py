@@ -267,7 +267,12 @@ class _Staging:
         layout = RunLayout(storage.absolute(embedding.run))
         url, found = selected_checkpoint(layout, embedding.stage, self.place)
         wanted = read_manifest(self.data_url).fingerprint
-        table = CheckpointTable(url, "item")
+        try:
+            table = CheckpointTable(url, "item")
+        except ValueError as error:
+            raise ValueError(
+                f"{self.place}.run={embedding.run!r} gives no vectors: {error}"
+            ) from error
         of_data = table.manifest.fingerprints.get("data")
         if table.manifest.fingerprint != found or of_data != wanted:
             raise ValueError(

@@ -349,10 +349,18 @@ def test_what_a_rule_reads_is_mapped(
 @pytest.mark.parametrize(
     ("columns", "unit", "part"),
     [
-        ("{action: a}", "s", "model.dwell_times is on, but data.source.columns.dwell maps no"),
-        ("{dwell: t}", "ms", "model.actions is on, but data.source.columns.action maps no"),
+        (
+            "{action: a}",
+            "s",
+            "model.dwell_times reads it, but the events have not a dwell time: map data.",
+        ),
+        (
+            "{dwell: t}",
+            "ms",
+            "model.actions reads it, but the events have not an action: map data.source",
+        ),
         ("{action: a}", "ms", "dwell_unit='ms' is the unit of columns.dwell and columns.dura"),
-        ("{duration: t, action: a}", "ms", "model.dwell_times is on, but data.source.columns.dw"),
+        ("{duration: t, action: a}", "ms", "model.dwell_times reads it, but the events have not"),
         ("{dwell: t, action: a}", "ms", None),
     ],
 )

@@ -25,6 +25,12 @@ NPY = "tokenizer={embeddings: [{kind: vectors, url: v, format: npy, item: sku}]}
 UNUSED_DECAY = "tokenizer.quantizer={kind: rq_vae, dead_code_threshold: 0, usage_decay: 0.5}"
 PLAIN_LOG = "data.source={kind: csv, url: log.csv, columns: {user: u, item: i, timestamp: t}}"
 VECTORS = "tokenizer={embeddings: [{kind: vectors, url: v}]}"
+ACTIONS = "model={kind: onerec, positive_history: 9, positive_actions: [like]}"
+ACTED = "data.source.columns.action=a"
+RANKING = (
+    "model={kind: hstu_ranking}",
+    "objective={kind: multi_task, tasks: [{kind: label, label: like}]}",
+)
 RATED = "data.source.columns.rating=r"
 TABLE = "tokenizer={embeddings: [{kind: text, table: {url: t, separator: ;}}]}"
 
@@ -57,8 +63,18 @@ TABLE = "tokenizer={embeddings: [{kind: text, table: {url: t, separator: ;}}]}"
             "usage_decay says how dead codes are told",
         ),
         (
+            [*DECODER[1:], VECTORS, ACTIONS, PLAIN_LOG],
+            "model.positive_actions reads it, but the events have not an action",
+        ),
+        (
+            [*DECODER[1:], VECTORS, f"{ACTIONS[:-1]}, positive_from: 2.5}}", PLAIN_LOG, ACTED],
+            "model.positive_from reads it, but the events have not a rating",
+        ),
+        ([*DECODER[1:], VECTORS, ACTIONS, PLAIN_LOG, ACTED], None),
+        ([*RANKING, VECTORS], "model.kind='hstu_ranking' reads no semantic ids"),
+        (
             [*DECODER[1:], VECTORS, "model={kind: onerec, positive_history: 9}", PLAIN_LOG],
-            "positive_history reads events whose feedback is positive, but the log tells none",
+            "model.positive_history reads it, but the events have not a rating, nor an action that",
         ),
         (
             [*DECODER[1:], VECTORS, "model={kind: onerec, positive_history: 9}", PLAIN_LOG, RATED],
