@@ -70,6 +70,11 @@ def absolute(url: str) -> str:
     return os.path.abspath(filesystem(url)[1]) if is_local(url) else url
 
 
+def resolved(url: str) -> str:
+    """`absolute`, and for a local path where its links lead: equal for equal places."""
+    return os.path.realpath(absolute(url)) if is_local(url) else absolute(url).rstrip("/")
+
+
 def join(url: str, *parts: str) -> str:
     """Append path parts; a part that climbs out of `url`, or chains to another, is refused."""
     for part in parts:

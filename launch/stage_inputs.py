@@ -86,7 +86,7 @@ def _start(recipe: Recipe) -> dict[str, Any]:
 
 def _refuse_own_output(recipe: Recipe, place: str, run: str, stage: str) -> None:
     """Raises ValueError where what a stage goes on from is what it replaces."""
-    if storage.absolute(run) == storage.absolute(recipe.output):
+    if storage.resolved(run) == storage.resolved(recipe.output):
         raise ValueError(
             f"{place}={run!r} is this recipe's own output, which its {stage} replaces: name "
             "another run, or give this one another `output`"

@@ -157,7 +157,7 @@ def stage_embeddings(
         place = f"tokenizer.embeddings.{index}"
         stage = _Staging(data_url, staging_url, parts, index, place, progress, device, known)
         block = stage.block(embedding)
-        _check_missing(block, place, stage.items)
+        _check_missing(block, place, stage.items, "items" if known is None else "new items")
         if known is not None and block.width != known.widths[index]:
             raise ValueError(
                 f"{place} has vectors of width {block.width}, and those of tokenizer.frozen had "
@@ -169,7 +169,7 @@ def stage_embeddings(
     return ItemEmbeddings(parts, tuple(blocks), staging_url)
 
 
-def _check_missing(block: Block, place: str, items: int) -> None:
+def _check_missing(block: Block, place: str, items: int, what: str) -> None:
     kind, mends = (
         block.embedding.kind,
         {
@@ -180,14 +180,14 @@ def _check_missing(block: Block, place: str, items: int) -> None:
     )
     if not block.width:
         raise ValueError(
-            f"{place} has no {kind} for any of {items:,} items; {mends[kind]}, or remove it"
+            f"{place} has no {kind} for any of {items:,} {what}; {mends[kind]}, or remove it"
         )
     share = block.missing / max(items, 1)
     if share > block.embedding.max_missing:
         raise ValueError(
-            f"{place} has no {kind} for {block.missing:,} of {items:,} items ({share:.1%}), more "
-            f"than max_missing={block.embedding.max_missing:g} allows; {mends[kind]}, or raise "
-            "max_missing"
+            f"{place} has no {kind} for {block.missing:,} of {items:,} {what} ({share:.1%}), "
+            f"more than max_missing={block.embedding.max_missing:g} allows; {mends[kind]}, or "
+            "raise max_missing"
         )
 
 

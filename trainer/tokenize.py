@@ -135,7 +135,7 @@ def frozen_table(frozen: str) -> cold_start.EarlierCodes:
     try:
         record = RunLayout(url).stage_record("tokenize")
         if storage.exists(record):
-            url = str(read_record(record)["outputs"].get("url"))
+            url = _written_to(record)
         elif not storage.exists(storage.join(url, MANIFEST)):
             raise ValueError(
                 "no semantic ids are there; name the output of a run whose stage tokenize has "
@@ -144,6 +144,19 @@ def frozen_table(frozen: str) -> cold_start.EarlierCodes:
         return cold_start.EarlierCodes(url, read_semantic_id_manifest(url))
     except ValueError as error:
         raise ValueError(f"tokenizer.frozen={frozen!r}: {error}") from error
+
+
+def _written_to(record: str) -> str:
+    """Where the table lies that a run's record names."""
+    url = read_record(record)["outputs"].get("url")
+    if not isinstance(url, str):
+        raise ValueError(f"{record} names no table; delete it, and run the stage again")
+    if not storage.exists(storage.join(url, MANIFEST)):
+        raise ValueError(
+            f"its record says that the semantic ids are in {url}, and they are not, as where a run "
+            "was moved; name the directory where they are, or run `tandem tokenize` there again"
+        )
+    return url
 
 
 def _clear(root: str, keep: str) -> None:

@@ -59,6 +59,9 @@ def test_a_run_does_not_go_on_from_what_it_replaces(tmp_path: Path) -> None:
     recipe = load_recipe("beauty/tiger", [own, f"tokenizer.frozen={tmp_path}"]).recipe
     with pytest.raises(ValueError, match=r"tokenizer.frozen=.* is this recipe's own output"):
         tokenize_inputs(recipe, DONE)
+    (tmp_path / "link").symlink_to(".")
+    with pytest.raises(ValueError, match=r"training.start.run=.* is this recipe's own output"):
+        inputs(own, f"training.start.run={tmp_path}/link")
 
 
 def test_another_runs_training_is_named_by_a_whole_record_alone(tmp_path: Path) -> None:

@@ -211,7 +211,7 @@ def test_frozen_where_no_new_item_has_a_vector(tables: Tables, tmp_path: Path) -
     assert codes_by_name(tmp_path / "same", old) == codes_by_name(then_url, old)
 
     now = write_data(tmp_path / "now", tables.raw[: ITEMS + 3], [50, ITEMS - 47])
-    with pytest.raises(ValueError, match=r"no vectors for 3 of 3 items \(100.0%\), more than"):
+    with pytest.raises(ValueError, match=r"no vectors for 3 of 3 new items \(100.0%\), more than"):
         run(config(nobody, frozen=str(then_url)), now, tmp_path / "ids")
     spread = [{"kind": "vectors", "url": nobody, "max_missing": 1.0}]
     later = run(config("v", embeddings=spread, frozen=str(then_url)), now, tmp_path / "ids")
@@ -420,6 +420,11 @@ def test_frozen_names_a_run_or_a_table_of_the_same_tokenizer(
         RunLayout(path).stage_record("tokenize"), {"outputs": {"url": str(tables.urls[0])}}
     )
     assert tokenizer_inputs(config(tables.vectors, frozen=path))[-1] == then.fingerprint
+    record = RunLayout(path).stage_record("tokenize")
+    for outputs, told in (({"url": f"{path}/moved"}, "are not, as where"), ({}, "names no table")):
+        storage.write_sealed(record, {"outputs": outputs})
+        with pytest.raises(ValueError, match=rf"tokenizer.frozen=.*{told}"):
+            tokenizer_inputs(config(tables.vectors, frozen=path))
     # Of the settings, what an item's vector is made of counts.
     text = {"kind": "text", "table": {"url": "t"}, "columns": ["title", "category"]}
     settings = config("v", embeddings=[text])
