@@ -47,7 +47,10 @@ CATALOGUE = CatalogueSizes(ITEMS, 9, {"age": AGES}, {"shop": 5}, SIZES, ACTIONS,
 
 
 def build(**changes: Any) -> LazyDecoder:
-    config = LazyDecoderConfig.model_validate(SMALL | changes)
+    settings = SMALL | changes
+    if settings["experts"] is None:  # all blocks are dense
+        settings = {name: value for name, value in settings.items() if name != "dense_layers"}
+    config = LazyDecoderConfig.model_validate(settings)
     names = [f"user_{name}" for name in config.user_features]
     names += [f"side_{name}" for name in config.side_features]
     specs = tuple(TableSpec(name, 6, WIDTH, 0.02) for name in names)
