@@ -157,7 +157,7 @@ def remove(url: str) -> None:
     """
     if exists(url):
         with explained(url, "removed"):
-            patiently(lambda: remove_tree(*filesystem(url)))
+            remove_tree(*filesystem(url))
 
 
 def list_names(url: str) -> list[str]:

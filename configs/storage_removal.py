@@ -1,4 +1,4 @@
-"""Removal of a whole tree from any file system, which may be repeated where it broke off."""
+"""Removal of a whole tree from any file system: each request is patient, and may be repeated."""
 
 import errno
 import os
@@ -8,6 +8,7 @@ from contextlib import suppress
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
+from configs.storage_faults import patiently
 from configs.storage_listing import listed
 
 AT_ONCE = 16
@@ -21,7 +22,7 @@ def remove_tree(fs: AbstractFileSystem, path: str) -> None:
         OSError: some may be left; drivers raise their own kinds too.
     """
     if isinstance(fs, LocalFileSystem):
-        _remove_local(fs, path)
+        patiently(lambda: _remove_local(fs, path))
     else:
         _remove_listed(fs, path)
 
@@ -41,7 +42,7 @@ def _remove_listed(fs: AbstractFileSystem, path: str) -> None:
 
     def remove_file(file: str) -> None:
         with suppress(FileNotFoundError):
-            fs.rm_file(file)
+            patiently(lambda: fs.rm_file(file))
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
         list(pool.map(remove_file, files))

@@ -21,7 +21,7 @@ def matching_files(url: str, place: str) -> list[tuple[Any, str, str]]:
     """
     fs, path = storage.filesystem(url)
     with explained(url, "read"):
-        paths, root, many = patiently(lambda: _named(fs, path))
+        paths, root, many = _named(fs, path)
     named = sorted((p.removeprefix(root), p) for p in paths)
     visible = [(n, p) for n, p in named if not (many and any(s[:1] in "_." for s in n.split("/")))]
     if named and not visible:
@@ -46,7 +46,8 @@ def _named(fs: Any, path: str) -> tuple[list[str], str, bool]:
         root = path[: min(path.find(sign) for sign in GLOB_SIGNS if sign in path)]
         return globbed(fs, path), root.rpartition("/")[0] + "/", True
     try:
-        kind = fs.info(path)["type"]  # not `isdir`, to which a request that failed is a no
+        # Not `isdir`, to which a request that failed is a no.
+        kind = patiently(lambda: fs.info(path))["type"]
     except (FileNotFoundError, NotADirectoryError):
         return [], path, False
     if kind == "directory" or fs.isdir(path):  # which index pages of http are by `isdir` alone
