@@ -18,6 +18,7 @@ SECRET_NAME = re.compile(_NAMED.format(words=rf"{_WORDS}|key|pass|pwd|sig"), re.
 _SURE_NAME = re.compile(_NAMED.format(words=rf"{_WORDS}|pass|pwd"), re.IGNORECASE)
 """Of variables that hold nothing else; many a `key` is the name of something."""
 _PLAIN_WORDS = re.compile(r"[A-Za-z]+(?:[-_.][A-Za-z]+)*")
+_WORD = re.compile(r"[^\s'\"]+")
 _IN_URL = re.compile(r"(?P<kept>[A-Za-z][\w+.-]{0,30}://)[^\s/:@'\"]*:(?!\d+/)[^\s'\"]*@")
 _LONE_IN_WEB_URL = re.compile(r"(?P<kept>https?://)[^\s/:@'\"]+@", re.IGNORECASE)
 _PARAMETER = re.compile(r"(?P<kept>[?&;](?P<name>[\w.%-]+)=)(?P<value>[^&;\s'\"#]+)")
@@ -107,12 +108,18 @@ def _redacted_entry(key: Any, value: Any) -> Any:
 def _redacted_text(text: str) -> str:
     for secret in _of_environment():
         text = text.replace(secret, HIDDEN)
-    text = _IN_URL.sub(rf"\g<kept>{HIDDEN}@", text)
+    text = _WORD.sub(_without_users, text)
     text = _LONE_IN_WEB_URL.sub(rf"\g<kept>{HIDDEN}@", text)
     text = _PARAMETER.sub(_redacted_parameter, text)
     for pattern in (_ASSIGNED, _PASSWORD):
         text = pattern.sub(rf"\g<kept>{HIDDEN}", text)
     return _BEARER.sub(rf"\g<kept>{HIDDEN}", text)
+
+
+def _without_users(word: re.Match[str]) -> str:
+    # Up to the last @: a search for one from every `://` behind it would be quadratic.
+    before, at, after = word[0].rpartition("@")
+    return _IN_URL.sub(rf"\g<kept>{HIDDEN}@", before + at) + after
 
 
 def _redacted_parameter(found: re.Match[str]) -> str:

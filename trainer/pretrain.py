@@ -1,22 +1,25 @@
 """Pretraining: next-item prediction over user sequences."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from configs.objectives import MultiTaskConfig, NextCodeConfig, SampledSoftmaxConfig
+from data_loaders.histories import HistoryLoader
 from data_loaders.items import train_counts
 from data_loaders.loader import LoaderState, TrainingLoader
 from models.batch import JaggedBatch
+from sharding.parallelize import ParallelModel
 from trainer.codes import NextCodeInputsMaker
 from trainer.evaluate import uses_validation, validation_ranker
 from trainer.in_batch import gather_positives
 from trainer.losses import pretraining_loss
+from trainer.objectives.multi_task import MultiTaskLoss
 from trainer.objectives.negatives import draw_negatives
 from trainer.objectives.next_code import NextCodeLoss
-from trainer.objectives.next_item import NextItemInputs
+from trainer.objectives.next_item import NextItemInputs, NextItemLoss
 from trainer.policy import Say, Worker, start_worker
 from trainer.trainer import Limits, TrainerState
 from trainer.training_stage import OneUpdate, TrainingStage
@@ -69,17 +72,48 @@ def train_worker(settings: dict[str, Any], say: Say) -> dict[str, Any]:
         say: prints a line at the driver.
     """
     worker = start_worker(settings, say)
-    recipe, config = worker.recipe, worker.recipe.training
     loss = pretraining_loss(worker)
     make_inputs: NextItemInputsMaker | NextCodeInputsMaker
     if isinstance(loss, NextCodeLoss):
         make_inputs = NextCodeInputsMaker(worker, loss.model)
     else:
         make_inputs = NextItemInputsMaker(worker)
+    return fit_from_start(
+        worker,
+        settings,
+        loss,
+        make_inputs,
+        loader_at=lambda state: training_loader(worker, state),
+        validator=lambda policy, users: validation_ranker(worker, policy, users),
+    )
+
+
+def fit_from_start(
+    worker: Worker,
+    settings: dict[str, Any],
+    loss: NextItemLoss | NextCodeLoss | MultiTaskLoss,
+    make_inputs: Callable[[Sequence[JaggedBatch], int], Sequence[Any]],
+    loader_at: Callable[[TrainerState], TrainingLoader | HistoryLoader],
+    validator: Callable[[ParallelModel, int | None], Callable[[], dict[str, float]]],
+) -> dict[str, Any]:
+    """Train a model that no earlier stage of the recipe trained, by the block `training`.
+
+    Args:
+        worker: this rank.
+        settings: as of `train_worker`.
+        loss: holds the model.
+        make_inputs: loss inputs of each micro batch of a step.
+        loader_at: the stage's loader at the position of a state.
+        validator: of a policy and the most users to ask; measures it on validation.
+
+    Returns:
+        Outputs that name the selected checkpoint.
+    """
+    recipe, config = worker.recipe, worker.recipe.training
     max_users = config.validation.max_users if config.validation is not None else None
-    with training_loader(worker, TrainerState()) as probe:
+    with loader_at(TrainerState()) as probe:
         steps_per_epoch = probe.steps_per_epoch
-    stage = TrainingStage(
+    return TrainingStage(
         worker=worker,
         name="train",
         fingerprint=settings["fingerprint"],
@@ -89,11 +123,10 @@ def train_worker(settings: dict[str, Any], say: Say) -> dict[str, Any]:
         loss=loss,
         steps_per_epoch=steps_per_epoch,
         before=WarmStart(worker, settings["start"]),
-        loader_at=lambda state: training_loader(worker, state),
+        loader_at=loader_at,
         updates=OneUpdate(lambda step: make_inputs(step.micro_batches, step.step)),
-        validator=lambda policy: validation_ranker(worker, policy, max_users),
-    )
-    return stage.fit()
+        validator=lambda policy: validator(policy, max_users),
+    ).fit()
 
 
 def training_loader(worker: Worker, state: TrainerState) -> TrainingLoader:

@@ -18,6 +18,7 @@ from trainer.monitor.results import protocol
 from trainer.monitor.reward_report import BASELINE, REWARD_MODEL
 from trainer.objectives.multi_task import MultiTaskLoss, TaskTargets
 from trainer.policy import Say, Worker, open_checkpoint, parallelize_policy, start_worker
+from trainer.pretrain import fit_from_start
 from trainer.ranking import (
     RankingInputsMaker,
     candidate_logits,
@@ -26,9 +27,7 @@ from trainer.ranking import (
     ranking_loss,
     ranking_objective,
 )
-from trainer.trainer import Limits, TrainerState
-from trainer.training_stage import OneUpdate, TrainingStage
-from trainer.warm_start import WarmStart
+from trainer.trainer import TrainerState
 
 
 def train_worker(settings: dict[str, Any], say: Say) -> dict[str, Any]:
@@ -39,29 +38,17 @@ def train_worker(settings: dict[str, Any], say: Say) -> dict[str, Any]:
         say: prints a line at the driver.
     """
     worker = start_worker(settings, say)
-    recipe, config = worker.recipe, worker.recipe.training
     loss = ranking_loss(worker)
-    make_inputs = RankingInputsMaker(worker, loss.targets)
-    max_users = config.validation.max_users if config.validation is not None else None
-    with _loader(worker, TrainerState()) as probe:
-        steps_per_epoch = probe.steps_per_epoch
-    stage = TrainingStage(
-        worker=worker,
-        name="train",
-        fingerprint=settings["fingerprint"],
-        config=config,
-        limits=Limits(config.epochs, config.max_steps),
-        sparse_lr=recipe.sharding.optimizer.lr,
-        loss=loss,
-        steps_per_epoch=steps_per_epoch,
-        before=WarmStart(worker, settings["start"]),
+    return fit_from_start(
+        worker,
+        settings,
+        loss,
+        RankingInputsMaker(worker, loss.targets),
         loader_at=lambda state: _loader(worker, state),
-        updates=OneUpdate(lambda step: make_inputs(step.micro_batches, step.step)),
-        validator=lambda policy: (
-            lambda: measure(worker, policy, loss.targets, "validation", max_users).metrics
+        validator=lambda policy, users: (
+            lambda: measure(worker, policy, loss.targets, "validation", users).metrics
         ),
     )
-    return stage.fit()
 
 
 def evaluate_worker(settings: dict[str, Any], say: Say) -> dict[str, Any]:

@@ -113,3 +113,12 @@ def test_an_output_with_credentials_is_refused_without_telling_them() -> None:
     with pytest.raises(ValueError, match=r"output='s3://\*\*\*@bucket/run' holds cred") as error:
         refuse_credentials("output", f"s3://AKIA:{SECRET}@bucket/run")
     assert SECRET not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["a://b:" * 30_000, "https://" * 30_000, "a" * 300_000])
+def test_texts_without_credentials_that_look_like_many_are_read_once(text: str) -> None:
+    assert redacted(text) == text  # minutes, where each `://` looked for its own @
+
+
+def test_credentials_of_any_length_are_hidden_up_to_the_last_at() -> None:
+    assert redacted(f"s3://u:{'p' * 9_000}@q@host/x 'gs://v:w@b'") == "s3://***@host/x 'gs://***@b'"
