@@ -59,6 +59,11 @@ class RunLayout:
         """What a finished stage did: fingerprint, outputs, time."""
         return storage.join(self.root, "stages", f"{stage}.json")
 
+    def start_record(self, run: str) -> str:
+        """What trainings of this output that began with another run's (`run`) began with."""
+        name = storage.fingerprint(storage.absolute(run))[:12]
+        return storage.join(self.root, "stages", f"start-{name}.json")
+
     def checkpoints(self, stage: str, fingerprint: str) -> str:
         """The newest checkpoints of a training stage."""
         return storage.join(self.root, "checkpoints", f"{stage}-{fingerprint[:12]}", "newest")

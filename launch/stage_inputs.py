@@ -72,16 +72,35 @@ def train_inputs(recipe: Recipe, done: dict[str, Outputs]) -> dict[str, Any]:
 
 
 def _start(recipe: Recipe) -> dict[str, Any]:
-    """The checkpoint that training begins with, where that is another run's.
+    reference = start_checkpoint(recipe)
+    return {} if reference is None else {"start": reference["hash"]}
+
+
+def start_checkpoint(recipe: Recipe) -> dict[str, Any] | None:
+    """Reference of the checkpoint that training begins with, where that is another run's.
+
+    A training that has begun does not need that run any more: where it is gone, what was noted
+    when training began (`note_start`) says which training of this output is meant.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or the record that names it is damaged.
     """
     start = recipe.training.start
     if start is None:
-        return {}
+        return None
     _refuse_own_output(recipe, "training.start.run", start.run, "training")
-    return {"start": trained_checkpoint(start.run, "training.start.run")["hash"]}
+    noted = RunLayout(storage.absolute(recipe.output)).start_record(start.run)
+    gone = not storage.exists(RunLayout(storage.absolute(start.run)).stage_record("train"))
+    if gone and storage.exists(noted):
+        return read_checkpoint_reference(noted)
+    return trained_checkpoint(start.run, "training.start.run")
+
+
+def note_start(recipe: Recipe, reference: dict[str, Any]) -> None:
+    """Keep what a training begins with for the day on which that run is gone."""
+    assert recipe.training.start is not None, "there is something to begin with"
+    noted = RunLayout(storage.absolute(recipe.output)).start_record(recipe.training.start.run)
+    storage.write_sealed(noted, {"outputs": {"checkpoint": reference}})
 
 
 def _refuse_own_output(recipe: Recipe, place: str, run: str, stage: str) -> None:

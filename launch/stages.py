@@ -15,14 +15,15 @@ from launch.stage_inputs import (
     align_inputs,
     dump,
     evaluate_inputs,
+    note_start,
     policies_of,
     prepare_inputs,
     raw_url,
     recommend_inputs,
     report_inputs,
+    start_checkpoint,
     tokenize_inputs,
     train_inputs,
-    trained_checkpoint,
 )
 
 if TYPE_CHECKING:
@@ -162,11 +163,10 @@ def _tokenize(context: StageContext) -> Outputs:
 
 def _train(context: StageContext) -> Outputs:
     module = "reward_model" if context.recipe.ranks_candidates else "pretrain"
-    start = context.recipe.training.start
-    outputs: Outputs = context.run_training(
-        f"trainer.{module}:train_worker",
-        start=None if start is None else trained_checkpoint(start.run, "training.start.run"),
-    )
+    start = start_checkpoint(context.recipe)
+    if start is not None:
+        note_start(context.recipe, start)
+    outputs: Outputs = context.run_training(f"trainer.{module}:train_worker", start=start)
     return {**outputs, "metrics": context.layout.metrics("train", context.fingerprint)}
 
 

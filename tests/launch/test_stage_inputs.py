@@ -8,7 +8,7 @@ import pytest
 from configs import storage
 from configs.layout import RunLayout
 from configs.load import load_recipe
-from launch.stage_inputs import tokenize_inputs, train_inputs, trained_checkpoint
+from launch.stage_inputs import note_start, tokenize_inputs, train_inputs, trained_checkpoint
 
 DONE = {"prepare": {"data": "d"}}
 
@@ -62,6 +62,25 @@ def test_a_run_does_not_go_on_from_what_it_replaces(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(".")
     with pytest.raises(ValueError, match=r"training.start.run=.* is this recipe's own output"):
         inputs(own, f"training.start.run={tmp_path}/link")
+
+
+def test_a_training_that_began_with_a_run_goes_on_when_that_run_is_gone(tmp_path: Path) -> None:
+    start, moved = tmp_path / "start", tmp_path / "moved"
+    recipe = [f"output={tmp_path / 'own'}", f"training.start.run={start}"]
+    with pytest.raises(ValueError, match="holds no finished training"):
+        inputs(*recipe)
+    record = RunLayout(str(start)).stage_record("train")
+    there = {"url": "u", "hash": "h"}
+    storage.write_sealed(record, {"outputs": {"checkpoint": there}})
+    began = inputs(*recipe)
+    assert began["start"] == "h"
+    note_start(load_recipe("quickstart", recipe).recipe, there)
+    start.rename(moved)
+    assert inputs(*recipe) == began
+    with pytest.raises(ValueError, match="holds no finished training"):  # of another run no word
+        inputs(recipe[0], f"training.start.run={tmp_path / 'other'}")
+    storage.write_sealed(record, {"outputs": {"checkpoint": there | {"hash": "i"}}})
+    assert inputs(*recipe)["start"] == "i"  # another training lies there now
 
 
 def test_another_runs_training_is_named_by_a_whole_record_alone(tmp_path: Path) -> None:
