@@ -1,5 +1,6 @@
 """Names of what training and validation measure, and a recipe's metrics held to them."""
 
+import math
 from collections.abc import Sequence
 
 from configs.alignment import (
@@ -113,8 +114,15 @@ def check_metrics(
     training = training_metrics(alignment)
     _check_limits(alignment.guardrails.limits, training, validated)
     if alignment.guardrails.divergence is not None:
-        validations = 0 if validation is None else -(-alignment.epochs // validation.every_epochs)
-        _check_divergence(alignment.guardrails.divergence, training, validated, validations)
+        most = _validations(alignment.epochs, validation)
+        _check_divergence(alignment.guardrails.divergence, training, validated, most)
+
+
+def _validations(epochs: int, config: ValidationConfig | None) -> float:
+    """How many there are after the start; no bound where steps are counted, which data decide."""
+    if config is None:
+        return 0
+    return math.inf if config.every_steps is not None else -(-epochs // config.every_epochs)
 
 
 def _check_selection(block: str, config: ValidationConfig | None, allowed: Sequence[str]) -> None:
@@ -138,7 +146,7 @@ def _check_limits(
 
 
 def _check_divergence(
-    config: DivergenceConfig, training: Sequence[str], validation: Sequence[str], validations: int
+    config: DivergenceConfig, training: Sequence[str], validation: Sequence[str], validations: float
 ) -> None:
     """`validations`: how many there are after the start."""
     path = "alignment.guardrails.divergence"
@@ -147,8 +155,8 @@ def _check_divergence(
     if config.validations > validations:
         raise ValueError(
             f"{path}.validations={config.validations} can never be reached: there are "
-            f"{validations} after the start; lower it, raise alignment.epochs, or lower "
-            "alignment.validation.every_epochs"
+            f"{validations} after the start; lower it, raise alignment.epochs, lower "
+            "alignment.validation.every_epochs, or set alignment.validation.every_steps"
         )
 
 

@@ -33,6 +33,9 @@ class ValidationConfig(Config):
     """Validation during training; the only place where selection happens."""
 
     every_epochs: PositiveInt = 1
+    every_steps: PositiveInt | None = None
+    """Also after so many updates, within epochs: where an epoch takes days, or guardrails of
+    alignment are to speak before its end."""
     metric: str = "ndcg@10"
     """Larger is better."""
     patience: PositiveInt | None = None

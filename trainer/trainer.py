@@ -210,8 +210,9 @@ class Trainer:
         self.state.finished = step >= self.total_steps
         epoch_ends = step > before and step % self.steps_per_epoch == 0
         with self.monitor.paused() if self.monitor is not None else nullcontext():
-            if self.state.finished or epoch_ends:
-                alarms = self._judge(step, alarms)
+            validates = self._validates_after(before, step, epoch_ends)
+            if validates or self.state.finished or epoch_ends:
+                alarms = self._judge(step, alarms, validates)
             self._heed(alarms)
             due = self._saves_after(before, step, epoch_ends)
             if self.state.finished or stop or due:
@@ -243,10 +244,16 @@ class Trainer:
             self.monitor.log_alarm(sentence)
         return None
 
+    def _validates_after(self, before: int, step: int, epoch_ends: bool) -> bool:
+        if self.validation is None:
+            return False
+        by_step = _reached(self.validation.every_steps, before, step)
+        by_epoch = epoch_ends and (self._epoch(step) + 1) % self.validation.every_epochs == 0
+        return self.state.finished or by_step or by_epoch
+
     def _saves_after(self, before: int, step: int, epoch_ends: bool) -> bool:
-        every_steps, every_epochs = self.checkpoint.every_steps, self.checkpoint.every_epochs
-        by_step = every_steps is not None and step // every_steps > before // every_steps
-        done = self._epoch(step) + 1
+        every_epochs, done = self.checkpoint.every_epochs, self._epoch(step) + 1
+        by_step = _reached(self.checkpoint.every_steps, before, step)
         by_epoch = epoch_ends and every_epochs is not None and done % every_epochs == 0
         return by_step or by_epoch
 
@@ -272,16 +279,16 @@ class Trainer:
         measured = {"loss": result.loss} | result.metrics
         return self.watch.logged(step, measured, result.unmeasured)
 
-    def _judge(self, step: int, alarms: list[Alarm]) -> list[Alarm]:
-        """At an epoch's end: validate if that is due, and keep a policy that breaks no limit.
+    def _judge(self, step: int, alarms: list[Alarm], validates: bool) -> list[Alarm]:
+        """Validate if that is due, and keep a policy that breaks no limit.
 
         Returns:
             `alarms`, which its training steps raised, and those of validation. Collective.
         """
         metrics: dict[str, float] = {}
-        validation, done = self.validation, self._epoch(step) + 1
+        validation = self.validation
         if validation is not None:
-            if done % validation.every_epochs and not self.state.finished:
+            if not validates:
                 return alarms
             self.sign(step, "validating")
             metrics = self.validate()
@@ -311,7 +318,9 @@ class Trainer:
         stops = patience is not None and self.state.stale_validations >= patience
         self.state.finished = self.state.finished or stops
         if self.monitor is not None:
-            told = f"validation after epoch {epoch + 1}: {validation.metric} {value:.4f}"
+            within = step % self.steps_per_epoch and not self.state.finished
+            place = f"at step {step:,}" if within else f"after epoch {epoch + 1}"
+            told = f"validation {place}: {validation.metric} {value:.4f}"
             told += f" ({self._standing(improved)})"
             told += f"; no better for {patience} validations, stopping" if stops else ""
             self.monitor.log_validation(step, metrics, told)
@@ -363,3 +372,8 @@ class Trainer:
         self.restore(self.good, name)
         self.watch.rolled_back()
         self.model.lr_ratio = self.state.watch.lr_ratio
+
+
+def _reached(every: int | None, before: int, step: int) -> bool:
+    """Whether the updates after `before`, up to `step`, made a multiple of `every` full."""
+    return every is not None and step // every > before // every

@@ -168,7 +168,11 @@ class TrainingStage:
             sign=watchdog.sign,
             left_out=LeftOut(non_finite, worker.layout.failures, self.name, worker.ctx),
             logged=LoggedSteps(
-                config.log_every_steps, total_steps, self.steps_per_epoch, watch is not None
+                config.log_every_steps,
+                total_steps,
+                self.steps_per_epoch,
+                guarded=watch is not None,
+                validated_every=config.validation.every_steps if config.validation else None,
             ),
             monitor=self._monitor(policy, total_steps),
         )

@@ -253,6 +253,31 @@ def test_every_other_epoch_is_validated_and_always_the_last(tmp_path: Path) -> N
     assert done["best"] == 7
 
 
+def test_validation_within_epochs_selects_and_guards(tmp_path: Path) -> None:
+    often = ValidationConfig(every_steps=3, every_epochs=2)
+    done = train(tmp_path / "often", [0.1, 0.2, 0.4, 0.3], validation=often)
+    assert done["validated_at"] == [3, 4, 6, 8] and done["best"] == 6
+    assert [line.split(":")[0] for line in done["said"]] == [
+        "validation at step 3",
+        "validation after epoch 2",
+        "validation after epoch 3",
+        "validation after epoch 4",
+    ]
+    two_updates_a_step = train(tmp_path / "two", [0.1, 0.2, 0.4], validation=often, inner=2)
+    assert two_updates_a_step["validated_at"] == [4, 6, 8]
+
+    limit = LimitConfig(metric="ndcg@10", max_drop=0.1, action="roll_back")
+    guardrails = GuardrailsConfig(limits=(limit,))
+    each = ValidationConfig(every_steps=1)
+    logged = LoggedSteps(100, 8, STEPS_PER_EPOCH, guarded=True, validated_every=3)
+    more = {"measure_start": True, "guardrails": guardrails, "validation": each, "logged": logged}
+    done = train(tmp_path / "guarded", [0.5, 0.5, 0.5, 0.3, *[0.5] * 5], **more)
+    assert done["restored"] == [
+        ("good", 2)
+    ]  # of the second step, in the middle of the second epoch
+    assert len(done["logged"]) == 6  # 1, 2, 3, 4, 6 and 8
+
+
 def test_patience_stops_and_saves(tmp_path: Path) -> None:
     done = train(tmp_path, [0.3, 0.2, 0.3, 0.9], validation=ValidationConfig(patience=2))
     assert (done["steps"], done["best"], done["newest"]) == (6, 2, 6)
