@@ -12,6 +12,8 @@ _WORDS = (
     r"authorization|"
     r"(?:api|access|account|private|session|secret)[-_]?(?:key|token)(?:[-_]?id)?"
 )
+_SCHEMES = r"(?:Bearer|Basic|Token|ApiKey|Digest|Negotiate)"
+"""Of an `Authorization` header."""
 _NAMED = r"(?:^|[^A-Za-z])(?:{words})(?:$|[^A-Za-z])"
 SECRET_NAME = re.compile(_NAMED.format(words=rf"{_WORDS}|key|pass|pwd|sig"), re.IGNORECASE)
 """Of settings, variables and parameters that hold credentials."""
@@ -20,10 +22,15 @@ _SURE_NAME = re.compile(_NAMED.format(words=rf"{_WORDS}|pass|pwd"), re.IGNORECAS
 _PLAIN_WORDS = re.compile(r"[A-Za-z]+(?:[-_.][A-Za-z]+)*")
 _WORD = re.compile(r"[^\s'\"]+")
 _IN_URL = re.compile(r"(?P<kept>[A-Za-z][\w+.-]{0,30}://)[^\s/:@'\"]*:(?!\d+/)[^\s'\"]*@")
+_IN_BUCKET_URL = re.compile(
+    r"(?P<kept>\b(?:s3[an]?|gc?s|oss|cosn?|r2|b2|adl|az|abfss?|wasbs?)://)[^\s/:@'\"]*:[^\s'\"]*@",
+    re.IGNORECASE,
+)
+"""Of stores whose addresses have no port, so that what looks like one begins a secret key."""
 _LONE_IN_WEB_URL = re.compile(r"(?P<kept>https?://)[^\s/:@'\"]+@", re.IGNORECASE)
 _PARAMETER = re.compile(r"(?P<kept>[?&;](?P<name>[\w.%-]+)=)(?P<value>[^&;\s'\"#]+)")
 _ASSIGNED = re.compile(
-    rf"(?P<kept>(?<![A-Za-z])(?:{_WORDS})['\"]?\s*[:=]\s*['\"]?(?:(?:Bearer|Basic)\s+)?)"
+    rf"(?P<kept>(?<![A-Za-z])(?:{_WORDS})['\"]?\s*[:=]\s*['\"]?(?:{_SCHEMES}\s+)?)"
     r"(?P<value>[^\s'\",;}\)&]{8,})",
     re.IGNORECASE,
 )
@@ -119,7 +126,9 @@ def _redacted_text(text: str) -> str:
 def _without_users(word: re.Match[str]) -> str:
     # Up to the last @: a search for one from every `://` behind it would be quadratic.
     before, at, after = word[0].rpartition("@")
-    return _IN_URL.sub(rf"\g<kept>{HIDDEN}@", before + at) + after
+    for pattern in (_IN_BUCKET_URL, _IN_URL):
+        before = pattern.sub(rf"\g<kept>{HIDDEN}@", before + at).removesuffix(at)
+    return before + at + after
 
 
 def _redacted_parameter(found: re.Match[str]) -> str:

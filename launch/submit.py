@@ -258,9 +258,10 @@ def _parse_environment(environment: Sequence[str]) -> dict[str, str]:
         name, equals, value = text.partition("=")
         if not equals or not name.isidentifier():
             raise ValueError(f"--env {text!r} must read NAME=VALUE")
-        if SECRET_NAME.search(name):
+        if SECRET_NAME.search(name) or redacted(value) != value:
+            what = "looks like" if SECRET_NAME.search(name) else "holds"
             raise ValueError(
-                f"--env {name} looks like a credential, and a job's variables are no secret on the "
+                f"--env {name} {what} a credential, and a job's variables are no secret on the "
                 "cluster: set it in the environment of the nodes instead"
             )
         variables[name] = value

@@ -16,6 +16,9 @@ SECRET = "wJalrXUtnFEMI/K7MDENG"
     [
         f"s3://AKIAEXAMPLE:{SECRET}@bucket/run cannot be read",
         f"ftp://me:{SECRET}@host/x",
+        f"s3://AKIAEXAMPLE:12/{SECRET}@bucket/run",
+        f"gs://id:443/{SECRET}@bucket, s3a://id:7/{SECRET}@bucket",
+        f"Authorization: token {SECRET}",
         f"https://{SECRET.replace('/', '')}@github.com/x",
         f"https://host/data.csv?sv=1&sig={SECRET}&x=2",
         f"https://b.s3.amazonaws.com/k?X-Amz-Credential=a&X-Amz-Signature={SECRET}",

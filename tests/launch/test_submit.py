@@ -48,7 +48,10 @@ def test_urls_travel_as_they_are() -> None:
     assert (there.output, there.data.source.url) == ("memory://bucket/run", "memory://bucket/raw")
 
 
-@pytest.mark.parametrize("text", ["A", "1A=2", "=2", "AWS_SECRET_ACCESS_KEY=x", "MY_TOKEN=x"])
+BAD = ["A", "1A=2", "=2", "AWS_SECRET_ACCESS_KEY=x", "MY_TOKEN=x", "STORE=s3://id:hush@b/x"]
+
+
+@pytest.mark.parametrize("text", [*BAD, "OPTIONS=--password=hunter22"])
 def test_bad_variables_and_credentials_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="--env"):
         submit.start(load_recipe("quickstart"), "http://127.0.0.1:1", environment=[text])
