@@ -38,7 +38,8 @@ class HeadConfig(Config):
 class PreemptionConfig(Config):
     """A rank gets SIGTERM, or Ray is about to take a node away: all ranks save at the same step.
 
-    Where they do not train (they load, or evaluate) they end at once.
+    A validation is left for it, and made first when the run goes on. Where they do not train (they
+    load, or evaluate) they end at once.
 
     SIGTERM, Ctrl-C or a hang-up to the driver, alone or with all its processes, does that too, and
     always ends the run.

@@ -51,6 +51,10 @@ class DistributedContext:
         """Maximum over ranks, in place; returns `tensor`."""
         return self._reduce(tensor, dist.ReduceOp.MAX)
 
+    def any(self, here: bool) -> bool:
+        """Whether `here` is true of a rank."""
+        return bool(self.all_reduce_max(torch.tensor(int(here), device=self.device)))
+
     def _reduce(self, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
         if self.world_size > 1:
             dist.all_reduce(tensor, op, group=self.group)

@@ -31,6 +31,7 @@ from trainer.policy import (
     start_worker,
 )
 from trainer.scoring import Likelihood, pair_candidates
+from trainer.stop_notice import unless_asked
 
 Part = Literal["validation", "test"]
 
@@ -181,7 +182,7 @@ def _rank_generated(
 
 
 def _batches(worker: Worker, targets: Targets) -> Iterator[EvaluationBatch]:
-    return evaluation_batches(
+    batches = evaluation_batches(
         worker.dataset,
         targets.part,
         users_per_batch=worker.recipe.evaluation.users_per_batch,
@@ -191,6 +192,7 @@ def _batches(worker: Worker, targets: Targets) -> Iterator[EvaluationBatch]:
         max_users=targets.max_users,
         rule=targets.rule,
     )
+    return unless_asked(batches, worker.ctx.any)
 
 
 def _seen(users: EvaluationBatch, config: EvaluationConfig) -> tuple[Tensor, Tensor]:
@@ -204,13 +206,14 @@ def preference_accuracy(worker: Worker, policy: ParallelModel, pairs_url: str) -
     """Share of held-out losers that their winner is likelier than; a tie is half. Collective."""
     counts = torch.zeros(2, dtype=torch.float64, device=worker.ctx.device)
     likelihood = Likelihood.of(worker, policy, normalised=False)
-    for pairs in preference_batches(
+    held_out = preference_batches(
         pairs_url,
         "validation",
         pairs_per_batch=worker.recipe.evaluation.users_per_batch,
         rank=worker.ctx.rank,
         world_size=worker.ctx.world_size,
-    ):
+    )
+    for pairs in unless_asked(held_out, worker.ctx.any):
         log_probs = likelihood(pair_candidates(worker, policy.model, pairs))
         there = (pairs.rejected_ids > 0).to(worker.ctx.device)
         counts += ranked_right(log_probs, there)

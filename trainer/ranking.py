@@ -22,6 +22,7 @@ from trainer.label_metrics import LabelMetrics
 from trainer.objectives.multi_task import MultiTaskLoss, RankingInputs, TaskTargets
 from trainer.objectives.negatives import seed_of_step
 from trainer.policy import Worker, catalogue_sizes
+from trainer.stop_notice import unless_asked
 
 RATE_PRIOR = 10.0
 """Events at the overall rate that the item-rate baseline adds to each item's own."""
@@ -239,7 +240,8 @@ def _held_out(
     """Requests of a part in blocks of bounded size, as many on every rank."""
     maker, config = RankingInputsMaker(worker, targets), worker.recipe.evaluation
     objective, longest = ranking_objective(worker), worker.recipe.data.loader.max_length
-    for batch, first in _part_batches(worker, part, max_users):
+    batches = _part_batches(worker, part, max_users)
+    for batch, first in unless_asked(batches, worker.ctx.any):
         requests = cut_requests(batch, objective.candidates, longest, first=first)
         blocks = -(-len(requests.tokens) // config.users_per_batch)
         most = worker.ctx.all_reduce_max(torch.tensor(blocks, device=worker.ctx.device))

@@ -1,14 +1,15 @@
 """SIGTERM to a rank: remembered while training attends to it, so that all ranks save and end.
 
-Where a rank does not train (it loads, evaluates), there is nothing to save, and its work is left
-where it is. The notice is its own signal handler: whoever asks the process for its handler finds
-it, from any thread, and no other state of the process is needed.
+A validation is left for it, as it may take longer than whoever sent it waits. Where a rank does not
+train (it loads, evaluates), there is nothing to save, and its work is left where it is. The notice
+is its own signal handler: whoever asks the process for its handler finds it, from any thread, and
+no other state of the process is needed.
 """
 
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from types import FrameType
@@ -36,7 +37,7 @@ class StoppedError(Exception):
 
 
 class AbandonedError(Exception):
-    """A rank was asked to end while it did not train; what it did is left where it was."""
+    """A rank was asked to end where it made no steps; what it did is left where it was."""
 
     def __str__(self) -> str:
         return (
@@ -138,3 +139,21 @@ def attended() -> Iterator[StopNotice]:
         notice._attended = False
         if installs:
             notice._uninstall()
+
+
+def unless_asked(batches: Iterable[T], on_any_rank: Callable[[bool], bool]) -> Iterator[T]:
+    """Measure on `batches`, as many on every rank, until training is asked to end. Collective.
+
+    Args:
+        batches: of a validation; an evaluation that nobody attends comes to their end.
+        on_any_rank: whether something is true of a rank. Collective.
+
+    Raises:
+        AbandonedError: before the next batch, on all ranks alike.
+    """
+    handler = signal.getsignal(signal.SIGTERM)
+    for batch in batches:
+        noted = isinstance(handler, StopNotice) and handler._attended and handler.given
+        if on_any_rank(noted):
+            raise AbandonedError
+        yield batch

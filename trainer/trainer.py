@@ -18,7 +18,7 @@ from trainer.guardrails import Alarm, Watch, WatchState, sentence, severest
 from trainer.left_out import LeftOut, blame
 from trainer.logged_steps import LoggedSteps
 from trainer.monitor.stage_monitor import StageMonitor
-from trainer.stop_notice import StoppedError
+from trainer.stop_notice import AbandonedError, StoppedError
 from trainer.watchdog import Phase
 
 
@@ -81,6 +81,8 @@ class TrainerState:
     """Steps that were left out, and how many samples are to blame for each."""
     watch: WatchState = field(default_factory=WatchState)
     """Of the guardrails."""
+    unjudged: list[Alarm] | None = None
+    """Alarms of the last step, where its validation was left and is still to be made."""
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able copy."""
@@ -162,6 +164,7 @@ class Trainer:
 
         Raises:
             StoppedError: a rank was asked to end; everything is saved at the step it names.
+            AbandonedError: so it was before there was a step to save.
         """
         self.model.lr_ratio = self.state.watch.lr_ratio
         self.model.may_skip = self.left_out.skips
@@ -172,6 +175,9 @@ class Trainer:
             closing.callback(self.saver.close)
             if self.measure_start and self.model.step == 0:
                 self._begin()
+            if self.state.unjudged is not None:
+                alarms, self.state.unjudged = self.state.unjudged, None
+                self._settle(alarms, judges=True, saves=True, stop=False)
             if not self.state.finished:
                 for batches in self.loader:
                     if self._one_step(batches):
@@ -209,19 +215,28 @@ class Trainer:
         self.state.loader = self.loader.state().to_dict()
         self.state.finished = step >= self.total_steps
         epoch_ends = step > before and step % self.steps_per_epoch == 0
+        self._settle(
+            alarms,
+            judges=self._judges_after(before, step, epoch_ends),
+            saves=self._saves_after(before, step, epoch_ends),
+            stop=stop,
+        )
+        return self.state.finished
+
+    def _settle(self, alarms: list[Alarm], *, judges: bool, saves: bool, stop: bool) -> None:
+        """After a step that raised `alarms`: validate, save and end as due. Collective."""
+        step = self.model.step
         with self.monitor.paused() if self.monitor is not None else nullcontext():
-            validates = self._validates_after(before, step, epoch_ends)
-            if validates or self.state.finished or epoch_ends:
-                alarms = self._judge(step, alarms, validates)
-            self._heed(alarms)
-            due = self._saves_after(before, step, epoch_ends)
-            if self.state.finished or stop or due:
+            try:
+                self._heed(self._judge(step, alarms) if judges else alarms)
+            except AbandonedError:  # by the validation, before which nothing was judged
+                self.state.unjudged, stop = alarms, True
+            if self.state.finished or stop or saves:
                 self._save(self.newest)
-        if stop and not self.state.finished:
+        if stop and (self.state.unjudged is not None or not self.state.finished):
             self.saver.wait()
             raise StoppedError(self.stage, step)
         self.sign(step, "loading")
-        return self.state.finished
 
     def _epoch(self, step: int) -> int:
         """Of the update that made it `step`, from 0."""
@@ -244,9 +259,9 @@ class Trainer:
             self.monitor.log_alarm(sentence)
         return None
 
-    def _validates_after(self, before: int, step: int, epoch_ends: bool) -> bool:
+    def _judges_after(self, before: int, step: int, epoch_ends: bool) -> bool:
         if self.validation is None:
-            return False
+            return self.state.finished or epoch_ends
         by_step = _reached(self.validation.every_steps, before, step)
         by_epoch = epoch_ends and (self._epoch(step) + 1) % self.validation.every_epochs == 0
         return self.state.finished or by_step or by_epoch
@@ -279,8 +294,8 @@ class Trainer:
         measured = {"loss": result.loss} | result.metrics
         return self.watch.logged(step, measured, result.unmeasured)
 
-    def _judge(self, step: int, alarms: list[Alarm], validates: bool) -> list[Alarm]:
-        """Validate if that is due, and keep a policy that breaks no limit.
+    def _judge(self, step: int, alarms: list[Alarm]) -> list[Alarm]:
+        """Validate, and keep a policy that breaks no limit.
 
         Returns:
             `alarms`, which its training steps raised, and those of validation. Collective.
@@ -288,8 +303,6 @@ class Trainer:
         metrics: dict[str, float] = {}
         validation = self.validation
         if validation is not None:
-            if not validates:
-                return alarms
             self.sign(step, "validating")
             metrics = self.validate()
         if self.watch is not None:

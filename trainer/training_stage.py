@@ -174,7 +174,7 @@ class TrainingStage:
                 guarded=watch is not None,
                 validated_every=config.validation.every_steps if config.validation else None,
             ),
-            monitor=self._monitor(policy, total_steps),
+            monitor=self._monitor(policy, total_steps, state.unjudged is not None),
         )
 
     def _resume(
@@ -199,7 +199,9 @@ class TrainingStage:
             behind_training=self.config.checkpoint.behind_training,
         )
 
-    def _monitor(self, policy: ParallelModel, total_steps: int) -> StageMonitor | None:
+    def _monitor(
+        self, policy: ParallelModel, total_steps: int, unjudged: bool
+    ) -> StageMonitor | None:
         worker = self.worker
         if worker.ctx.rank != 0:
             return None
@@ -209,6 +211,7 @@ class TrainingStage:
             self.name,
             total_steps=total_steps,
             start_step=policy.step,
+            unjudged=unjudged,
             directory_url=worker.layout.metrics(self.name, self.fingerprint),
             forward_flops_per_token=self.loss.flops_per_token(mean_length),
             world_size=worker.ctx.world_size,

@@ -10,8 +10,14 @@ EPOCHS = 3
 
 
 @pytest.fixture(scope="session")
-def calm(tmp_path_factory: pytest.TempPathFactory) -> Course:
-    """Three epochs on two ranks."""
+def calm_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run of three epochs on two ranks leaves."""
     root: Path = tmp_path_factory.mktemp("calm")
     write_data(root)
-    return course(root, attempt(settings(root, EPOCHS)))
+    return root
+
+
+@pytest.fixture(scope="session")
+def calm(calm_root: Path) -> Course:
+    """That run."""
+    return course(calm_root, attempt(settings(calm_root, EPOCHS)))

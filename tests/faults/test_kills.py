@@ -1,16 +1,20 @@
 """After a kill, a full disk or SIGTERM the run goes on: samples, losses and state are equal."""
 
+import os
 import re
 import signal
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from sharding.checkpoint import CheckpointError
 from tests.faults.conftest import EPOCHS
 from tests.faults.trainings import (
+    FINGERPRINT,
     STEPS_PER_EPOCH,
     Course,
     Fault,
@@ -23,6 +27,8 @@ from tests.faults.trainings import (
     write_data,
 )
 from tests.harness import Ranks
+from tests.trainer.runs import logged
+from trainer import evaluate
 from trainer.stop_notice import StoppedError
 
 
@@ -82,6 +88,43 @@ def test_sigterm_to_one_rank_saves_at_one_step_of_all(
     assert finished == calm
     again = len(list(steps_of(tmp_path, 0).iterdir()))
     assert steps == 8 and again == len(calm.losses)  # no step was done twice
+
+
+def told_while_validating(step: int, settings: dict[str, Any]) -> dict[str, str]:
+    """Train where SIGTERM comes to rank 1 in the validation after a step, which takes for ever."""
+    batches, validated = evaluate.evaluation_batches, [0]
+
+    def endless(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        validated[0] += 2 * STEPS_PER_EPOCH  # every other epoch, and the last
+        users = batches(*args, **kwargs)
+        while min(validated[0], EPOCHS * STEPS_PER_EPOCH) == step:
+            users = batches(*args, **kwargs)
+            yield next(users)
+            if os.environ["RANK"] == "1":
+                os.kill(os.getpid(), signal.SIGTERM)
+        yield from users
+
+    evaluate.evaluation_batches = endless  # type: ignore[assignment]
+    return train(settings)
+
+
+@pytest.mark.parametrize("step", [2 * STEPS_PER_EPOCH, EPOCHS * STEPS_PER_EPOCH])
+def test_sigterm_within_a_validation_saves_first_and_validates_when_resumed(
+    calm: Course, calm_root: Path, tmp_path: Path, step: int
+) -> None:
+    write_data(tmp_path)
+    checkpoint = {"every_steps": None, "every_epochs": None}
+    told = settings(tmp_path, EPOCHS, training={"checkpoint": checkpoint})
+    with Ranks(2, partial(told_while_validating, step, told)) as ranks:
+        outcomes = ranks.outcomes(240)
+    assert [type(outcome) for outcome in outcomes] == [StoppedError] * 2, outcomes
+    assert [outcome.step for outcome in outcomes] == [step, step] == saved_steps(tmp_path) * 2
+    rows = logged(tmp_path, "train", FINGERPRINT)
+    assert not any(tag.startswith("validation/") for tag in rows[step])
+    found = course(tmp_path, attempt(told))
+    assert (found.losses, found.samples) == (calm.losses, calm.samples)
+    assert found.state == (calm.state if step < len(calm.losses) else {})  # no step was left to do
+    assert logged(tmp_path, "train", FINGERPRINT) == logged(calm_root, "train", FINGERPRINT)
 
 
 def test_sigterm_from_outside(calm: Course, tmp_path: Path) -> None:

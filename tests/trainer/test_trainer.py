@@ -1,7 +1,7 @@
 """The training loop's own decisions: when it validates, selects, saves and stops."""
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
@@ -25,12 +25,12 @@ from sharding.parallelize import ParallelModel
 from sharding.process_group import current_context
 from tests.harness import run_ranks
 from tests.sharding.policies import Settings, make_batch, make_policy
-from trainer.guardrails import Watch, WatchState
+from trainer.guardrails import Alarm, Watch, WatchState
 from trainer.left_out import LeftOut
 from trainer.logged_steps import LoggedSteps
 from trainer.objectives.next_item import NextItemInputs
 from trainer.stage_stores import StageStores
-from trainer.stop_notice import StopNotice
+from trainer.stop_notice import AbandonedError, StopNotice, StoppedError
 from trainer.trainer import Trainer, TrainerState
 
 STEPS_PER_EPOCH = 2
@@ -137,9 +137,10 @@ def measure_rarely(policy: ParallelModel, steps: Collection[int]) -> None:
 
 
 def run(
-    root: str, values: list[float], changes: dict[str, Any], *, resume: bool = False
+    root: str, values: Sequence[float | None], changes: dict[str, Any], *, resume: bool = False
 ) -> dict[str, Any]:
-    """Train a small policy whose n-th validation gives values[n]; what the loop did."""
+    """Train a small policy whose n-th validation gives values[n], None where it is left as the rank
+    is asked to end; what the loop did."""
     ctx = current_context("cpu")
     policy = make_policy(ctx, Settings())
     stores = StageStores.below(RunLayout(root), "train", "x", 2, ctx)
@@ -151,7 +152,10 @@ def run(
     def validate() -> dict[str, float]:
         calls.append(policy.step)
         weights.append(hash_of(policy))
-        return {"ndcg@10": values[len(calls) - 1]}
+        value = values[len(calls) - 1]
+        if value is None:
+            raise AbandonedError
+        return {"ndcg@10": value}
 
     def batch_of(step: int, empty: bool) -> JaggedBatch:
         batch = make_batch(step, ctx)
@@ -201,7 +205,7 @@ def run(
     error = ""
     try:
         trainer.train()
-    except OSError as raised:
+    except (OSError, StoppedError, AbandonedError) as raised:
         error = str(raised)
     newest, named = stores.newest.newest(), trainer.state
     for store, name in ((stores.best, named.best), (stores.good, named.good)):
@@ -392,6 +396,41 @@ def test_a_resumed_run_knows_its_own_best_and_good_among_those_of_what_was_cut_o
     assert states[0] == states[1]
 
 
+def left(root: str) -> tuple[dict[str, Any], ...]:
+    """A calm run that rolls back at step 4 for what that step measured; one that leaves each
+    validation from there once, with what goes on from it; one that leaves that at the start."""
+    limit = LimitConfig(metric="rare", max=0.9, action="roll_back")
+
+    def once(name: str, values: list[float | None], resume: bool = False) -> dict[str, Any]:
+        guardrails = GuardrailsConfig(limits=(limit,), window=1)
+        more = {"measure_start": True, "guardrails": guardrails, "rare": (3,), "total_steps": 6}
+        return run(f"{root}/{name}", values, more, resume=resume)
+
+    return (
+        once("calm", [0.5, 0.5, 0.7, 0.6]),
+        once("told", [0.5, 0.5, None]),
+        once("told", [0.7, None], resume=True),
+        once("told", [0.6], resume=True),
+        once("at once", [None]),
+    )
+
+
+def test_a_validation_that_was_left_is_made_first_by_the_resumed_run(tmp_path: Path) -> None:
+    calm, first, then, last, at_once = run_ranks(1, left, str(tmp_path))[0]
+    for done, step in ((first, 4), (then, 6)):
+        assert f"is saved at step {step}" in done["error"] and done["newest"] == step
+    assert "did not train" in at_once["error"] and at_once["newest"] is None
+    assert (then["validated_at"], last["validated_at"]) == ([4, 6], [6])
+    assert first["restored"] == [] and then["restored"] == calm["restored"] == [("good", 2)]
+    assert first["alarms"] == [] and then["alarms"] == calm["alarms"] != []
+    assert first["said"] + then["said"] + last["said"] == calm["said"]
+    assert first["logged"] + then["logged"] == calm["logged"]
+    assert last["weights"][-1] == calm["weights"][-1] and last["newest"] == calm["newest"] == 6
+    assert (last["best"], last["good"]) == (calm["best"], calm["good"])
+    states = [{**done["state"], "best": None, "good": None} for done in (calm, last)]
+    assert states[0] == states[1]
+
+
 def changed(**fields: Any) -> dict[str, Any]:
     return TrainerState().to_dict() | fields
 
@@ -417,6 +456,7 @@ def test_a_state_comes_back_as_it_went() -> None:
     state = TrainerState(loader={"epoch": 1}, best_value=1.0, best="step-1", finished=True)
     state.validations.append({"step": 3, "ndcg@10": 0.5})
     state.watch.recent["kl"] = [float("inf"), 2.0]
+    state.unjudged = [Alarm(3, "warn", "kl is 0.3000, above its limit of 0.2")]
     back = TrainerState.from_dict(json.loads(json.dumps(state.to_dict())))
     assert back == state and isinstance(back.validations[0]["step"], int)
 

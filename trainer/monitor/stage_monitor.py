@@ -20,6 +20,7 @@ class StageMonitor:
         *,
         total_steps: int,
         start_step: int,
+        unjudged: bool = False,
         directory_url: str,
         forward_flops_per_token: float,
         world_size: int,
@@ -27,9 +28,9 @@ class StageMonitor:
         dtype: torch.dtype,
         say: Callable[[str], None],
     ) -> None:
-        """Open the tracker at the resumed step and start the clocks."""
+        """Open the tracker at the resumed step, which is maybe `unjudged`; start the clocks."""
         self._device = device
-        self._tracker = Tracker(directory_url, resumed_step=start_step or None)
+        self._tracker = Tracker(directory_url, start_step or None, unjudged=unjudged)
         self._progress = Progress(stage, total_steps, start_step, say=say)
         peak = measured_peak_flops(device, dtype)
         self._throughput = Throughput(forward_flops_per_token, peak, world_size)

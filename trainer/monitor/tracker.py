@@ -48,6 +48,11 @@ class MetricRow:
     values: dict[str, float]
     """Tag → number; nan where it was not finite."""
 
+    @property
+    def is_validation(self) -> bool:
+        """Whether these are the numbers of a validation, which has a row of its own."""
+        return any(tag.startswith("validation/") for tag in self.values)
+
 
 class Tracker:
     """Writes the numbers of one stage; only rank 0 has one.
@@ -57,19 +62,22 @@ class Tracker:
     before a checkpoint is committed, so that a resumed stage finds every row up to its step.
     """
 
-    def __init__(self, directory_url: str, resumed_step: int | None = None) -> None:
+    def __init__(
+        self, directory_url: str, resumed_step: int | None = None, *, unjudged: bool = False
+    ) -> None:
         """Open the stage's directory.
 
         Args:
             directory_url: any fsspec URL; created if absent.
             resumed_step: step of the checkpoint that training goes on from: later rows, which will
                 be made again, are dropped. None begins afresh and drops all.
+            unjudged: the validation of that step will be made again, too.
         """
         self._url = absolute(directory_url)
         make_directory(self._url)
         self._published = not is_local(self._url)
         self._local = tempfile.mkdtemp(prefix="tandem-") if self._published else self._url
-        kept = [] if resumed_step is None else _rows_until(self._url, resumed_step)
+        kept = [] if resumed_step is None else _rows_until(self._url, resumed_step, unjudged)
         write_bytes(join(self._url, METRICS_FILE), _encode(kept))
         if self._published:
             write_bytes(join(self._local, METRICS_FILE), _encode(kept))
@@ -163,8 +171,10 @@ def read_rows(directory_url: str) -> list[MetricRow]:
     return [_decode(line, url, number) for number, line in enumerate(lines, 1)]
 
 
-def _rows_until(directory_url: str, step: int) -> list[MetricRow]:
-    return [row for row in read_rows(directory_url) if row.step <= step]
+def _rows_until(directory_url: str, step: int, unjudged: bool) -> list[MetricRow]:
+    """Rows of a training that goes on after `step`, of whose validation only if it was judged."""
+    rows = (row for row in read_rows(directory_url) if row.step <= step)
+    return [row for row in rows if not (unjudged and row.step == step and row.is_validation)]
 
 
 def _decode(line: bytes, url: str, number: int) -> MetricRow:

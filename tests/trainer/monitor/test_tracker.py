@@ -46,6 +46,18 @@ def test_resuming_replaces_what_came_after_the_checkpoint(tmp_path: Path) -> Non
     assert events(tmp_path) == [(r.step, r.values["train/loss"]) for r in rows]
 
 
+def test_a_validation_that_is_made_again_replaces_its_row_and_no_other(tmp_path: Path) -> None:
+    url = str(tmp_path)
+    with Tracker(url) as tracker:
+        for step in (1, 2):
+            tracker.log(step, {"train/loss": 0.5})
+            tracker.log(step, {"validation/ndcg@10": 0.1})
+    with Tracker(url, 2, unjudged=True) as tracker:
+        tracker.log(2, {"validation/ndcg@10": 0.2})
+    rows = [(row.step, *row.values.values()) for row in read_rows(url)]
+    assert rows == [(1, 0.5), (1, 0.1), (2, 0.5), (2, 0.2)]
+
+
 def test_starting_afresh_leaves_nothing_of_the_old(tmp_path: Path) -> None:
     write(str(tmp_path), 1, 8, None, 10.0)
     write(str(tmp_path), 1, 2, None, 30.0)
