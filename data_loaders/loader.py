@@ -16,10 +16,9 @@ from typing import Generic, Self, TypeVar
 import numpy as np
 
 from configs.data import LoaderConfig
-from configs.storage_faults import StorageError
 from data_loaders.collate import jagged_batch, split_last
 from data_loaders.dataset import SequenceDataset, ShardReader
-from data_loaders.poison import find_poisoned
+from data_loaders.poison import NOT_THE_SAMPLES, find_poisoned
 from data_loaders.prefetch import Prefetcher
 from data_loaders.sampler import ElasticOrder, deal_step
 from models.batch import JaggedBatch
@@ -209,7 +208,7 @@ class StepLoader(ABC, Generic[BatchT]):
         """The batch of samples, or an error that names the one that cannot be in it."""
         try:
             return self._batch(sample_ids)
-        except (ValueError, StorageError):  # name what is wrong already: a file, or a sample
+        except NOT_THE_SAMPLES:
             raise
         except Exception as error:
             raise (find_poisoned(self._batch, sample_ids, error) or error) from error

@@ -13,6 +13,9 @@ from configs import storage
 _LEFT_OUT = "left_out"
 NAMED = 20
 """Sample ids in a sentence."""
+NOT_THE_SAMPLES = (ValueError, OSError, MemoryError)
+"""Errors of collation that name what is wrong already (a file, or a sample), or that storage or the
+machine caused: whoever was read by then is not to blame."""
 
 
 class PoisonedSampleError(ValueError):
@@ -34,12 +37,18 @@ class PoisonedSampleError(ValueError):
 def find_poisoned(
     collate: Callable[[np.ndarray], Any], sample_ids: np.ndarray, error: Exception
 ) -> PoisonedSampleError | None:
-    """Who of `sample_ids` makes `collate` raise; None if nobody does alone."""
+    """Who of `sample_ids` makes `collate` raise; None if nobody does alone.
+
+    Raises:
+        ValueError, OSError, MemoryError: one of `NOT_THE_SAMPLES` came between.
+    """
     guilty = []
     for sample in sample_ids:  # once in the life of a worker group
         try:
             collate(np.array([sample]))
-        except Exception:  # noqa: BLE001 - whatever it raises, it is not to be trained on
+        except NOT_THE_SAMPLES:
+            raise
+        except Exception:  # noqa: BLE001 - whatever else it raises, it is not to be trained on
             guilty.append(int(sample))
     return PoisonedSampleError(guilty, "collating it", reason_of(error)) if guilty else None
 

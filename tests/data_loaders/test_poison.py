@@ -3,9 +3,16 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from data_loaders.poison import PoisonedSampleError, quarantine, read_quarantined
+from configs.storage_faults import StorageError
+from data_loaders.poison import (
+    PoisonedSampleError,
+    find_poisoned,
+    quarantine,
+    read_quarantined,
+)
 
 
 def test_no_other_sample_is_left_out_for_a_digit_that_changed(tmp_path: Path) -> None:
@@ -31,3 +38,16 @@ def test_a_list_of_before_there_were_seals_is_read_and_then_sealed(tmp_path: Pat
     assert read_quarantined(str(file)).tolist() == [3, 5]
     assert quarantine(str(file), PoisonedSampleError([4], "collating it", "odd")) == 3
     assert "sha256" in json.loads(file.read_text())
+
+
+@pytest.mark.parametrize("fault", [StorageError, MemoryError, ValueError, TimeoutError])
+def test_a_fault_while_samples_are_tried_blames_none_of_them(fault: type[Exception]) -> None:
+    broken = KeyError("a column that nobody wrote")
+
+    def collate(samples: np.ndarray) -> None:
+        raise broken if 8 in samples else fault("s3://b/shard: its storage did not answer")
+
+    with pytest.raises(fault, match="did not answer"):
+        find_poisoned(collate, np.arange(8, 16), broken)
+    found = find_poisoned(collate, np.array([8]), broken)
+    assert found is not None and found.sample_ids == [8]
