@@ -3,7 +3,9 @@
 A request's history is read once, by the model, into a context that all its beams share; its beams
 are never copied (see `kv_cache`). Each beam is a state of the trie, and only children of that state
 are ever candidates, so what comes out is legal by construction. Shapes are static and nothing
-waits for the device.
+waits for the device. The CPU, which nothing waits for, is the exception: there the model is asked
+only about beams that can still become several ids (see `_undecided`), and how many those are, of
+which codes and scores do not depend, shapes its next step.
 
 Shape legend: N requests, W ids a request, W_l beams of level l (W_0 = 1), L code levels, K_l codes
 of level l, k items a request, E excluded items a request, U undecided beams.

@@ -23,9 +23,13 @@ BATCH_SALT, REVIVE_SALT = 0x5251, 0x5256
 
 
 def num_steps(config: RQVAEConfig, rows: int) -> tuple[int, int]:
-    """Optimizer steps that warm-up and all of `epochs` over `rows` items take; a step at least."""
+    """Optimizer steps that warm-up and all of `epochs` over `rows` items take.
+
+    One at least follows the warm-up, however few there are: it is what starts the codebooks.
+    """
     batches = rows / config.batch_size
-    return round(config.warmup_epochs * batches), max(round(config.epochs * batches), 1)
+    every = max(round(config.epochs * batches), 1)
+    return min(round(config.warmup_epochs * batches), every - 1), every
 
 
 def train_rq_vae(
@@ -44,7 +48,7 @@ def train_rq_vae(
 
     Args:
         start: [m, D] rows that give centre, scale and, after the warm-up, the first codebooks.
-        steps: of the warm-up, and all.
+        steps: of the warm-up, and all, which are more (see `num_steps`).
 
     Raises:
         ValueError: the loss stopped being finite, or fewer `start` rows than codes.

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from configs.tokenizers import RQVAEConfig, SinkhornConfig
@@ -124,6 +126,23 @@ def test_batches_are_keyed_draws() -> None:
     assert 800 < len(drawn.unique()) < 920  # of 1000, by 2000 draws: 865 expected
     assert num_steps(RQVAEConfig(epochs=0.5, warmup_epochs=0.1, batch_size=100), 1000) == (1, 5)
     assert num_steps(RQVAEConfig(epochs=0.5, warmup_epochs=0, batch_size=100), 1) == (0, 1)
+
+
+@settings(deadline=None, max_examples=15)
+@given(st.integers(8, 2500), st.floats(0.01, 3), st.floats(0, 0.999))
+def test_codebooks_are_started_however_few_the_steps(
+    items: int, epochs: float, warmup: float
+) -> None:
+    config = RQVAEConfig(
+        num_levels=2, codebook_size=8, hidden=(8,), code_width=4, epochs=epochs,
+        warmup_epochs=warmup * epochs,
+    )  # fmt: skip
+    warm_steps, steps = num_steps(config, items)
+    assert 0 <= warm_steps < steps
+    where = LocalShards.of(torch.randn(items, 4, generator=torch.Generator().manual_seed(1)))
+    fit_quantizer(where, 4, config)
+    first = code_counts(where.map(take_codes)[0], config.codebook_sizes)[0]
+    assert (first > 0).sum() > 1  # of books that were never started every code is the first
 
 
 def test_any_seed_fits_and_codes_that_are_never_revived_are_kept_in_a_dump() -> None:
