@@ -23,10 +23,11 @@ from configs.generation import BeamConfig
 from models.base import CatalogueSizes
 from models.batch import JaggedBatch
 from models.generation.catalogue_trie import CatalogueTrie
-from models.generation.search import Generated, generate
+from models.generation.kv_cache import BeamCache
+from models.generation.search import Generated, StepDecoder, generate
 from models.tiger import TIGER
 from trainer.bench import t5_rival
-from trainer.bench.beam import CODES, LEVELS, SHARED, random_codes
+from trainer.bench.beam import CODES, LEVELS, SHARED, SKEW, tree_codes
 from trainer.bench.measure import machine, table
 from trainer.bench.t5_rival import CachedDictTrie, T5Rival
 
@@ -68,6 +69,10 @@ class GenerationRow:
     cpu_ms: float
     """Of a batch, over all threads: what a busy machine distorts least."""
     users_per_s: float
+    asked: tuple[int, ...]
+    """Beams of a request that the model was asked about, by level."""
+    asked_share: float
+    """Of the beams searched."""
 
 
 def bench_generation(
@@ -103,7 +108,7 @@ def bench_generation(
             rows += case.measured(width, repeats)
             say(f"  {each:,} items, {width} beams measured")
     setting = {"model": MODEL.model_dump(), "parameters": count, "levels": LEVELS, "codes": CODES}
-    setting |= {"batch": batch, "seed": seed, "shared": SHARED, "repeats": repeats}
+    setting |= {"batch": batch, "seed": seed, "shared": SHARED, "skew": SKEW, "repeats": repeats}
     result = {
         "machine": machine() | {"load": os.getloadavg()},
         "setting": setting,
@@ -142,9 +147,15 @@ def render(rows: Sequence[GenerationRow]) -> str:
     for row in rows:
         times = _times(ours[row.items, row.beams], row)
         cells = [f"{row.items:,}", str(row.beams), row.contestant, f"{row.ms:.1f}"]
-        lines.append([*cells, f"{row.cpu_ms:.1f}", f"{row.users_per_s:.1f}", f"{times:.1f}"])
+        lines.append(
+            [*cells, f"{row.cpu_ms:.1f}", f"{row.users_per_s:.1f}", f"{times:.1f}", _asked(row)]
+        )
     header = ["items", "beams", "contestant", "ms", "cpu ms", "users/s", "ours ×"]
-    return table(header, lines)
+    return table([*header, "beams asked by level"], lines)
+
+
+def _asked(row: GenerationRow) -> str:
+    return f"{' '.join(map(str, row.asked))} ({row.asked_share:.0%})"
 
 
 def check_alike(ours: Generated, codes: Tensor, scores: Tensor) -> None:
@@ -177,7 +188,7 @@ class _Case:
     @staticmethod
     def of(model: TIGER, rival: T5Rival | None, items: int, batch: int, seed: int) -> "_Case":
         generator = torch.Generator().manual_seed(seed)
-        codes = random_codes(items, generator)
+        codes = tree_codes(items, generator)
         trie = CatalogueTrie.build(codes, (CODES,) * LEVELS)
         dict_trie = None if rival is None else CachedDictTrie(codes, CODES)
         read = torch.randint(items, (batch * MODEL.history,), generator=generator)
@@ -211,17 +222,45 @@ class _Case:
             generate_t5 = partial(self.rival.generate, read, width, scored=False)
             runs[CONSTRAINED] = partial(generate_t5, self.dict_trie)
             runs[FREE] = partial(generate_t5, None)
-        batch = self.histories.num_sequences
+        batch, searched = self.histories.num_sequences, self._searched(width)
+        counted = _Counted(self.model)
+        self._ours(width, counted)
+        asked = {name: tuple(counted.asked) if name == OURS else searched for name in runs}
         return [
-            GenerationRow(self.trie.num_items, width, name, 1e3 * wall, 1e3 * cpu, batch / wall)
+            GenerationRow(
+                *(self.trie.num_items, width, name, 1e3 * wall, 1e3 * cpu, batch / wall),
+                *(asked[name], sum(asked[name]) / sum(searched)),
+            )
             for name, (wall, cpu) in _in_turns(runs, repeats).items()
         ]
 
+    def _searched(self, width: int) -> tuple[int, ...]:
+        """Beams of a request by level."""
+        beams = [1]
+        for branch in self.trie.max_branch[:-1]:
+            beams.append(min(width, beams[-1] * branch))
+        return tuple(beams)
+
     @torch.inference_mode()
-    def _ours(self, width: int) -> Generated:
+    def _ours(self, width: int, decoder: StepDecoder | None = None) -> Generated:
         context = self.model.encode(self.histories, {}, 0, "last")
         batch = self.histories.num_sequences
-        return generate(self.model, context, batch, self.trie, BeamConfig(beams=width))
+        decoder = decoder or self.model
+        return generate(decoder, context, batch, self.trie, BeamConfig(beams=width))
+
+
+class _Counted:
+    """A decoder that notes how many beams of a request it is asked about, level by level."""
+
+    def __init__(self, model: TIGER) -> None:
+        self._model, self.asked = model, list[int]()
+        self.codebook_sizes = model.codebook_sizes
+        self.new_cache = model.new_cache
+
+    def step(self, context: Any, cache: BeamCache, level: int, tokens: Tensor | None) -> Tensor:
+        """As the model's."""
+        self.asked.append(1 if tokens is None else tokens.shape[1])
+        return self._model.step(context, cache, level, tokens)
 
 
 def _in_turns(

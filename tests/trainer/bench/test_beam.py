@@ -79,7 +79,13 @@ def test_a_contestant_with_other_results_is_noticed(
         )
 
 
-def test_a_share_of_the_catalogue_has_the_id_of_another_item() -> None:
-    codes = beam.random_codes(20_000, torch.Generator().manual_seed(0))
-    distinct = torch.unique(codes, dim=0).shape[0]
-    assert 0.9 * 20_000 <= distinct < 0.92 * 20_000
+def test_catalogues_share_prefixes_as_real_ones_do() -> None:
+    codes = beam.tree_codes(12_101, torch.Generator().manual_seed(0))
+    assert torch.equal(codes, beam.tree_codes(12_101, torch.Generator().manual_seed(0)))
+    ids = torch.unique(codes, dim=0)
+    assert ids.shape[0] == 12_101 - 1_210 and ids.min() == 0 and ids.max() == beam.CODES - 1
+    for level, real in ((2, 0.55), (3, 0.19)):  # balanced residual k-means of as many items
+        _, group, count = torch.unique(
+            ids[:, :level], dim=0, return_inverse=True, return_counts=True
+        )
+        assert float((count[group] > 1).double().mean()) == pytest.approx(real, abs=0.02)

@@ -126,6 +126,12 @@ def test_bench_leaves_a_table_and_json(
     ]  # fmt: skip
     for row in rows.values():
         assert row["users_per_s"] == pytest.approx(2 / row["ms"] * 1e3)
+        searched = [1, row["beams"], row["beams"], row["beams"]]
+        if row["contestant"] != generation.OURS:
+            assert row["asked"] == searched
+        assert row["asked_share"] == pytest.approx(sum(row["asked"]) / sum(searched))
+    wide = rows[65, generation.OURS]  # of 360 ids, most prefixes of three codes have one id
+    assert wide["asked"][3] < 33 and f"({wide['asked_share']:.0%})" in result.stdout
     for times in written["summary"]["times"]:
         expected = rows[3, times["over"]]["ms"] / rows[3, generation.OURS]["ms"]
         assert times["users"] == pytest.approx(expected)
