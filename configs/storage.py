@@ -265,9 +265,10 @@ class _PatientFile(io.RawIOBase):
 
 @contextmanager
 def open_to_write(url: str) -> Iterator[IO[bytes]]:
-    """A new binary file, unbuffered here, which a local disk holds for good when it is closed.
+    """A new binary file, which a local disk holds for good when it is closed.
 
-    What is written in part is no file of anything until a manifest names it.
+    A write takes all it is given or raises, as a raw file's does not. What is written in part is no
+    file of anything until a manifest names it.
 
     Raises:
         StorageError: the place is full or may not be written.
@@ -279,9 +280,10 @@ def open_to_write(url: str) -> Iterator[IO[bytes]]:
                 yield stream
             return
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(path, "wb", buffering=0) as raw:
-            yield raw
-            os.fsync(raw.fileno())
+        with open(path, "wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
 
 
 def write_bytes(url: str, data: bytes) -> None:

@@ -173,4 +173,7 @@ def _write_file(
                 stream.write(data)
                 done += len(data)
                 progress(done, total)
+    whole, there = 8 + len(text) + offset, storage.size(url)
+    if there != whole:
+        raise ValueError(f"{url} holds {there:,} of {whole:,} bytes: export again")
     return done

@@ -14,6 +14,7 @@ import pytest
 from sharding.checkpoint import CheckpointError
 from tests.faults.conftest import EPOCHS
 from tests.faults.trainings import (
+    FILLER,
     FINGERPRINT,
     STEPS_PER_EPOCH,
     Course,
@@ -22,6 +23,7 @@ from tests.faults.trainings import (
     course,
     saved_steps,
     settings,
+    small_disk,
     steps_of,
     train,
     write_data,
@@ -71,6 +73,21 @@ def test_a_full_disk_is_a_sentence_and_costs_nothing_that_was_committed(
     told = re.search("step (6|9) could not be written to .* check space", str(outcomes[0]))
     assert told is not None and saved_steps(tmp_path) == ([3] if told[1] == "6" else [3, 6])
     assert course(tmp_path, attempt(settings(tmp_path, EPOCHS))) == calm
+
+
+def test_a_disk_that_others_fill_costs_nothing_that_was_committed(
+    calm: Course, tmp_path: Path
+) -> None:
+    with small_disk(tmp_path / "disk", "2m") as disk:
+        write_data(disk)
+        told = settings(disk, EPOCHS)
+        outcomes = attempt(told, Fault("disk that others fill", 0, 7))
+        assert all(isinstance(outcome, CheckpointError) for outcome in outcomes), outcomes
+        assert re.search("could not be written to .*[Nn]o space", str(outcomes[0]))
+        assert str(outcomes[0]) == str(outcomes[1])
+        assert saved_steps(disk) in ([3], [3, 6])
+        (disk / FILLER).unlink()
+        assert course(disk, attempt(told)) == calm
 
 
 @pytest.mark.parametrize("behind", [True, False])

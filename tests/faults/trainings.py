@@ -5,12 +5,16 @@ import os
 import resource
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
+from subprocess import PIPE, run
 from typing import Any
+
+import pytest
 
 from configs.layout import RunLayout
 from data_loaders.synthetic import write_synthetic
@@ -75,6 +79,32 @@ def settings(root: Path, epochs: int, **blocks: Any) -> dict[str, Any]:
     )
 
 
+@contextmanager
+def small_disk(place: Path, size: str) -> Iterator[Path]:
+    """A file system of so many bytes (`64k`) at `place`; skips the test where none can be made."""
+    place.mkdir()
+    made = run(["mount", "-t", "tmpfs", "-o", f"size={size}", "small", str(place)], stderr=PIPE)
+    if made.returncode:
+        pytest.skip(f"needs the right to mount a tmpfs: {made.stderr.decode().strip()}")
+    try:
+        yield place
+    finally:
+        run(["umount", "--lazy", str(place)], check=True)
+
+
+FILLER = "of-others"
+LESS_THAN_A_SAVE = 40 * 1024
+"""Bytes; enough for the records of some steps."""
+
+
+def fill(file: Path, leave: int) -> None:
+    """Take all of a small disk but so many bytes."""
+    with file.open("wb", buffering=0) as stream, suppress(OSError):
+        while True:
+            stream.write(bytes(4096))
+    os.truncate(file, file.stat().st_size - leave)
+
+
 def write_data(root: Path) -> None:
     """Users for `settings`."""
     write_synthetic(str(root / "data"), USERS, ITEMS, 9, 3, rows_per_group=16)
@@ -105,7 +135,7 @@ def _record(trained: list[ParallelModel], record: Path, fault: Fault | None) -> 
     ) -> StepResult:
         trained[:] = [self]
         if fault is not None and self.step + 1 == fault.step:
-            _bring_about(fault, self)
+            _bring_about(fault, self, record.parent)
         result = train_step(self, inputs, sample_ids, stop)
         line = {"step": self.step, "loss": result.loss, "samples": [int(s) for s in sample_ids]}
         # A file a step: small enough for a disk that is full.
@@ -115,7 +145,7 @@ def _record(trained: list[ParallelModel], record: Path, fault: Fault | None) -> 
     ParallelModel.train_step = recorded  # type: ignore[method-assign]
 
 
-def _bring_about(fault: Fault, model: ParallelModel) -> None:
+def _bring_about(fault: Fault, model: ParallelModel, root: Path) -> None:
     match fault.kind:
         case "kill":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -123,6 +153,8 @@ def _bring_about(fault: Fault, model: ParallelModel) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         case "full disk":
             resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
+        case "disk that others fill":
+            fill(root / FILLER, leave=LESS_THAN_A_SAVE)
         case "hang":
             time.sleep(600)
         case "not finite":

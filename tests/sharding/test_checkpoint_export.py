@@ -1,15 +1,19 @@
 """Exported weights are those of the model, whatever their placement and however files are cut."""
 
 import json
+import mmap
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from configs.storage_faults import StorageError
 from sharding import checkpoint_export
 from sharding.checkpoint_export import export_safetensors, exported_name
 from sharding.checkpoint_tensors import CheckpointTensors
+from tests.faults.trainings import small_disk
 from tests.harness import run_ranks
 from tests.sharding.test_table_rows import save
 
@@ -77,6 +81,27 @@ def test_an_export_that_ended_early_is_written_anew(
     assert {each.name for each in target.iterdir()} == set(files) == set(whole)
     for name in files:
         assert (target / name).read_bytes() == (tmp_path / "w" / name).read_bytes()
+
+
+def test_a_disk_that_fills_within_a_tensor_is_told_and_the_next_export_is_whole(
+    tmp_path: Path,
+) -> None:
+    url, _ = next(iter(run_ranks(2, save, str(tmp_path))[0].values()))
+    whole = tmp_path / "whole"
+    names = export_safetensors(url, str(whole), max_file_bytes=1 << 30, progress=nothing)
+    pages = -(-(whole / names[0]).stat().st_size // mmap.PAGESIZE)
+    # A page for the mark, and all but the last of the file's.
+    with small_disk(tmp_path / "disk", f"{pages * mmap.PAGESIZE}") as disk:
+        target = disk / "out"
+        for _ in range(2):
+            with pytest.raises(StorageError, match=r"cannot be written .*[Nn]o space"):
+                export_safetensors(url, str(target), max_file_bytes=1 << 30, progress=nothing)
+            assert not (target / names[-1]).exists()
+        subprocess.run(["mount", "-o", "remount,size=1m", str(disk)], check=True)
+        export_safetensors(url, str(target), max_file_bytes=1 << 30, progress=nothing)
+        assert {each.name for each in target.iterdir()} == set(names)
+        for name in names:
+            assert (target / name).read_bytes() == (whole / name).read_bytes()
 
 
 def test_only_weights_are_exported() -> None:
