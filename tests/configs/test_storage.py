@@ -17,6 +17,7 @@ from configs.storage_faults import StorageError, is_passing, patiently
 from configs.storage_listing import globbed
 from data_loaders.matching import matching_files
 from tests import object_store
+from tests.faults.trainings import small_disk
 from tests.object_store import BREAKS, DELETED, ObjectStore, bucket
 
 
@@ -357,3 +358,11 @@ def test_links_do_not_lead_out(tmp_path: Path) -> None:
     for path in ("../outside/file", "/etc/passwd", "a::memory", "s3://b/c"):
         with pytest.raises(ValueError, match="leaves"):
             storage.inside(str(root), path)
+
+
+def test_a_disk_that_fills_within_a_write_is_told(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "64k") as disk:
+        url = str(disk / "file")
+        with pytest.raises(StorageError, match="No space"), storage.open_to_write(url) as stream:
+            stream.write(bytes(30_000))
+            stream.write(bytes(60_000))  # of which a raw file takes a half, and says so to nobody

@@ -83,7 +83,7 @@ def test_an_export_that_ended_early_is_written_anew(
         assert (target / name).read_bytes() == (tmp_path / "w" / name).read_bytes()
 
 
-def test_a_disk_that_fills_within_a_tensor_is_told_and_the_next_export_is_whole(
+def test_a_full_disk_is_told_and_the_next_export_is_whole(
     tmp_path: Path,
 ) -> None:
     url, _ = next(iter(run_ranks(2, save, str(tmp_path))[0].values()))
