@@ -82,13 +82,18 @@ class OutOfMemoryConfig(Config):
 
 
 class PoisonedSampleConfig(Config):
-    """Samples that cannot be collated, or whose forward pass raises."""
+    """Samples that cannot be collated, or whose forward pass raises.
+
+    What is left out of a stage's steps is left out of its validation, too; evaluation and
+    recommendation have lists of their own, and results tell how many users are missing. Tokenizers
+    and preference pairs are made of everything that the data hold: there it is mended or removed.
+    """
 
     action: Literal["stop", "skip"] = "stop"
     """End with a sentence that names them; or write them to `<output>/failures/`, and go on from
     the newest checkpoint without them."""
     max_samples: PositiveInt = 100
-    """Samples of a stage that may be left out."""
+    """Samples of a stage that may be left out: users, and as many pairs."""
 
 
 class FailuresConfig(Config):

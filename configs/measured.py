@@ -21,6 +21,9 @@ GROUPS = ("", "/head", "/tail", "/cold", "/liked")
 them whose target no training event has, and users who liked their target by the alignment's rule. A
 group without users has no metrics."""
 
+LEFT_OUT = "users_left_out"
+"""Beside the metrics of users: how many of them a stage left out, as nobody can read them."""
+
 _SPREAD = ("reward_std", "zero_std", "unique", "legality")
 """Of generated groups."""
 

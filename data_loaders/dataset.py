@@ -24,7 +24,7 @@ from data_loaders.manifest import (
     read_manifest,
     verify_shard,
 )
-from data_loaders.poison import check_values
+from data_loaders.poison import Unit, check_values
 from data_loaders.sampler import expand_ranges
 from data_loaders.shards import DAMAGE
 
@@ -87,6 +87,7 @@ class ShardReader:
         mend: what writes damaged shards anew, for messages.
         limits: largest value of integer columns, where it is known; none may be negative, and no
             float infinite.
+        unit: what a row is.
     """
 
     def __init__(
@@ -102,8 +103,10 @@ class ShardReader:
         verify: bool = True,
         mend: str = MEND,
         limits: Mapping[str, int] | None = None,
+        unit: Unit = "user",
     ) -> None:
         self._limits = limits or {}
+        self.unit = unit
         self._url, self._shards, self._mend = url, shards, mend
         self._scalar_types, self._event_types = scalars, events
         self._value_types = {**scalars, **dict.fromkeys(labels, np.object_)}
@@ -170,7 +173,7 @@ class ShardReader:
         )
         owners = np.repeat(sample_ids, lengths)
         for values, samples in ((slices.rows, sample_ids), (slices.events, owners)):
-            check_values(values, samples, self._limits)
+            check_values(values, samples, self._limits, self.unit)
         return slices
 
     def _split(self, sample_ids: np.ndarray) -> list[tuple[int, np.ndarray, slice]]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from configs.preferences import PreferenceRule
 from data_loaders.collate import Following, jagged_batch, split_last
 from data_loaders.dataset import SequenceDataset
-from data_loaders.loader import rank_share
+from data_loaders.loader import NOBODY, rank_share, without
 from data_loaders.preference_rules import columns_of, outcomes
 from models.batch import JaggedBatch
 
@@ -55,16 +55,19 @@ def evaluation_batches(
     world_size: int,
     max_users: int | None = None,
     rule: PreferenceRule | None = None,
+    left_out: np.ndarray = NOBODY,
 ) -> Iterator[EvaluationBatch]:
     """Users that have a target in `part`, this rank's share; as many batches on every rank.
 
     The history is all events before the target (so the test sees the validation item), cut to the
     last `max_length`. Users without a target, or without any event before it, are left out; with
-    `max_users`, so are all but the first users by id. A `rule` (`check_rule` has passed) judges the
+    `max_users`, so are all but the first users by id; so are those of `left_out` (int64 sample
+    ids), whom nobody can read. A `rule` (`check_rule` has passed) judges the
     targets; its percentiles are over the history and the target.
     """
     total = dataset.num_samples if max_users is None else min(max_users, dataset.num_samples)
-    for ids in rank_share(np.arange(total), users_per_batch, rank, world_size):
+    asked = without(np.arange(total), left_out)
+    for ids in rank_share(asked, users_per_batch, rank, world_size):
         lengths = dataset.lengths(ids)
         target, limit = {
             "validation": (lengths.train_end, lengths.validation_end),

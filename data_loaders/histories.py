@@ -13,7 +13,7 @@ from torch import Tensor
 from configs.data import LoaderConfig
 from data_loaders.collate import Following, jagged_batch
 from data_loaders.dataset import SequenceDataset, Slices
-from data_loaders.loader import LoaderState, PrefixLoader, rank_share
+from data_loaders.loader import NOBODY, LoaderState, PrefixLoader, rank_share, without
 from models.batch import JaggedBatch
 
 
@@ -86,15 +86,18 @@ def held_out_batches(
     rank: int,
     world_size: int,
     max_users: int | None = None,
+    left_out: np.ndarray = NOBODY,
 ) -> Iterator[tuple[JaggedBatch, Tensor]]:
     """All events of a part and the `max_length` before them, with the place [B] of the first.
 
     This rank's share of the users, as many batches on every rank; users without an event in the
-    part are left out. The histories of test events hold the validation events, as in serving. Of
-    the part `train` only the last `max_length` events are read.
+    part are left out, and so are those of `left_out` (int64 sample ids). The histories of test
+    events hold the validation events, as in serving. Of the part `train` only the last `max_length`
+    events are read.
     """
     total = dataset.num_samples if max_users is None else min(max_users, dataset.num_samples)
-    for ids in rank_share(np.arange(total), users_per_batch, rank, world_size):
+    asked = without(np.arange(total), left_out)
+    for ids in rank_share(asked, users_per_batch, rank, world_size):
         lengths = dataset.lengths(ids)
         first, end = {
             "train": (np.maximum(lengths.train_end - max_length, 0), lengths.train_end),

@@ -18,12 +18,14 @@ import numpy as np
 from configs.data import LoaderConfig
 from data_loaders.collate import jagged_batch, split_last
 from data_loaders.dataset import SequenceDataset, ShardReader
-from data_loaders.poison import NOT_THE_SAMPLES, find_poisoned
+from data_loaders.poison import NOT_THE_SAMPLES, Unit, find_poisoned
 from data_loaders.prefetch import Prefetcher
 from data_loaders.sampler import ElasticOrder, deal_step
 from models.batch import JaggedBatch
 
 BatchT = TypeVar("BatchT")
+NOBODY = np.zeros(0, dtype=np.int64)
+"""Sample ids of none."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,9 @@ class StepLoader(ABC, Generic[BatchT]):
                 f"{self.steps_per_epoch} steps: the data or the global batch changed since it was "
                 "saved; restore them or start a new run"
             )
-        self._left_out = np.zeros(0, dtype=np.int64)
+        self.unit: Unit = reader.unit
+        """What a sample is."""
+        self._left_out = NOBODY
         self._steps: Prefetcher[StepBatches[BatchT]] | None = None
 
     def leave_out(self, sample_ids: np.ndarray) -> None:
@@ -183,8 +187,7 @@ class StepLoader(ABC, Generic[BatchT]):
     def _step(self, state: LoaderState) -> StepBatches[BatchT]:
         # Ascending ids read each row group once; within a step the order has no meaning.
         samples = np.sort(self._order.samples_of_step(state.epoch, state.epoch_step))
-        if len(self._left_out):
-            samples = samples[~np.isin(samples, self._left_out)]
+        samples = without(samples, self._left_out)
         tokens = self._tokens(samples)
         ranks, micro, count = deal_step(
             tokens,
@@ -211,7 +214,8 @@ class StepLoader(ABC, Generic[BatchT]):
         except NOT_THE_SAMPLES:
             raise
         except Exception as error:
-            raise (find_poisoned(self._batch, sample_ids, error) or error) from error
+            found = find_poisoned(self._batch, sample_ids, error, self.unit)
+            raise (found or error) from error
 
 
 class PrefixLoader(StepLoader[JaggedBatch]):
@@ -265,6 +269,11 @@ class TrainingLoader(PrefixLoader):
         begin = np.maximum(ends - 1 - self._config.max_length, 0)
         begin = np.where(ends < 2, ends, begin)  # nothing to predict, so no event is read
         return jagged_batch(*split_last(self._dataset.reader.slices(sample_ids, begin, ends)))
+
+
+def without(sample_ids: np.ndarray, left_out: np.ndarray) -> np.ndarray:
+    """Samples in their order, those of `left_out`, a few, passed over; all are int64."""
+    return sample_ids[~np.isin(sample_ids, left_out)] if len(left_out) else sample_ids
 
 
 def rank_share(

@@ -16,7 +16,7 @@ from configs import storage
 from configs.data import LoaderConfig
 from data_loaders.collate import Following, jagged_batch
 from data_loaders.dataset import ShardReader, column_types
-from data_loaders.loader import LoaderState, StepLoader, rank_share
+from data_loaders.loader import NOBODY, LoaderState, StepLoader, rank_share, without
 from data_loaders.manifest import GroupedEntry, Sealed, read_sealed, seal, write_manifest
 from data_loaders.pairs import MEND, read_pairs, rejected_columns
 from data_loaders.shards import write_table
@@ -46,6 +46,7 @@ class PairDataset:
             events=column_types(self.manifest.event_columns),
             cached_row_groups=cached_row_groups,
             mend=MEND,
+            unit="pair",
         )
         self._reference = (
             None
@@ -138,9 +139,10 @@ def preference_batches(
     rank: int,
     world_size: int,
     most: int | None = None,
+    left_out: np.ndarray = NOBODY,
 ) -> Iterator[PreferenceBatch]:
     """All pairs of a part once (its first `most`), in order of pair id; this rank's contiguous
-    share of them.
+    share of them. Those of `left_out`, int64, are passed over.
 
     Every rank yields as many batches (the last ones may be empty) and at least one if there is a
     pair.
@@ -149,7 +151,8 @@ def preference_batches(
     begin = pairs.num_training_pairs if part == "validation" else 0
     end = pairs.num_training_pairs if part == "train" else pairs.manifest.num_pairs
     end = end if most is None else min(end, begin + most)
-    for ids in rank_share(np.arange(begin, end), pairs_per_batch, rank, world_size):
+    asked = without(np.arange(begin, end), left_out)
+    for ids in rank_share(asked, pairs_per_batch, rank, world_size):
         yield pairs.batch(ids)
 
 

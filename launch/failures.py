@@ -246,7 +246,7 @@ class Restarts:
                 f"{failure.sentence}; mend or remove it, or leave it out by "
                 "failures.poisoned_sample.action=skip"
             ) from error
-        already = read_quarantined(self.place.quarantined).tolist()
+        already = read_quarantined(self.place.quarantined, error.unit).tolist()
         if set(error.sample_ids) <= set(already):
             raise ValueError(
                 f"{failure.sentence}; this stage reads it although it was to be left out: mend or "
@@ -260,6 +260,6 @@ class Restarts:
             ) from error
         total = quarantine(self.place.quarantined, error)
         self.say(
-            f"{failure.sentence}; going on from the newest checkpoint without it ({total} of "
+            f"{failure.sentence}; starting again without it ({total} of "
             f"{config.max_samples} that may be left out: {self.place.quarantined})"
         )

@@ -134,7 +134,7 @@ def logged_stage(worker: Worker, config: GBPOConfig, settings: dict[str, Any]) -
 
     def before(policy: ParallelModel, afresh: bool) -> None:
         load_policy(worker, policy, settings["start"])
-        updates.draw(policy, left_out_samples(worker, settings["fingerprint"]))
+        updates.draw(policy, left_out_samples(worker))
         load_pretrained(worker, policy, settings, afresh)
 
     return TrainingStage(

@@ -19,6 +19,7 @@ from data_loaders.preferences import preference_batches
 from sharding.parallelize import ParallelModel
 from sharding.retrieval import Catalogue
 from trainer.generate import GenerationMetrics, ItemGenerator
+from trainer.left_out import left_out_samples, users_left_out
 from trainer.losses import pretraining_loss
 from trainer.metrics import Popularity, RankingMetrics
 from trainer.monitor.results import protocol
@@ -160,7 +161,9 @@ def _rank(
         ranks = catalogue.ranks(queries, users.target_ids, *seen)
         top_ids, _ = catalogue.top_k(queries, max(config.ks), *seen)
         metrics.update(ranks, users.target_ids, top_ids, users.liked)
-    return metrics.result(ctx.all_reduce_sum(metrics.sums()), ctx.all_reduce_max(metrics.covered()))
+    covered = ctx.all_reduce_max(metrics.covered())
+    found = metrics.result(ctx.all_reduce_sum(metrics.sums()), covered)
+    return found | users_left_out(worker, targets.max_users)
 
 
 def _rank_generated(
@@ -178,7 +181,7 @@ def _rank_generated(
         users = users.to(worker.ctx.device)
         offer = generator.offer(users, max(config.ks), filter_seen=config.filter_seen)
         metrics.update(generator, offer, users)
-    return metrics.result(worker)
+    return metrics.result(worker) | users_left_out(worker, targets.max_users)
 
 
 def _batches(worker: Worker, targets: Targets) -> Iterator[EvaluationBatch]:
@@ -191,6 +194,7 @@ def _batches(worker: Worker, targets: Targets) -> Iterator[EvaluationBatch]:
         world_size=worker.ctx.world_size,
         max_users=targets.max_users,
         rule=targets.rule,
+        left_out=left_out_samples(worker),
     )
     return unless_asked(batches, worker.ctx.any)
 
@@ -212,6 +216,7 @@ def preference_accuracy(worker: Worker, policy: ParallelModel, pairs_url: str) -
         pairs_per_batch=worker.recipe.evaluation.users_per_batch,
         rank=worker.ctx.rank,
         world_size=worker.ctx.world_size,
+        left_out=left_out_samples(worker, "pair"),
     )
     for pairs in unless_asked(held_out, worker.ctx.any):
         log_probs = likelihood(pair_candidates(worker, policy.model, pairs))

@@ -9,7 +9,8 @@ import torch
 
 from configs import storage
 from configs.failures import NonFiniteConfig
-from data_loaders.poison import PoisonedSampleError, read_quarantined, reason_of
+from configs.measured import LEFT_OUT
+from data_loaders.poison import PoisonedSampleError, Unit, read_quarantined, reason_of
 from sharding.loss_module import NonFiniteLossError
 from sharding.process_group import DistributedContext
 from trainer.policy import Worker
@@ -81,7 +82,7 @@ class LeftOut:
         )
 
 
-def blame(error: Exception, sample_ids: Sequence[int]) -> Exception:
+def blame(error: Exception, sample_ids: Sequence[int], unit: Unit) -> Exception:
     """What a step raised on this rank, as an error of its samples, if those are to blame.
 
     A ValueError says already what is wrong, and an assertion that we are.
@@ -94,9 +95,17 @@ def blame(error: Exception, sample_ids: Sequence[int]) -> Exception:
         return error
     where = "".join(traceback.format_tb(error.__traceback__)[-1:]).strip().splitlines()
     place = f"the update ({where[0].strip()})" if where else "the update"
-    return PoisonedSampleError([int(sample) for sample in sample_ids], place, reason_of(error))
+    ids = [int(sample) for sample in sample_ids]
+    return PoisonedSampleError(ids, place, reason_of(error), unit)
 
 
-def left_out_samples(worker: Worker, fingerprint: str) -> np.ndarray:
-    """Samples that the stage of a fingerprint leaves out, int64: whoever reads its data does."""
-    return read_quarantined(worker.layout.quarantined(fingerprint))
+def left_out_samples(worker: Worker, unit: Unit = "user") -> np.ndarray:
+    """Samples that the worker's stage leaves out, int64: whoever reads its data does."""
+    return read_quarantined(worker.layout.quarantined(worker.fingerprint), unit)
+
+
+def users_left_out(worker: Worker, max_users: int | None) -> dict[str, float]:
+    """Beside metrics of the first `max_users` users: how many of those are left out, if any is."""
+    users = left_out_samples(worker)
+    count = len(users) if max_users is None else int((users < max_users).sum())
+    return {LEFT_OUT: float(count)} if count else {}

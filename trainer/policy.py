@@ -34,6 +34,8 @@ class Worker:
 
     recipe: Recipe
     layout: RunLayout
+    fingerprint: str
+    """Of the stage's settings and inputs."""
     ctx: DistributedContext
     dataset: SequenceDataset
     semantic_ids: SemanticIds | None
@@ -61,8 +63,8 @@ def start_worker(settings: dict[str, Any], say: Say) -> Worker:
     """Join the process group, seed, and open the prepared data set.
 
     Args:
-        settings: `recipe` (resolved, JSON), `output` (absolute URL of the run) and `semantic_ids`
-            (URL, or null where the recipe has no tokenizer).
+        settings: `recipe` (resolved, JSON), `output` (absolute URL of the run), `fingerprint` (of
+            the stage) and `semantic_ids` (URL, or null where the recipe has no tokenizer).
         say: prints a line at the driver.
     """
     recipe = Recipe.model_validate(settings["recipe"])
@@ -76,7 +78,8 @@ def start_worker(settings: dict[str, Any], say: Say) -> Worker:
     semantic_ids = None
     if codes_url is not None:
         semantic_ids = read_semantic_ids(codes_url, data_fingerprint=dataset.manifest.fingerprint)
-    return Worker(recipe, layout, ctx, dataset, semantic_ids, say)
+    fingerprint = settings["fingerprint"]
+    return Worker(recipe, layout, fingerprint, ctx, dataset, semantic_ids, say)
 
 
 def _fewer_workers(recipe: Recipe, world_size: int) -> Recipe:

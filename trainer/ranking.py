@@ -19,6 +19,7 @@ from models.build import build_ranking_model
 from models.ops.requests import Requests, cut_requests, request_slice
 from sharding.parallelize import ParallelModel
 from trainer.label_metrics import LabelMetrics
+from trainer.left_out import left_out_samples, users_left_out
 from trainer.objectives.multi_task import MultiTaskLoss, RankingInputs, TaskTargets
 from trainer.objectives.negatives import seed_of_step
 from trainer.policy import Worker, catalogue_sizes
@@ -158,7 +159,7 @@ def measure(
     for inputs in _held_out(worker, targets, part, max_users):
         logits = candidate_logits(policy, inputs.batch, inputs.candidate_ids)
         sums.update(logits, inputs.to(worker.ctx.device))
-    return sums.result(worker)
+    return sums.result(worker, max_users)
 
 
 def measure_item_rates(worker: Worker, targets: TaskTargets, part: str) -> RankingMeasurement:
@@ -184,7 +185,7 @@ def measure_item_rates(worker: Worker, targets: TaskTargets, part: str) -> Ranki
         for column, (at, _) in enumerate(outputs.values()):
             logits[..., at] = table[inputs.candidate_ids, column]
         sums.update(logits, inputs, only_labels=True)
-    return sums.result(worker)
+    return sums.result(worker, None)
 
 
 class _PartSums:
@@ -218,7 +219,7 @@ class _PartSums:
             ones = torch.ones_like(stayed)
             self._dwell += torch.stack([x.sum() for x in (ones, stayed, stayed**2, error**2)])
 
-    def result(self, worker: Worker) -> RankingMeasurement:
+    def result(self, worker: Worker, max_users: int | None) -> RankingMeasurement:
         counts, sums = (worker.ctx.all_reduce_sum(x) for x in self._labels.sums())
         metrics, curves = self._labels.result(counts.cpu(), sums.cpu())
         counts, sums = (worker.ctx.all_reduce_sum(x) for x in self._score.sums())
@@ -231,7 +232,7 @@ class _PartSums:
             variance = max(square / count - (total / count) ** 2, 1e-12)
             metrics["r2/dwell"] = 1 - error / count / variance
             metrics["rmse/dwell"] = (error / count) ** 0.5
-        return RankingMeasurement(metrics, curves)
+        return RankingMeasurement(metrics | users_left_out(worker, max_users), curves)
 
 
 def _held_out(
@@ -261,4 +262,5 @@ def _part_batches(
         rank=worker.ctx.rank,
         world_size=worker.ctx.world_size,
         max_users=max_users,
+        left_out=left_out_samples(worker),
     )

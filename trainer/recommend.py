@@ -8,10 +8,12 @@ from torch import Tensor
 
 from data_loaders.evaluation import recommendation_batch
 from data_loaders.items import find_users, item_feature, raw_items, titles
+from data_loaders.loader import NOBODY, without
 from models.batch import JaggedBatch
 from sharding.retrieval import Catalogue
 from trainer.evaluate import evaluation_policy, last_tokens, load_policy
 from trainer.generate import ItemGenerator
+from trainer.left_out import left_out_samples
 from trainer.policy import Say, Worker, start_worker
 
 
@@ -27,7 +29,7 @@ def recommend_worker(settings: dict[str, Any], say: Say) -> dict[str, Any]:
     policy = evaluation_policy(worker)
     load_policy(worker, policy, settings["policy"])
     # A handful of users: rank 0 asks, the others lend their shards.
-    own = _users(worker) if worker.ctx.rank == 0 else np.empty(0, dtype=np.int64)
+    own = without(_users(worker), left_out_samples(worker)) if worker.ctx.rank == 0 else NOBODY
     users = recommendation_batch(worker.dataset, own, max_length=recipe.data.loader.max_length).to(
         worker.ctx.device
     )

@@ -24,6 +24,7 @@ from configs.alignment import OnlineAlignment
 from configs.policy_gradient import ReferenceConfig, RolloutActorsConfig
 from data_loaders.exchange import users_error
 from data_loaders.loader import LoaderState, StepBatches
+from data_loaders.poison import Unit
 from data_loaders.prompts import PromptLoader, PromptSequences
 from sharding.checkpoint import CheckpointInfo, CheckpointStore
 from sharding.checkpoint_state import weights
@@ -255,6 +256,11 @@ class AskingLoader:
                 waiting.append((asked, self._loader.state()))
             step, self._state = waiting.popleft()
             yield step
+
+    @property
+    def unit(self) -> Unit:
+        """What a sample is."""
+        return self._loader.unit
 
     def leave_out(self, sample_ids: np.ndarray) -> None:
         """As of the loader; before the first step."""

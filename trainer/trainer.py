@@ -10,6 +10,7 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from configs.training import CheckpointConfig, ValidationConfig
+from data_loaders.poison import Unit
 from sharding.checkpoint import CheckpointStore
 from sharding.loss_module import NonFiniteLossError
 from sharding.parallelize import ParallelModel
@@ -54,6 +55,8 @@ class Notice(Protocol):
 class StepLoader(Protocol):
     """An endless, resumable stream of steps."""
 
+    @property
+    def unit(self) -> Unit: ...
     def __iter__(self) -> Iterator[Any]: ...
     def leave_out(self, sample_ids: np.ndarray) -> None: ...
     def state(self) -> Any: ...
@@ -250,7 +253,7 @@ class Trainer:
             step = self.model.step + 1
             sentence = self.left_out.skip(error, self.state.skipped, step, sample_ids)
         except Exception as error:
-            blamed = blame(error, sample_ids)
+            blamed = blame(error, sample_ids, self.loader.unit)
             if blamed is error:
                 raise
             raise blamed from error

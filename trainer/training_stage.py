@@ -145,7 +145,7 @@ class TrainingStage:
         worker, watch = self.worker, _watch(config, state)
         non_finite = worker.recipe.failures.non_finite
         loader = self.loader_at(state)
-        loader.leave_out(left_out_samples(worker, self.fingerprint))
+        loader.leave_out(left_out_samples(worker, loader.unit))
         return Trainer(
             stage=self.name,
             model=policy,

@@ -87,6 +87,7 @@ def test_held_out_events_come_once_behind_their_history(
             max_length=LENGTH,
             rank=rank,
             world_size=world_size,
+            left_out=np.array([4, 9]),
         ):
             count += 1
             for (user, told), place in zip(described(batch).items(), first.tolist(), strict=True):
@@ -99,7 +100,7 @@ def test_held_out_events_come_once_behind_their_history(
         begin, end = bounds[at], bounds[at + 1]
         if part == "train":
             begin = max(begin, end - LENGTH)
-        if begin == end:
+        if begin == end or row["user_id"] in (5, 10):
             assert row["user_id"] not in found
             continue
         items = row["item_ids"]

@@ -1,5 +1,6 @@
 """The list of samples that a stage leaves out tells by itself whether it was changed."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -30,6 +31,15 @@ def test_no_other_sample_is_left_out_for_a_digit_that_changed(tmp_path: Path) ->
             read_quarantined(str(file))
         with pytest.raises(ValueError, match="damaged|has no seal"):
             quarantine(str(file), PoisonedSampleError([3], "collating it", "KeyError"))
+
+
+def test_users_and_pairs_of_one_stage_are_told_apart(tmp_path: Path) -> None:
+    url = str(tmp_path / "samples.json")
+    assert quarantine(url, PoisonedSampleError([4], "there", "odd")) == 1
+    pair = PoisonedSampleError([7], "there", "odd", "pair")
+    assert quarantine(url, copy.copy(pair)) == 1  # made anew, as by pickle
+    assert (read_quarantined(url).tolist(), read_quarantined(url, "pair").tolist()) == ([4], [7])
+    assert str(pair) == "pair 7 cannot be used: there met odd"
 
 
 def test_a_list_of_before_there_were_seals_is_read_and_then_sealed(tmp_path: Path) -> None:

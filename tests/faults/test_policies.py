@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
+from configs import storage
 from configs.failures import FailuresConfig
 from configs.layout import RunLayout
 from data_loaders.loader import TrainingLoader
+from data_loaders.manifest import DatasetManifest, read_manifest, seal, write_manifest
 from data_loaders.poison import PoisonedSampleError
 from launch.failures import Failure, Place, Restarts
 from sharding.loss_module import NonFiniteLossError
@@ -27,6 +31,7 @@ from tests.faults.trainings import (
     write_data,
 )
 from tests.harness import Ranks
+from tests.trainer.runs import logged
 from trainer.watchdog import EXIT_STATUS, diagnose_hang
 
 
@@ -99,6 +104,44 @@ def test_a_poisoned_sample_is_named_and_the_run_goes_on_without_it(
     trained = Counter(sample for ids in found.samples.values() for sample in ids)
     assert trained == Counter({s: EPOCHS for s in range(80) if s != 11})
     assert found.losses.keys() == calm.losses.keys()
+
+
+def invalid_item_of(sample: int, root: Path) -> None:
+    """Let a user of the prepared data have an item that is none, by hand and sealed anew."""
+    url = str(root / "data")
+    manifest = read_manifest(url)
+    shard, *rest = manifest.shards
+    path = root / "data" / shard.path
+    table = pq.read_table(path)
+    items = table["item_ids"].to_pylist()
+    items[sample][0] = 9999
+    place = table.schema.get_field_index("item_ids")
+    field = table.schema.field(place)
+    table = table.set_column(place, field, pa.array(items, field.type))
+    pq.write_table(table, path, row_group_size=16, write_page_checksum=True)
+    data = path.read_bytes()
+    told = {"bytes": len(data), "sha256": storage.sha256_bytes(data)}
+    content = manifest.model_dump(exclude={"fingerprint"})
+    content["shards"] = (shard.model_copy(update=told), *rest)
+    write_manifest(url, seal(DatasetManifest, **content))
+
+
+def test_a_sample_that_nobody_can_read_is_in_no_validation_either(tmp_path: Path) -> None:
+    write_data(tmp_path)
+    invalid_item_of(4, tmp_path)
+    told = settings(tmp_path, 1)
+    policy = Restarts(
+        FailuresConfig.model_validate({"poisoned_sample": {"action": "skip"}}),
+        Place.of(RunLayout(str(tmp_path)), "train", FINGERPRINT),
+        lambda line: None,
+    )
+    [error] = [e for e in attempt(told) if isinstance(e, PoisonedSampleError)]
+    assert error.sample_ids == [4] and "item_ids, 9999, which is not in" in str(error)
+    policy.decide(Failure("poisoned_sample", str(error), error))
+    found = course(tmp_path, attempt(told))
+    assert 4 not in {sample for ids in found.samples.values() for sample in ids}
+    rows = logged(tmp_path, "train", FINGERPRINT)
+    assert rows[max(rows)]["validation/users_left_out"] == 1
 
 
 def test_an_update_that_raises_names_its_samples(tmp_path: Path) -> None:

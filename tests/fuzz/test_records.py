@@ -104,6 +104,7 @@ def test_what_is_good_is_read(kind: str, tmp_path: Path) -> None:
 @example(odd={"left_out": []})
 @example(odd=[{"samples": 5}])
 @example(odd=[{"samples": [10**30]}])
+@example(odd=[{"samples": [3], "unit": ["user"]}])
 @settings(max_examples=60, deadline=None)
 def test_a_list_of_samples_is_extended_or_refused(
     odd: Any, tmp_path_factory: pytest.TempPathFactory

@@ -188,7 +188,7 @@ def test_poisoned_samples_stop_or_are_left_out_up_to_a_limit(tmp_path: Path) -> 
     assert read_quarantined(url).tolist() == [3, 7]
     assert "without it (2 of 2 that may be left out" in said[-1]
     with pytest.raises(ValueError, match="this stage reads it although"):
-        policy.decide(failure(3))  # as an evaluation does, which reads every user
+        policy.decide(failure(3))  # as who makes the reference of all pairs does
     with pytest.raises(ValueError, match="2 samples are left out already, and .*max_samples=2"):
         policy.decide(failure(9))
     assert read_quarantined(url).tolist() == [3, 7]

@@ -155,7 +155,7 @@ def test_what_the_recipe_says_to_hangs_preemption_and_poison(
     assert "while it did not train" in told and "attempt 3 of 101" in told
     assert "a rank hung (rank 0 (host" in told and "at `time.sleep(600)`" in told
     assert "attempt 2 of 3" in told
-    assert "sample 7 cannot be trained on" in told and "1 of 100 that may be left out" in told
+    assert "sample 7 cannot be used" in told and "1 of 100 that may be left out" in told
     (tmp_path / "attempts").unlink()
     strict = FailuresConfig.model_validate({"preemption": {"action": "stop"}})
     with pytest.raises(SystemExit) as ended:

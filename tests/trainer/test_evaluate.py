@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from configs.layout import RunLayout
 from configs.preferences import RatingRule
 from data_loaders.pairs import read_pairs
+from data_loaders.poison import PoisonedSampleError, quarantine
 from tests.harness import run_ranks
 from tests.trainer.runs import ITEMS, LENGTH, Pretrained, all_keys, query_of, quiet, settings_of
 from tests.trainer.test_metrics import User, loop
@@ -50,10 +52,14 @@ def scored_plainly(settings: dict[str, Any], users: Rows, pairs: Rows) -> dict[s
 
 
 def measured_plainly(
-    users: Rows, part: str, scores: dict[int, Tensor], filter_seen: bool = True
+    users: Rows,
+    part: str,
+    scores: dict[int, Tensor],
+    filter_seen: bool = True,
+    counts: Counter[int] | None = None,
 ) -> dict[str, float]:
-    """Metrics of users with three events or more, from scores [V] of each."""
-    counts = training_counts(users)
+    """Metrics of users with three events or more, from scores [V] of each; `counts` are theirs."""
+    counts = training_counts(users) if counts is None else counts
     head = sorted(range(1, ITEMS + 1), key=lambda item: (-counts[item], item))[: ITEMS // 5]
     found = []
     for row in users:
@@ -67,7 +73,6 @@ def measured_plainly(
         top = [item for item in order if item not in seen]
         liked = row["ratings"][at] >= RatingRule().liked_from
         found.append(User(rivals.index(target) + 1, target, top, liked))
-    counts = training_counts(users)
     cold = {item for item in range(1, ITEMS + 1) if not counts[item]}
     return loop(ITEMS, KS, set(head), found, cold)
 
@@ -123,6 +128,32 @@ def test_metrics_are_those_of_a_plain_loop_in_every_world(pretrained: Pretrained
     of_all = torch.tensor([float(every[item]) for item in range(1, ITEMS + 1)])
     other = measured_plainly(users, "test", {row["user_id"]: of_all for row in users})
     assert other != measured_plainly(users, "test", everywhere)
+
+
+def test_who_is_left_out_is_in_no_metric_and_counted(pretrained: Pretrained) -> None:
+    """A user of every part, one without a target, and a held-out pair of somebody else."""
+    more = {"policies": {"pretrained": pretrained.outputs["checkpoint"]}, "pairs": pretrained.pairs}
+    settings = settings_of(pretrained.root, "lacking", {}, **more)
+    users, pairs = pretrained.users, pairs_of(pretrained)
+    short = next(row for row in users if row["length"] < 3)
+    missing = {next(row for row in users if row["length"] > 3)["user_id"], short["user_id"]}
+    pair = next(at for at, row in enumerate(pairs) if row["held_out"])
+    url = RunLayout(str(pretrained.root)).quarantined("lacking")
+    quarantine(url, PoisonedSampleError([user - 1 for user in missing], "there", "odd"))
+    quarantine(url, PoisonedSampleError([pair], "there", "odd", "pair"))
+    [scores] = run_ranks(1, scored_plainly, settings, users, pairs)
+    there = [row for row in users if row["user_id"] not in missing]
+    rest = [at for at in range(len(pairs)) if at != pair]
+    for [answer] in run_ranks(2, evaluated, [settings]):
+        for part in ("validation", "test"):
+            # Popularity and the catalogue are the data's, whoever is asked.
+            plain = measured_plainly(there, part, scores[part], counts=training_counts(users))
+            found = answer["pretrained"][part]
+            assert found == pytest.approx(plain | {"users_left_out": 2.0}, abs=1e-9)
+            assert answer["popularity"][part]["users_left_out"] == 2
+        right = accuracy([pairs[at] for at in rest], scores["pairs"][rest], held_out=True)
+        assert answer["pretrained"]["preference_accuracy"] == pytest.approx(right)
+    assert right != accuracy(pairs, scores["pairs"], held_out=True)
 
 
 def test_a_tie_is_ranked_half_right() -> None:

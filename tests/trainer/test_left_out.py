@@ -23,14 +23,14 @@ PEER = "[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:4
     ],
 )
 def test_others_are_not_blamed_on_samples(error: Exception) -> None:
-    assert blame(error, [1, 2]) is error
+    assert blame(error, [1, 2], "user") is error
 
 
 def test_what_is_left_names_samples_place_and_reason() -> None:
     try:
         {}["a side feature"]
     except KeyError as error:
-        blamed = blame(error, [5, 6])
+        blamed = blame(error, [5, 6], "user")
     assert isinstance(blamed, PoisonedSampleError) and blamed.sample_ids == [5, 6]
     assert "test_left_out.py" in blamed.where and blamed.reason == "KeyError: 'a side feature'"
-    assert str(blamed).startswith("one of the samples 5, 6 cannot be trained on: the update (")
+    assert str(blamed).startswith("one of the samples 5, 6 cannot be used: the update (")

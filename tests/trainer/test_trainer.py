@@ -17,6 +17,7 @@ from configs.guardrails import Action, GuardrailsConfig, LimitConfig
 from configs.layout import RunLayout
 from configs.training import CheckpointConfig, ValidationConfig
 from data_loaders.loader import LoaderState
+from data_loaders.poison import Unit
 from models.batch import JaggedBatch
 from models.ops.windows import windows_ending_at
 from sharding.checkpoint import CheckpointStore
@@ -44,6 +45,7 @@ class Batches:
     at: LoaderState = field(default_factory=lambda: LoaderState(0, 0))
     fail_at: int | None = None
     closed: bool = False
+    unit: Unit = "user"
 
     def __iter__(self) -> Iterator[Any]:
         while True:

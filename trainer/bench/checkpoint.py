@@ -300,6 +300,6 @@ def _worker(url: str, items: int, width: int, batch: int, seed: int) -> Worker:
         "objective": {"kind": "sampled_softmax", "num_negatives": 128, "shared": "batch"},
         "cluster": {"num_workers": 1, "threads_per_worker": torch.get_num_threads()},
     }
-    settings: dict[str, Any] = {"output": url, "semantic_ids": None}
+    settings: dict[str, Any] = {"output": url, "fingerprint": "bench", "semantic_ids": None}
     settings["recipe"] = Recipe.model_validate(recipe).model_dump(mode="json")
     return start_worker(settings, lambda line: None)

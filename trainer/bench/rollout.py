@@ -250,7 +250,7 @@ def _worker(codes: bool, url: str, items: int, prompts: int, group: int, seed: i
     """The worker of an online alignment on synthetic data, in a world of one."""
     data = storage.join(url, "data")
     write_synthetic(data, USERS, items, HISTORY, seed, features=False)
-    settings: dict[str, Any] = {"output": url, "semantic_ids": None}
+    settings: dict[str, Any] = {"output": url, "fingerprint": "bench", "semantic_ids": None}
     recipe: dict[str, Any] = {
         "name": "bench-rollout",
         "output": url,

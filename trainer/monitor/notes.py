@@ -3,6 +3,7 @@
 import math
 
 from configs.guardrails import Action
+from configs.measured import LEFT_OUT
 from trainer.monitor.results import Part, Results
 
 ALARM_FOLLOWS: dict[Action, str] = {
@@ -21,7 +22,25 @@ def alarm_sentences(results: Results) -> tuple[str, ...]:
 
 
 def sampling_note(results: Results, part: Part) -> str | None:
-    """How far a model's shares may be off by the choice of users and pairs alone, in a sentence."""
+    """How far a model's shares may be off by the choice of users and pairs alone, and who is left
+    out of them."""
+    sentences = (_chance(results, part), _left_out(results, part))
+    return " ".join(told for told in sentences if told) or None
+
+
+def _left_out(results: Results, part: Part) -> str | None:
+    """By `failures.poisoned_sample`, of the model that misses most."""
+    each = (results.metrics(model, part).get(LEFT_OUT, 0) for model in results.ordered_models())
+    most = max(each, default=0)
+    if not most:
+        return None
+    return (
+        f"{most:,.0f} users are left out of these numbers, as what the data hold of them cannot be "
+        "used (failures.poisoned_sample.action=skip)."
+    )
+
+
+def _chance(results: Results, part: Part) -> str | None:
     errors = [_hit_rate_error(results, part), _preference_error(results)]
     known = [error for error in errors if error is not None]
     if not known:

@@ -138,6 +138,9 @@ def test_the_note_gives_the_binomial_standard_error() -> None:
     note = sampling_note(results(models=both, preferences=counts), "test") or ""
     assert "HR@10 (2,500 users) and 0.0200 or more for pairs ranked right (400 pairs);" in note
     assert sampling_note(results(models=both, preferences=None), "validation") is None
+    fewer = ModelResult(validation={"users": 8.0, "users_left_out": 2.0})
+    note = sampling_note(results(models={"pretrained": fewer}), "validation") or ""
+    assert note.startswith("2 users are left out of these numbers")
     assert sampling_note(results(models={"pretrained": ModelResult()}), "test") is None
 
 
