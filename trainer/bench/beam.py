@@ -3,11 +3,16 @@
 The constraint step is masking and selecting alone: logits, prefixes and scores of each level are
 recorded first, and all contestants get the same ones; their results must agree.
 
+A step looks at the children of its beams' prefixes, of which a larger catalogue has more, up to K.
+So `over fewest items` rises with branching, and is not judged. Growth with the catalogue itself is:
+the steps of the smallest one are repeated in a larger one that has the same prefixes, with the same
+children, among its own.
+
 Shape legend: N requests, W beams, L levels, K codes of a level, V items, P picked.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -35,6 +40,8 @@ MOST_COMPARED = 1 << 30
 """Comparisons of a prefix with a row that one timing may take; larger steps are scaled."""
 BAR_OVER_DICT = 50.0
 """Times faster than the dict trie, at 50 beams."""
+MOST_GROWTH = 1.25
+"""Times longer that a step may take where only the catalogue is larger: noise of a timing."""
 
 
 CONTESTANTS = ("free", "dict", "dict numpy", "compare")
@@ -117,11 +124,35 @@ def bench_beam(
         }
         | {"seed": seed, "repeats": repeats, "most_compared": MOST_COMPARED},
         "constraint": [asdict(row) for row in rows],
-        "summary": summary(rows),
+        "summary": summary(rows) | _growth(items, beams, batch, repeats, seed, say),
     }
     storage.make_directory(output)
     storage.write_json(storage.join(output, "beam.json"), result)
     say("\n" + render(rows))
+
+
+def _growth(
+    items: Sequence[int],
+    beams: Sequence[int],
+    batch: int,
+    repeats: int,
+    seed: int,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """`growth_of` each larger catalogue, judged and said; None where there is no pair to judge."""
+    fewest, cases = min(items), []
+    fitting = [width for width in beams if width <= fewest - int(SHARED * fewest)]
+    for count in sorted({*items} - {fewest}):
+        for width in fitting:
+            times = growth_of(fewest, count, width, batch, repeats, seed)
+            cases.append({"items": count, "beams": width, "times": times})
+            say(
+                f"  {width} beams: steps of levels 1 … {LEVELS - 1} over the same prefixes and "
+                f"children take {times:.2f} times as long among {count:,} items as among "
+                f"{fewest:,} (at most {MOST_GROWTH})"
+            )
+    met = all(case["times"] <= MOST_GROWTH for case in cases) if cases else None
+    return {"growth_at_equal_children": cases, "most_growth": MOST_GROWTH, "growth_met": met}
 
 
 def tree_codes(count: int, generator: torch.Generator) -> Tensor:
@@ -149,6 +180,37 @@ def _skewed_ids(count: int, generator: torch.Generator) -> Tensor:
         mixed = mix64(ids)
         ids = ids * CODES + (rank * (2 * mixed + 1) + (mixed >> 32)) % CODES
     return ids
+
+
+def growth_of(fewest: int, count: int, width: int, batch: int, repeats: int, seed: int) -> float:
+    """Times longer steps take in a catalogue of `count` items that contains the one of `fewest`.
+
+    All other items begin with codes that the contained ones do not have, so that beams, logits and
+    children are the same. Level 0, whose prefix is the same in all catalogues, is left out.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    codes = tree_codes(fewest, generator)
+    others = torch.randint(CODES, (count - fewest, LEVELS), generator=generator)
+    others[:, 0] += CODES
+    small = CatalogueTrie.build(codes, (CODES,) * LEVELS)
+    large = CatalogueTrie.build(torch.cat([codes, others]), (2 * CODES, *[CODES] * (LEVELS - 1)))
+    config = BeamConfig(beams=width)
+    taken = [0.0, 0.0]
+    for step in _recorded(small, config, batch, generator)[0][1:]:
+        states = large.walk(step.prefixes.flatten(0, 1)).view_as(step.beams.states)
+        moved = (
+            replace(step.beams, states=states),
+            step.logits,
+            TrieLevel(large, step.at.level, None),
+        )
+        runs = (step.beams, step.logits, step.at), moved
+        turns = [
+            [best_of(partial(advance, config, *run), 1) for run in runs] for _ in range(repeats)
+        ]
+        assert torch.equal(turns[-1][0][1].scores, turns[-1][1][1].scores), "the steps differ"
+        for place in range(2):
+            taken[place] += min(turn[place][0] for turn in turns)
+    return taken[1] / taken[0]
 
 
 def compared_share(items: int, beams: int, batch: int) -> float:

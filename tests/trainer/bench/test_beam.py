@@ -36,6 +36,11 @@ def test_bench_beam_leaves_a_table_and_json(tmp_path: Path) -> None:
         assert case["ours_ms"] == pytest.approx(ours / beam.LEVELS)
         assert case["over dict"] == pytest.approx(by_dict / ours)
     assert means[0]["over fewest items"] == 1.0
+    growth = found["summary"]["growth_at_equal_children"]
+    assert [(case["items"], case["beams"]) for case in growth] == [(3000, 5), (3000, 30)]
+    within = all(case["times"] <= beam.MOST_GROWTH for case in growth)
+    assert found["summary"]["growth_met"] is within
+    assert result.stdout.count("over the same prefixes and children") == 2
 
 
 def test_a_catalogue_that_codes_cannot_name_is_refused(tmp_path: Path) -> None:
