@@ -86,6 +86,11 @@ def _unimportable(place: str, error: Exception) -> ValueError:
 
 
 def _check_signature(place: str, function: Callable[..., Any]) -> None:
+    called = function if inspect.isroutine(function) else type(function).__call__
+    if inspect.iscoroutinefunction(called) or inspect.isasyncgenfunction(called):
+        raise ValueError(f"{place} is async, and nothing awaits it: write a plain `def`")
+    if inspect.isgeneratorfunction(called):
+        raise ValueError(f"{place} yields; return one number a candidate, as a tensor")
     wanted = f"{place} must take one argument, a trainer.rewards.group.Group"
     try:
         signature = inspect.signature(function)

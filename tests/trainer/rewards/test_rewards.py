@@ -2,6 +2,7 @@
 
 import math
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -348,3 +349,28 @@ def test_a_function_that_cannot_be_called(path: str, sentence: str) -> None:
 def test_what_a_recipe_may_not_say(block: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         TypeAdapter(kinds.Reward).validate_python(block)
+
+
+async def awaited(found: Group) -> Tensor:
+    return torch.zeros(found.items.shape)
+
+
+def yields(found: Group) -> Iterator[Tensor]:
+    yield torch.zeros(found.items.shape)
+
+
+class Awaited:
+    async def __call__(self, found: Group) -> Tensor:
+        return torch.zeros(found.items.shape)
+
+
+of_a_class = Awaited()
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("awaited", "is async"), ("of_a_class", "is async"), ("yields", "return one number")],
+)
+def test_what_gives_no_numbers_when_called_is_refused_when_read(name: str, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        load_function(f"{HERE}:{name}")
