@@ -5,6 +5,7 @@ would pass for the whole.
 """
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from fnmatch import fnmatchcase
@@ -20,29 +21,43 @@ GLOB_SIGNS = "*?["
 def listed(fs: AbstractFileSystem, path: str, done: str = "read") -> tuple[list[str], list[str]]:
     """Files at or below `path`, and directories, itself first, each before what it holds.
 
-    A link to a directory is one, unless that holds it.
+    A link to a directory is one, unless that holds it. However many links lead to a directory, it
+    is listed once, by its own name where that is below `path`, too: nothing in it counts twice, and
+    links to each other end.
 
     Raises:
         StorageError: a directory cannot be listed, so that its tree cannot be `done`. One that is
             gone by now holds nothing.
     """
+    local = isinstance(fs, LocalFileSystem)
     files: list[str] = []
-    directories = [path]
-    for directory in directories:  # which grow by what is found in them
+    places: dict[str, str] = {}  # where a directory really is → its name here
+    waiting, links = deque([path]), deque[str]()
+    while waiting or links:
+        directory = (waiting or links).popleft()
+        place = os.path.realpath(directory) if local else directory
+        if place in places:
+            continue
+        places[place] = directory
         for name, is_directory in _entries(fs, directory, done):
-            (directories if is_directory else files).append(name)
-    return files, directories
+            if not is_directory:
+                files.append(name)
+            else:
+                (links if local and os.path.islink(name) else waiting).append(name)
+    return files, list(places.values())
 
 
 def globbed(fs: AbstractFileSystem, pattern: str) -> list[str]:
     """Files whose path matches a pattern of *, ?, [a-z] and, as a whole part, **.
 
-    Only directories that the pattern's parts match are looked into.
+    Only directories that the pattern's parts match are looked into. What ** stands for is `listed`;
+    other signs find a directory by each link's name that they match.
 
     Raises:
         StorageError: as `listed`.
     """
     parts = pattern.split("/")
+    parts = [part for at, part in enumerate(parts) if part != "**" or parts[at - 1 : at] != ["**"]]
     fixed = next(at for at, part in enumerate(parts) if any(sign in part for sign in GLOB_SIGNS))
     places = ["/".join(parts[:fixed]) or fs.root_marker]
     for part in parts[fixed:-1]:
@@ -78,7 +93,7 @@ def _entries(fs: AbstractFileSystem, directory: str, done: str) -> Iterator[tupl
         explained(directory if local else fs.unstrip_protocol(directory), done),
     ):
         found = patiently(lambda: fs.ls(directory, detail=True))
-    for entry in found:
+    for entry in sorted(found, key=lambda entry: str(entry["name"])):  # so that all runs agree
         name = entry["name"]
         if local and entry["islink"] and os.path.isdir(name):
             if not f"{os.path.realpath(directory)}/".startswith(f"{os.path.realpath(name)}/"):
