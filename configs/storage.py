@@ -150,14 +150,13 @@ def make_directory(url: str) -> None:
 
 
 def remove(url: str) -> None:
-    """Delete a file or a directory tree, all that is listed of it; absent is fine.
+    """Delete a file, a link or a directory tree, all that is listed of it; absent is fine.
 
     Raises:
         StorageError: some may be left, as the storage refuses or does not answer.
     """
-    if exists(url):
-        with explained(url, "removed"):
-            remove_tree(*filesystem(url))
+    with explained(url, "removed"):
+        remove_tree(*filesystem(url))
 
 
 def list_names(url: str) -> list[str]:

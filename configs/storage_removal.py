@@ -16,7 +16,7 @@ AT_ONCE = 16
 
 
 def remove_tree(fs: AbstractFileSystem, path: str) -> None:
-    """Delete a file, or a directory and what is listed below it.
+    """Delete a file, a link, or a directory and what is listed below it; absent is fine.
 
     Raises:
         OSError: some may be left; drivers raise their own kinds too.
@@ -30,7 +30,7 @@ def remove_tree(fs: AbstractFileSystem, path: str) -> None:
 def _remove_local(fs: LocalFileSystem, path: str) -> None:
     try:
         fs.rm(path, recursive=True)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         if os.path.lexists(path):
             raise OSError(errno.EAGAIN, "others remove it too", path) from error
 

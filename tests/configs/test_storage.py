@@ -309,6 +309,33 @@ def test_links_to_directories_are_followed_but_not_in_circles(tmp_path: Path) ->
         assert all(storage.read_bytes(path) == b"x" for _, path, _ in found)
 
 
+def test_a_directory_is_listed_once_however_many_links_lead_to_it(tmp_path: Path) -> None:
+    for name in ("in/a/1.csv", "in/b/2.csv", "in/day/3.csv", "out/deep/4.csv"):
+        storage.write_bytes(str(tmp_path / name), b"x")
+    links = {"a/x": "../b", "a/x2": "../b", "b/y": "../a", "b/y2": "../a", "a-latest": "day"}
+    links |= {"out1": "../out", "out2": "../out", "out3": "../out/deep"}
+    for name, target in links.items():
+        (tmp_path / "in" / name).symlink_to(target)
+    expected = ["a/1.csv", "b/2.csv", "day/3.csv", "out1/deep/4.csv"]
+    for pattern in ("", "/**", "/**/*.csv", "/**/**/*.csv"):
+        found = matching_files(f"{tmp_path}/in{pattern}", "data.source.url")
+        assert sorted(name for _, _, name in found) == expected, pattern
+    found = matching_files(f"{tmp_path}/in/*/3.csv", "data.source.url")
+    assert [name for _, _, name in found] == ["a-latest/3.csv", "day/3.csv"]
+
+
+def test_a_link_is_removed_and_not_what_it_leads_to(tmp_path: Path) -> None:
+    storage.write_bytes(str(tmp_path / "real" / "file"), b"x")
+    for target in ("real", "real/file", "nowhere"):
+        link = tmp_path / "link"
+        link.symlink_to(target)
+        storage.remove(str(link))
+        assert not link.is_symlink()
+    assert (tmp_path / "real" / "file").exists()
+    for absent in ("link", "real/file/below", "nowhere/below"):
+        storage.remove(str(tmp_path / absent))
+
+
 def test_a_tree_that_others_remove_too_is_gone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
