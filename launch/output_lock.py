@@ -1,9 +1,12 @@
 """One run at a time on an output: a lock file with a heartbeat, on any storage.
 
-No storage below fsspec has one way to create a file only if it is absent. So a run writes its lock,
-waits until a rival's write would show, and holds the output if it then reads back its own.
+Local storage makes a file only where there is none, so that one of many runs gets the lock, and one
+of many takes over a dead run's. No other storage below fsspec has one way to do so: there a run
+writes its lock, waits until a rival's write would show, and holds the output if it then reads back
+its own.
 """
 
+import errno
 import os
 import socket
 import threading
@@ -25,8 +28,11 @@ LOOK_S = 1.0
 """Between two looks at the clock on the wall, which goes on while this machine sleeps."""
 STALE_S = 120.0
 """Silence after which a run on another machine is taken for dead; covers clocks that differ."""
-SETTLE_S = {True: 0.05, False: 1.0}
-"""Local or not → longest time between a rival's look at the lock and its write being readable."""
+SETTLE_S = 1.0
+"""Where no file can be made exclusively: longest time between a rival's look at the lock and its
+write being readable."""
+_NO_LINKS = frozenset({errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP})
+"""What disks say that know no second name of a file, such as exFAT."""
 
 
 class OutputLock:
@@ -47,13 +53,8 @@ class OutputLock:
 
     def __enter__(self) -> "OutputLock":
         storage.make_directory(self._output)
-        held = self._read()
-        if held is not None and _lives(held):
-            raise ValueError(self._refusal(held))
-        self._write()
-        time.sleep(SETTLE_S[storage.is_local(self._url)])
-        held = self._read()
-        if held is not None and held["token"] != self._me["token"]:
+        held = self._take()
+        if held is not None:
             raise ValueError(self._refusal(held))
         self._thread.start()
         return self
@@ -82,6 +83,26 @@ class OutputLock:
                 "showed no life; let that one end, then run the same command again"
             )
 
+    def _take(self) -> dict[str, Any] | None:
+        """Take the lock, or tell who holds it."""
+        if not storage.is_local(self._url):
+            return self._settle()
+        try:
+            return _take_exclusively(self._url, self._said())
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            return self._settle()
+
+    def _settle(self) -> dict[str, Any] | None:
+        held = self._read()
+        if held is not None and _lives(held):
+            return held
+        self._write()
+        time.sleep(SETTLE_S)
+        held = self._read()
+        return None if held is None or held["token"] == self._me["token"] else held
+
     def _beat(self) -> None:
         while not self._wait():
             try:
@@ -104,15 +125,14 @@ class OutputLock:
 
     def _read(self) -> dict[str, Any] | None:
         storage.filesystem(self._url)[0].invalidate_cache()
-        try:
-            return _Holder.model_validate(storage.read_json(self._url)).model_dump()
-        except FileNotFoundError:
-            return None
-        except ValueError:  # as a machine that lost power may leave it
-            return None
+        data = _content(self._url)
+        return None if data is None else _parsed(data, self._url)
 
     def _write(self) -> None:
-        storage.write_json(self._url, self._me | {"alive": time.time()})
+        storage.write_bytes(self._url, self._said())
+
+    def _said(self) -> bytes:
+        return storage.json_bytes(self._me | {"alive": time.time()})
 
     def _refusal(self, held: dict[str, Any]) -> str:
         return (
@@ -132,6 +152,66 @@ class _Holder(Config):
     born: int | None
     since: Timestamp
     alive: Timestamp
+
+
+def _content(url: str) -> bytes | None:
+    try:
+        return storage.read_bytes(url)
+    except FileNotFoundError:
+        return None
+
+
+def _parsed(data: bytes, url: str) -> dict[str, Any] | None:
+    """What a lock file says; None if that is no lock, as a machine that lost power may leave it."""
+    try:
+        return _Holder.model_validate(storage.parse_json(data, url)).model_dump()
+    except ValueError:
+        return None
+
+
+def _take_exclusively(url: str, mine: bytes) -> dict[str, Any] | None:
+    """Make the local lock file `url`, which says `mine`, or tell who holds it.
+
+    The lock of a dead run is replaced by who holds a lock on just this content of it, and finds it
+    unchanged then: of others that saw it dead, each finds that lock, or the new one. A run may die
+    in the middle of this, too: the lock on the lock is taken over in the same way.
+
+    Raises:
+        OSError: the disk cannot make a file exclusively.
+    """
+    while not _create(url, mine):
+        seen = _content(url)
+        if seen is None:  # its run has ended meanwhile
+            continue
+        if seen == mine:  # a share over the network may make the file and fail to say so
+            return None
+        held = _parsed(seen, url)
+        if held is not None and _lives(held):
+            return held
+        heir = f"{url}.{storage.sha256_bytes(seen)[:16]}"
+        rival = _take_exclusively(heir, mine)
+        if rival is not None:
+            return rival
+        try:
+            if _content(url) == seen:
+                storage.write_bytes(url, mine)
+                return None
+        finally:
+            storage.remove(heir)
+    return None
+
+
+def _create(url: str, data: bytes) -> bool:
+    """Make a local file, whole from the first, if there is none; whether it did."""
+    path, whole = (storage.filesystem(each)[1] for each in (url, f"{url}.{uuid.uuid4().hex}"))
+    storage.write_bytes(whole, data)
+    try:
+        os.link(whole, path)
+    except FileExistsError:
+        return False
+    finally:
+        os.remove(whole)
+    return True
 
 
 def _who(held: dict[str, Any]) -> str:

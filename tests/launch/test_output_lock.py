@@ -1,5 +1,6 @@
 """One run at a time on an output; what the dead leave behind stops nobody."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -7,6 +8,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +45,7 @@ def output(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[str]:
     """An output on a local directory, and on a store that is neither local nor a directory."""
-    monkeypatch.setitem(output_lock.SETTLE_S, False, 0.05)
+    monkeypatch.setattr(output_lock, "SETTLE_S", 0.05)
     if request.param == "local":
         yield str(tmp_path / "run")
         return
@@ -116,14 +119,63 @@ def test_a_lock_cut_short_by_a_power_failure_is_taken_over(output: str) -> None:
         assert storage.read_json(storage.join(output, FILE))["pid"] == os.getpid()
 
 
-def test_of_two_at_once_the_last_to_write_goes_on(
-    output: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("left", [None, b'{"tok', "a dead run's"])
+def test_of_many_at_once_one_goes_on_however_slow_the_disk(
+    left: bytes | str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    url, locks = storage.join(str(tmp_path), FILE), [OutputLock(str(tmp_path)) for _ in range(5)]
+    calls = count()
+    if isinstance(left, bytes):
+        storage.write_bytes(url, left)
+    elif left is not None:
+        leave(str(tmp_path), born=1)
+    write = storage.write_bytes
+
+    def slowly(url: str, data: bytes) -> None:
+        time.sleep(0.1 * (1 + next(calls) % len(locks)))
+        write(url, data)
+
+    monkeypatch.setattr(storage, "write_bytes", slowly)
+    with ThreadPoolExecutor(len(locks)) as pool:
+        entered = [pool.submit(lock.__enter__) for lock in locks]
+        refused = [each.exception() for each in entered]
+    assert [str(error)[:7] for error in refused if error] == ["output="] * (len(locks) - 1)
+    locks[refused.index(None)].__exit__(None, None, None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_lock_of_a_run_that_died_as_it_took_a_lock_over_is_taken_over(tmp_path: Path) -> None:
+    leave(str(tmp_path), born=1)
+    dead = (tmp_path / FILE).read_bytes()
+    (tmp_path / f"{FILE}.{storage.sha256_bytes(dead)[:16]}").write_bytes(dead)
+    with OutputLock(str(tmp_path)):
+        assert [path.name for path in tmp_path.iterdir()] == [FILE]
+
+
+def test_a_disk_without_links_locks_as_other_storage_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(source: str, target: str) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuses)
+    monkeypatch.setattr(output_lock, "SETTLE_S", 0.05)
+    with OutputLock(str(tmp_path)):
+        assert [path.name for path in tmp_path.iterdir()] == [FILE]
+        with pytest.raises(ValueError, match="in use by another run"):
+            OutputLock(str(tmp_path)).__enter__()
+
+
+def test_of_two_at_once_on_other_storage_the_last_to_write_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    output = "memory://lock-test/two"
     other = OutputLock(output)
     monkeypatch.setattr(output_lock.time, "sleep", lambda _: other._write())
     with pytest.raises(ValueError, match="in use by another run"):
         OutputLock(output).__enter__()
     assert storage.read_json(storage.join(output, FILE))["token"] == other._me["token"]
+    storage.remove(output)
 
 
 def test_heartbeats_renew_the_lock_and_notice_a_rival(
