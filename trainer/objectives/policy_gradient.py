@@ -21,6 +21,9 @@ Ratio = Literal["token", "sequence", "item"]
 Reduction = Literal["grpo", "dr_grpo", "dapo"]
 Divergence = Literal["k1", "k2", "k3"]
 
+LARGEST_LOG_RATIO = 20.0
+"""Ratios beyond its exponential (5e8) count as that, so that squares of gradients are finite."""
+
 
 @dataclass(frozen=True)
 class Terms:
@@ -36,6 +39,15 @@ class Terms:
     """bool, the upper clip stopped the gradient."""
     bounded: Tensor
     """bool, π'_old was raised above π_old (ECPO, GBPO)."""
+
+
+def ratio_of(log_ratio: Tensor) -> Tensor:
+    """exp, of nothing above LARGEST_LOG_RATIO; its gradient is its value, as of exp.
+
+    An infinite ratio that a clip gives no gradient has one that is not a number: 0 · ∞.
+    """
+    excess = (log_ratio.detach() - LARGEST_LOG_RATIO).clamp(min=0)
+    return (log_ratio - excess).exp()
 
 
 def group_advantages(
@@ -133,7 +145,7 @@ def grpo_terms(
         clip_high: ε_high.
     """
     gain = advantages[..., None]
-    ratio = (new - old.detach()).exp()
+    ratio = ratio_of(new - old.detach())
     clipped = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
     seen = ratio.detach()
     return Terms(
@@ -196,7 +208,7 @@ def divergences(new: Tensor, reference: Tensor, kind: Divergence) -> Tensor:
         case "k2":
             return 0.5 * difference.square()
         case "k3":
-            return (-difference).exp() + difference - 1.0
+            return ratio_of(-difference) + difference - 1.0
         case _:
             assert_never(kind)
 
@@ -205,10 +217,10 @@ def sampled_entropies(new: Tensor, old: Tensor | None) -> Tensor:
     """-ρ log π with ρ = π / π_old (sg π without `old`), elementwise; differentiable in `new`.
 
     For candidates drawn from π_old its mean is the entropy of π, and its gradient the entropy's.
-    Beams are no such draw: over them it is only -log π of likely candidates.
+    Other draws give neither: configuration refuses them.
     """
     before = new if old is None else old
-    return -(new - before.detach()).exp() * new
+    return -ratio_of(new - before.detach()) * new
 
 
 def reduced(values: Tensor, mask: Tensor, reduction: Reduction) -> Tensor:

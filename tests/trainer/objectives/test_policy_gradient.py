@@ -209,6 +209,33 @@ def test_ecpo_bounds_the_gradient(
     assert abs(float(value.grad)) <= abs(gain) * (1 + high + DELTA) + 1e-9
 
 
+@pytest.mark.parametrize("kind", ["grpo", "ecpo", "gbpo"])
+@pytest.mark.parametrize("gain", [1.0, 0.0, -1.0])
+@pytest.mark.parametrize("new, old", [(-1.0, -95.0), (-95.0, -1.0), (-150.0, -1.0), (0.0, -300.0)])
+def test_no_ratio_overflows(kind: str, gain: float, new: float, old: float) -> None:
+    """In float32: gradients are finite, and 0 where the clip holds."""
+    value = torch.tensor([[[new]]], requires_grad=True)
+    terms = terms_of(kind, value, torch.tensor([[[old]]]), torch.tensor([[gain]]))
+    terms.objective.sum().backward()
+    assert value.grad is not None and value.grad.square().isfinite().all()
+    assert terms.objective.isfinite().all() and terms.ratio.isfinite().all()
+    if gain == 0.0 or terms.clipped_low.any() or terms.clipped_high.any():
+        assert float(value.grad) == 0.0
+    elif kind == "grpo" and new > old:
+        assert float(value.grad) < -1e8  # a push away, as strong as can be
+
+
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
+def test_no_divergence_overflows(kind: pg.Divergence) -> None:
+    new = torch.tensor([-150.0, -1.0], requires_grad=True)
+    found = pg.divergences(new, torch.tensor([-1.0, -150.0]), kind)
+    found.sum().backward()
+    assert found.isfinite().all() and new.grad is not None and new.grad.square().isfinite().all()
+    assert kind == "k1" or (float(new.grad[0]) < 0 < float(new.grad[1]))
+    entropies = pg.sampled_entropies(new, torch.tensor([-300.0, -200.0]))
+    assert torch.autograd.grad(entropies.sum(), new)[0].square().isfinite().all()
+
+
 def test_grpo_does_not_bound_what_ecpo_bounds() -> None:
     value = torch.tensor([[[-0.5]]], requires_grad=True)
     pg.grpo_terms(
