@@ -16,7 +16,8 @@ broken for long is warned of once, and again after a judgement found it kept."""
 
 class LimitConfig(Config):
     """A bound on one number: a validation metric (`hr@50`, `coverage@10`, `legality`,
-    `preference_accuracy`) or what a training step logs (`kl`, `margin`, `entropy`)."""
+    `preference_accuracy`) or what a training step logs (`kl`, `margin`, `entropy`). Over beams
+    `kl` and `entropy` describe likely candidates, not the policy."""
 
     metric: str
     max_drop: float | None = Field(None, ge=0, lt=1)
@@ -49,6 +50,8 @@ class DivergenceConfig(Config):
     """In a row, each with a higher reward and a lower metric than the one before; the first is
     compared with the start."""
     action: Action = "warn"
+    """Unless it is `warn`, no policy is kept to return to while the last validation has a higher
+    reward and a lower metric than the one before: a roll-back leaves all of the course."""
 
 
 class GuardrailsConfig(Config):

@@ -86,10 +86,19 @@ class Watch:
         self.state.start = dict(metrics)
         self.kept(metrics)
 
-    def kept(self, metrics: Mapping[str, float]) -> None:
-        """Validation of a policy that kept the limits, which a roll-back may return to."""
-        if self.config.divergence is not None:
-            self.state.origin = metrics.get(self.config.divergence.metric)
+    def kept(self, metrics: Mapping[str, float]) -> bool:
+        """Of a policy that broke no limit, by its validation: whether to return to it later.
+
+        Not while divergence is suspected, where that would act: a return must leave the whole
+        course, not the end of it.
+        """
+        divergence = self.config.divergence
+        if divergence is None:
+            return True
+        if divergence.action != "warn" and _hacked(self.state.course[-2:]):
+            return False
+        self.state.origin = metrics.get(divergence.metric)
+        return True
 
     def logged(
         self, step: int, metrics: Mapping[str, float], unmeasured: Collection[str] = ()
@@ -190,8 +199,7 @@ class Watch:
         state.course.append([_mean(state.rewards), metrics[config.metric]])
         state.rewards = []
         last = state.course[-config.validations - 1 :]
-        hacked = all(b[0] > a[0] and b[1] < a[1] for a, b in pairwise(last))
-        if len(last) <= config.validations or not hacked:
+        if len(last) <= config.validations or not _hacked(last):
             return ""
         return (
             f"the reward may be hacked: in {config.validations} validations {config.reward} rose "
@@ -218,6 +226,12 @@ class Watch:
         state.rollbacks += 1
         state.lr_ratio *= self.config.rollback_lr_ratio
         state.recent, state.rewards, state.course, state.standing = {}, [], [], []
+
+
+def _hacked(course: Sequence[Sequence[float]]) -> bool:
+    """Whether of two or more (reward, metric) each has a higher reward and a lower metric than the
+    one before."""
+    return len(course) > 1 and all(b[0] > a[0] and b[1] < a[1] for a, b in pairwise(course))
 
 
 def _broken(limit: LimitConfig, value: float, start: float | None) -> str:

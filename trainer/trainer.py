@@ -354,8 +354,7 @@ class Trainer:
         """Save the policy to go back to, of these validation metrics, if a guardrail may ask."""
         if self.watch is None:
             return
-        self.watch.kept(metrics)
-        if self.watch.acts:
+        if self.watch.kept(metrics) and self.watch.acts:
             self.state.good = self._save(self.good)
 
     def _heed(self, alarms: Sequence[Alarm]) -> None:

@@ -41,11 +41,40 @@ def test_the_start_is_where_the_course_begins() -> None:
     [told] = interval(20, [3.0, 3.0], 0.3)
     assert "rose from 1.1000 to 3.0000 while ndcg@10 fell from 0.5000 to 0.3000" in told
     # After a roll-back it begins with the policy that was returned to.
-    watch.kept({"ndcg@10": 0.4})
     watch.rolled_back()
-    assert interval(30, [1.5, 2.5], 0.39) == []
-    [told] = interval(40, [3.0], 0.38)
-    assert "rose from 1.5000 to 3.0000 while ndcg@10 fell from 0.4000 to 0.3800" in told
+    assert interval(30, [1.5, 2.5], 0.49) == []
+    [told] = interval(40, [3.0], 0.48)
+    assert "rose from 1.5000 to 3.0000 while ndcg@10 fell from 0.5000 to 0.4800" in told
+
+
+def test_nothing_of_a_hacked_course_is_kept() -> None:
+    """In the trainer's order of calls; what a roll-back returns to is where the course began."""
+
+    def kept(action: str, course: list[tuple[float, float]]) -> list[float]:
+        """Metrics of the policies kept; the negative of what was returned to."""
+        watch = watch_of(divergence={"validations": 2, "action": action})
+        watch.begin({"ndcg@10": 0.5})
+        found = [0.5]
+        for step, (reward, value) in enumerate(course):
+            watch.logged(step, {"reward": reward - 0.1})
+            watch.logged(step, {"reward": reward + 0.1})
+            action_now = severest(watch.judged(step, {"ndcg@10": value}))
+            if action_now in (None, "warn"):
+                found += [value] * watch.kept({"ndcg@10": value})
+            if action_now == "roll_back":
+                assert watch.state.origin is not None
+                found.append(-watch.state.origin)
+                watch.rolled_back()
+        return found
+
+    hacked = [(1.0, 0.45), (2.0, 0.40), (1.0, 0.44), (2.0, 0.39)]
+    assert kept("roll_back", hacked) == [0.5, -0.5, -0.5]
+    assert kept("warn", hacked) == [0.5, 0.45, 0.40, 0.44, 0.39]
+    # Suspicion ends as the metric rises or the reward falls; the course begins there.
+    assert kept("roll_back", [(1.0, 0.45), (2.0, 0.46), (3.0, 0.45), (4.0, 0.44)]) == [
+        *(0.5, 0.46, -0.46),
+    ]
+    assert kept("roll_back", [(1.0, 0.45), (0.5, 0.44), (1.0, 0.43)]) == [0.5, 0.44]
 
 
 def test_a_reward_that_does_not_rise_from_the_start_on_is_no_divergence() -> None:
