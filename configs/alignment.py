@@ -106,13 +106,15 @@ class OnlineBase(AlignmentBase):
     prompts: PromptConfig = PromptConfig()
     generation: GenerationConfig = AncestralConfig()
     """How a prompt's group is generated. Beams are no sample of the policy: they work with rank
-    rewards, and make entropy and divergence describe likely candidates only."""
+    rewards, and make the measured entropy and KL describe likely candidates only, as does top_p.
+    Draws without replacement or at another temperature are weighted where these are measured."""
     rewards: tuple[Reward, ...] = Field((HitReward(),), min_length=1)
     advantages: AdvantageConfig = AdvantageConfig()
     ratio: Ratio = "token"
     reduction: Reduction = "grpo"
     kl: KLConfig = KLConfig()
     entropy_weight: NonNegativeFloat = 0.0
+    """Of a bonus for the policy's entropy; needs independent samples of the policy itself."""
     reference: ReferenceConfig | None = ReferenceConfig()
     """null holds none: half the memory of weights, and no divergence is measured."""
     inner_epochs: PositiveInt = 1
@@ -126,6 +128,18 @@ class OnlineBase(AlignmentBase):
             raise ValueError(
                 f"kl.weight={self.kl.weight} needs a reference policy: remove reference=null, or "
                 "set kl.weight to 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _bonus_is_of_the_entropy(self) -> "OnlineBase":
+        drawn = self.generation
+        samples = isinstance(drawn, AncestralConfig) and drawn.temperature == drawn.top_p == 1
+        if self.entropy_weight > 0 and not samples:
+            raise ValueError(
+                f"entropy_weight={self.entropy_weight} needs samples of the policy itself, over "
+                "which alone the mean of -log π is its entropy: set generation to {kind: "
+                "ancestral} with temperature and top_p of 1, or entropy_weight to 0"
             )
         return self
 

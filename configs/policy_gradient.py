@@ -37,7 +37,12 @@ class AdvantageConfig(Config):
 
 
 class KLConfig(Config):
-    """Pull towards the reference policy, inside the loss."""
+    """Pull towards the reference policy, inside the loss: a mean over candidates, all alike.
+
+    So it is the divergence where candidates are samples of the policy. Of beams and of draws
+    without replacement it pulls at unlikely candidates as much as at likely ones; what is logged as
+    `kl` weighs such draws as the policy does.
+    """
 
     weight: NonNegativeFloat = 0.0
     estimator: Literal["k1", "k2", "k3"] = "k3"

@@ -175,6 +175,7 @@ class OnlineUpdates:
                 logged_advantages=_moved(prompts[at].outcomes, self._worker.ctx.device),
                 measures=measures(rollout.group, rewarded[at]),
                 supervised=supervised[at],
+                weights=rollout.weights,
             )
             for at, rollout in enumerate(rollouts)
         ]

@@ -22,7 +22,7 @@ from configs.generation import (
 from configs.objectives import MultiTaskConfig, NextCodeConfig
 from models.base import CodeDecoder, TableModel
 from models.generation.candidates import candidate_log_probs
-from models.generation.noise import request_streams, sample_streams
+from models.generation.noise import gumbels, request_streams, sample_streams
 from models.generation.search import Generated, generate, item_of_each
 from sharding.parallelize import ParallelModel
 from sharding.retrieval import Catalogue
@@ -45,11 +45,18 @@ class Rollout:
     log_probs: Tensor
     """[N, G, L] float32, log π of each code (L = 1 of items) under the policy that generated;
     anything where there is no candidate."""
+    weights: Tensor | None
+    """[N, G] float32 of mean 1: what each candidate counts in an expectation under the policy. None
+    where all count alike: samples of it, or beams and a nucleus, which are no sample."""
 
     def to(self, device: torch.device | str) -> "Rollout":
         """Copy on `device`."""
-        log_probs = self.log_probs.to(device)
-        return Rollout(self.group.to(device), self.candidates.to(device), log_probs)
+        return Rollout(
+            self.group.to(device),
+            self.candidates.to(device),
+            self.log_probs.to(device),
+            None if self.weights is None else self.weights.to(device),
+        )
 
 
 class RolloutEngine:
@@ -108,7 +115,9 @@ class RolloutEngine:
             target_codes=catalogue.codes[targets].long(),
             contexts=prompts.batch.to(device),
         )
-        return Rollout(group, Candidates(batch, group.items, group.codes), log_probs)
+        odds = draw_odds(config, generated.sampling_log_probs, generated.scores)
+        weights = expectation_weights(group.log_probs, odds)
+        return Rollout(group, Candidates(batch, group.items, group.codes), log_probs, weights)
 
     def _of_items(self, prompts: Prompts, keys: Tensor) -> Rollout:
         objective, catalogue = self._worker.recipe.objective, self._catalogue
@@ -117,8 +126,9 @@ class RolloutEngine:
         device = self._policy.ctx.device
         batch = prompts.batch.to(device)
         queries = self._policy.query(batch)[batch.offsets[1:] - 1]
-        items = sample_items(catalogue, queries, keys, self._generation, objective.temperature)
-        log_probs = item_log_probs(self._policy, catalogue, queries, items, objective.temperature)
+        temperature = objective.temperature
+        items, odds = sample_items(catalogue, queries, keys, self._generation, temperature)
+        log_probs = item_log_probs(self._policy, catalogue, queries, items, temperature)
         valid = items > 0
         group = Group(
             items=items,
@@ -129,7 +139,50 @@ class RolloutEngine:
             target_codes=None,
             contexts=batch,
         )
-        return Rollout(group, Candidates(batch, items), log_probs)
+        weights = expectation_weights(group.log_probs, odds)
+        return Rollout(group, Candidates(batch, items), log_probs, weights)
+
+
+def draw_odds(config: GenerationConfig, shares: Tensor, scores: Tensor) -> Tensor | None:
+    """log of how often each candidate is drawn, up to a constant of its group: [N, G] float32.
+
+    None where candidates are samples of the policy, or, as beams and a nucleus, of nothing that is
+    positive wherever the policy is. Of draws without replacement the last one's score is the
+    threshold κ that the others pass with 1 - exp(-exp(φ - κ)) (arXiv 1903.06059 §4.1); it counts as
+    drawn for ever, so that it weighs nothing.
+
+    Args:
+        config: the strategy.
+        shares: [N, G] φ, log-probabilities under what was drawn from, up to a constant of the
+            group.
+        scores: [N, G] perturbed φ of draws without replacement, up to the same; -inf where there
+            was nothing left to draw.
+    """
+    match config:
+        case GumbelTopKConfig():
+            passed = (shares - scores[:, -1:]).clamp(min=-80.0)  # whose exponential is not 0
+            odds = (-(-passed.exp()).expm1()).log()
+            odds[:, -1] = torch.inf
+            return odds
+        case AncestralConfig(top_p=1.0, temperature=temperature) if temperature != 1.0:
+            return shares
+        case _:
+            return None
+
+
+def expectation_weights(log_probs: Tensor, odds: Tensor | None) -> Tensor | None:
+    """Importance weights π / q of each group, normalised to mean 1: [N, G] float32; 0 where there
+    is no candidate.
+
+    Args:
+        log_probs: [N, G] log π; -inf where there is no candidate.
+        odds: [N, G] log q, of `draw_odds`; None weighs nothing.
+    """
+    if odds is None:
+        return None
+    there = log_probs > -torch.inf
+    shares = (log_probs - odds).masked_fill(~there, -torch.inf).softmax(1)
+    return shares.masked_fill(~there, 0.0) * there.sum(1, keepdim=True)
 
 
 def sample_items(
@@ -138,10 +191,10 @@ def sample_items(
     keys: Tensor,
     config: GenerationConfig,
     temperature: float,
-) -> Tensor:
-    """G items of each query: [N, G] int64, 0 where there are no more. Collective.
+) -> tuple[Tensor, Tensor | None]:
+    """G items of each query: [N, G] int64, 0 where there are no more; and their `draw_odds`.
 
-    The same three strategies that write semantic ids, exact over the sharded catalogue.
+    Collective. The same three strategies that write semantic ids, exact over the sharded catalogue.
 
     Args:
         catalogue: all items.
@@ -153,17 +206,21 @@ def sample_items(
     match config:
         case BeamConfig():
             nothing = keys.new_zeros(queries.shape[0] + 1)
-            return catalogue.top_k(queries, config.beams, nothing[:0], nothing)[0]
+            return catalogue.top_k(queries, config.beams, nothing[:0], nothing)[0], None
         case GumbelTopKConfig():
             streams = request_streams(keys)[:, 0]
             scale = temperature * config.temperature
-            return catalogue.sample(queries, config.samples, streams, scale)[0]
+            items, scores = catalogue.sample(queries, config.samples, streams, scale)
+            # The noise is a function of stream and item: without it are the scores themselves.
+            shares = scores - gumbels(streams[:, None], items)
+            return items, draw_odds(config, shares, scores)
         case AncestralConfig():
             # Equal queries with streams of their own: their first draws are independent.
             streams = sample_streams(keys, config.samples)
             repeated = queries.repeat_interleave(config.samples, dim=0)
             scale = temperature * config.temperature
-            drawn, _ = catalogue.sample(repeated, 1, streams.flatten(), scale)
-            return drawn.view(queries.shape[0], config.samples)
+            items, scores = catalogue.sample(repeated, 1, streams.flatten(), scale)
+            items, scores = (x.view(streams.shape) for x in (items, scores))
+            return items, draw_odds(config, scores - gumbels(streams, items), scores)
         case _:
             assert_never(config)

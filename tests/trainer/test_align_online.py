@@ -44,6 +44,7 @@ GRPO: dict[str, Any] = {
     "kind": "grpo",
     "inner_epochs": 2,
     "kl": {"weight": 0.1},
+    "entropy_weight": 0.01,
     "reference": {"sync_every_steps": 2, "mixing": 0.5},
 }
 OTHERS: dict[str, dict[str, Any]] = {
@@ -58,7 +59,6 @@ OTHERS: dict[str, dict[str, Any]] = {
     "lazy_decoder": {
         "kind": "ecpo",
         "inner_epochs": 2,
-        "entropy_weight": 0.01,
         "ratio": "item",
         "generation": {"kind": "beam", "beams": 6},
         "rewards": [{"kind": "rank"}, {"kind": "prefix"}, {"kind": "quota"}],

@@ -37,6 +37,9 @@ class OnlineInputs:
     """Name → [N, G] float32, to be averaged and logged."""
     supervised: Supervised | None
     """For the supervised loss on the prompts; None without it."""
+    weights: Tensor | None = None
+    """[N, G] float32 of mean 1, what candidates count in an expectation under the policy that
+    generated them; None where all count alike."""
 
     def to(self, device: torch.device | str) -> "OnlineInputs":
         """Copy on `device`."""
@@ -54,6 +57,7 @@ class OnlineInputs:
             logged_advantages=moved(self.logged_advantages),
             measures={name: values.to(device) for name, values in self.measures.items()},
             supervised=None if self.supervised is None else self.supervised.to(device),
+            weights=moved(self.weights),
         )
 
 
@@ -90,7 +94,9 @@ class OnlineLoss(nn.Module):
         """Loss of a micro batch.
 
         Metrics, means over generated candidates: `policy_loss`, `ratio`, `clip_low`, `clip_high`,
-        `bounded`, `entropy` (-log π of the candidates), `kl` and what the inputs measured;
+        `bounded` and what the inputs measured. `entropy` and `kl`, of a part of log π, are those of
+        the policy: means of -log π and of the divergence weighted by the inputs' `weights`; of
+        beams or a nucleus, which have none, they describe likely candidates only.
         `supervised_loss`, `logged_loss`, `liked` and `disliked` (shares of impressions) over
         prompts.
         """
@@ -105,9 +111,9 @@ class OnlineLoss(nn.Module):
         metrics = {"policy_loss": total.detach()} | self._measured(terms, new, inputs)
         if inputs.reference is not None:
             reference = torch.where(mask, inputs.reference, 0.0)
-            divergence = self._sum(pg.divergences(new, reference, config.kl.estimator), mask)
-            metrics["kl"] = divergence.detach()
-            total = total + config.kl.weight * divergence
+            divergences = pg.divergences(new, reference, config.kl.estimator)
+            metrics["kl"] = self._sum(_weighed(divergences.detach(), inputs), mask)
+            total = total + config.kl.weight * self._sum(divergences, mask)
         if config.entropy_weight > 0:
             bonus = self._sum(pg.sampled_entropies(new, old), mask)
             total = total - config.entropy_weight * bonus
@@ -156,7 +162,12 @@ class OnlineLoss(nn.Module):
             "clip_high": terms.clipped_high,
             "bounded": terms.bounded,
         }
-        means = {"ratio": terms.ratio, "entropy": -new}
+        means = {"ratio": terms.ratio, "entropy": _weighed(-new, inputs)}
         means |= {name: flag.float() for name, flag in flags.items()}
         means |= {name: values[..., None] for name, values in inputs.measures.items()}
         return {name: self._sum(values, mask) for name, values in means.items()}
+
+
+def _weighed(values: Tensor, inputs: OnlineInputs) -> Tensor:
+    """Values [N, G, L] whose mean over candidates is the expectation under the policy."""
+    return values if inputs.weights is None else values * inputs.weights[..., None]

@@ -83,7 +83,7 @@ class Task:
         queries = model(batch, rows, 0)[batch.offsets[1:] - 1]
         keys = Catalogue.from_keys(ALONE, lambda ids: model.item_keys(self.table[ids]), ITEMS)
         streams = torch.arange(USERS) + 1000 * step
-        items = sample_items(
+        items, _ = sample_items(
             keys, queries, streams, AncestralConfig(samples=GROUP), OBJECTIVE.temperature
         )
         candidates = Candidates(batch, items)
@@ -295,3 +295,39 @@ def test_the_logged_item_weighs_what_a_group_does() -> None:
     torch.testing.assert_close(output.loss_sum / weight, expected)
     liked, disliked = (output.metrics[name] / weight for name in ("liked", "disliked"))
     assert float(liked) == pytest.approx(1 / 3) == float(disliked)
+
+
+def test_weights_tell_what_is_measured_and_teach_nothing() -> None:
+    """Entropy and KL are the weighted means; the loss, its KL term included, stays a plain one."""
+    task = Task(alignment(kind="grpo", kl={"weight": 0.5}))
+    inputs, _ = task.roll(0)
+    weights = torch.rand(USERS, GROUP).softmax(1) * GROUP
+    ids, new = task.loss.required_ids(inputs), inputs.old
+    plain, weighed = (
+        task.loss(each, {"item": task.table}, ids)
+        for each in (inputs, replace(inputs, weights=weights))
+    )
+    assert torch.equal(plain.loss_sum, weighed.loss_sum)
+    assert inputs.reference is not None
+    divergences = pg.divergences(new, inputs.reference, "k3")
+    for name, values in {"entropy": -new, "kl": divergences}.items():
+        torch.testing.assert_close(plain.metrics[name], values.sum())
+        torch.testing.assert_close(weighed.metrics[name], (values * weights[..., None]).sum())
+        assert not torch.isclose(plain.metrics[name], weighed.metrics[name])
+    same = [name for name in plain.metrics if name not in ("entropy", "kl")]
+    assert all(torch.equal(plain.metrics[name], weighed.metrics[name]) for name in same)
+
+
+@pytest.mark.parametrize(
+    "generation",
+    [
+        {"kind": "gumbel_top_k"},
+        {"kind": "beam"},
+        {"kind": "ancestral", "top_p": 0.9},
+        {"kind": "ancestral", "temperature": 2.0},
+    ],
+)
+def test_an_entropy_bonus_over_what_is_no_sample_is_refused(generation: dict[str, Any]) -> None:
+    alignment(kind="grpo", generation=generation)
+    with pytest.raises(ValueError, match="entropy_weight=0.1 needs samples of the policy itself"):
+        alignment(kind="grpo", entropy_weight=0.1, generation=generation)

@@ -64,7 +64,7 @@ def roll(policy: ParallelModel, users: list[int]) -> OnlineInputs:
     queries = policy.query(batch)[batch.offsets[1:] - 1]
     keys = torch.tensor(users, dtype=torch.int64) + 1000 * policy.step
     temperature = OBJECTIVE.temperature
-    items = sample_items(catalogue, queries, keys, AncestralConfig(samples=GROUP), temperature)
+    items, _ = sample_items(catalogue, queries, keys, AncestralConfig(samples=GROUP), temperature)
     old = item_log_probs(policy, catalogue, queries, items, temperature)
     gain = 1.0 - 2.0 * (items % 2)
     everything = torch.ones(*items.shape, 1, dtype=torch.bool)
