@@ -1,5 +1,6 @@
 """What a user is told where a stage begins anew beside trainings of other settings."""
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +18,8 @@ _ELSEWHERE = ("name", "output", "cluster", "failures", "evaluation", "recommend"
 def other_trainings(
     layout: RunLayout, stage: StageName, fingerprint: str, recipe: Recipe
 ) -> Iterator[str]:
-    """A sentence each of the stage's trainings in this output, where this recipe has none yet.
+    """A sentence on the stage's training in this output whose settings are nearest to these,
+    where the recipe has none yet.
 
     A run goes on with what its settings name; whoever changed one to go on must know that it did
     not.
@@ -26,6 +28,7 @@ def other_trainings(
     if storage.list_names(own):
         return
     place, mine = own.rsplit("/", 2)[0], own.rsplit("/", 2)[1]
+    found: list[tuple[int, str]] = []
     for name in storage.list_names(place):
         saved = storage.join(place, name, "newest")
         steps = [each for each in storage.list_names(saved) if each.startswith("step-")]
@@ -33,28 +36,34 @@ def other_trainings(
             continue
         newest = max(steps, key=lambda each: each.rsplit("-", 1)[-1])
         url = storage.join(saved, newest, "recipe.json")
-        yield (
+        differs, how = _difference(url, recipe, stage)
+        sentence = (
             f"{stage}: begins at its first step, beside {name} of this output, which is at step "
-            f"{int(newest.split('-')[1]):,} and was trained with {_difference(url, recipe, stage)}"
+            f"{int(newest.split('-')[1]):,} and was trained with {how}"
         )
+        found.append((differs, sentence))
+    if found:
+        more = len(found) - 1
+        yield min(found)[1] + (f" ({more} more differ as much or more)" if more else "")
 
 
-def _difference(url: str, recipe: Recipe, stage: StageName) -> str:
+def _difference(url: str, recipe: Recipe, stage: StageName) -> tuple[int, str]:
+    """How many settings are others, and which."""
     try:
         other = redacted(storage.read_json(url))
     except (OSError, ValueError):
-        return "settings that cannot be read"
+        return sys.maxsize, "settings that cannot be read"
     elsewhere = {*_ELSEWHERE, "alignment"} if stage == "train" else {*_ELSEWHERE}
     blocks = redacted(recipe.model_dump(mode="json", exclude=elsewhere))
     theirs = {k: v for k, v in other.items() if k in blocks} if isinstance(other, dict) else {}
     before, now = dict(_flat(theirs)), dict(_flat(blocks))
     changed = [key for key in {**now, **before} if before.get(key) != now.get(key)]
     if not changed:
-        return "other data or another start"
+        return 0, "other data or another start"
     named = ", ".join(f"{key}={before.get(key)} (now {now.get(key)})" for key in changed[:_NAMED])
     more = len(changed) - _NAMED
     rest = f" and {more} more settings" if more > 0 else ""
-    return f"{named}{rest}: set that back to go on with it"
+    return len(changed), f"{named}{rest}: set that back to go on with it"
 
 
 def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:

@@ -53,6 +53,19 @@ def test_what_differs_is_named(tmp_path: Path, recipe: Recipe) -> None:
     assert "with other data or another start" in told(layout, recipe)[0]
 
 
+def test_of_many_the_nearest_is_told(tmp_path: Path, recipe: Recipe) -> None:
+    layout, output = RunLayout(str(tmp_path)), f"output={tmp_path}"
+    far = ["data.loader.max_length=21", "model.num_layers=7"]
+    for at, settings in enumerate([far, far[:1], [*far, "seed=18"]]):
+        other = load_recipe("quickstart", [output, *settings]).recipe
+        place = layout.checkpoints("train", f"{at}" * 64)
+        url = storage.join(place, f"step-{20:08d}-{0:016x}", "recipe.json")
+        storage.write_json(url, other.model_dump(mode="json"))
+    [line] = told(layout, recipe)
+    assert "beside train-111111111111 of" in line and "max_length=21 (now" in line
+    assert "num_layers" not in line and line.endswith("(2 more differ as much or more)")
+
+
 def test_a_hidden_credential_is_no_difference(tmp_path: Path, recipe: Recipe) -> None:
     url = "data.source.item_text={url: 's3://me:wJalrXUtnFEMI@bucket/t.csv', format: csv}"
     source = [
