@@ -113,6 +113,7 @@ def bench_beam(
             timed = compared_share(count, width, batch)
             scaled = "" if timed == 1.0 else f"; compare timed on {timed:.0%} of a batch and scaled"
             say(f"  {width} beams measured{scaled}")
+    grown = partial(growth_of, batch=batch, repeats=repeats, seed=seed)
     result = {
         "machine": machine(),
         "setting": {
@@ -121,10 +122,12 @@ def bench_beam(
             "batch": batch,
             "shared": SHARED,
             "skew": SKEW,
-        }
-        | {"seed": seed, "repeats": repeats, "most_compared": MOST_COMPARED},
+            "seed": seed,
+            "repeats": repeats,
+            "most_compared": MOST_COMPARED,
+        },
         "constraint": [asdict(row) for row in rows],
-        "summary": summary(rows) | _growth(items, beams, batch, repeats, seed, say),
+        "summary": summary(rows) | _growth(items, beams, grown, say),
     }
     storage.make_directory(output)
     storage.write_json(storage.join(output, "beam.json"), result)
@@ -134,17 +137,16 @@ def bench_beam(
 def _growth(
     items: Sequence[int],
     beams: Sequence[int],
-    batch: int,
-    repeats: int,
-    seed: int,
+    grown: Callable[[int, int, int], float],
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """`growth_of` each larger catalogue, judged and said; None where there is no pair to judge."""
+    """Growth from the smallest catalogue to each larger one (`grown`, by both sizes and beams),
+    judged and said; None where there is no pair to judge."""
     fewest, cases = min(items), []
     fitting = [width for width in beams if width <= fewest - int(SHARED * fewest)]
     for count in sorted({*items} - {fewest}):
         for width in fitting:
-            times = growth_of(fewest, count, width, batch, repeats, seed)
+            times = grown(fewest, count, width)
             cases.append({"items": count, "beams": width, "times": times})
             say(
                 f"  {width} beams: steps of levels 1 … {LEVELS - 1} over the same prefixes and "
