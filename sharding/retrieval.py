@@ -12,47 +12,23 @@ items, V items of the catalogue, K results.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 
-from models.generation.noise import gumbels
+from models.generation.noise import extend_streams, gumbels
+from sharding.draws import best_blocks, best_items, item_streams
 from sharding.parallelize import ParallelModel
 from sharding.process_group import DistributedContext
 from sharding.shared_catalogue import CatalogueShare
 from sharding.sort_keys import best_of_chunk, sort_keys, unpack_keys
+from sharding.turns import TILE, Turn, received_turn, rounded_up, split_turns
 
-TURN = 256
-"""Queries scored at once."""
-TILE = 64
-"""Matrix sides are multiples of this: kernels for odd edges round differently, and then equal keys
-would score unequally, and ranks would depend on the world size."""
 MAX_CHUNK = 1 << 23
 """Items scored at once, at most: what float32 counts exactly."""
-
-
-@dataclass(frozen=True)
-class _Turn:
-    """The queries of one turn, on every rank, and the (query, item) pairs that do not compete."""
-
-    queries: Tensor
-    """[r rounded up to TILE, D] float32, zeros beyond r."""
-    target_ids: Tensor
-    """[r] int64; 0 where there is none."""
-    masked_rows: Tensor
-    """[M] int64, query of a pair."""
-    masked_ids: Tensor
-    """[M] int64, item of a pair, ascending."""
-    streams: Tensor
-    """[r] int64, noise of each query; nothing reads it where nothing is sampled."""
-
-    @property
-    def size(self) -> int:
-        """r."""
-        return self.target_ids.numel()
 
 
 class Catalogue:
@@ -93,14 +69,14 @@ class Catalogue:
                 f"num_items={num_items} must be positive and chunk={chunk} in 1…{MAX_CHUNK}"
             )
         self._ctx, self._num_items = ctx, num_items
-        self._chunk = _rounded_up(chunk)
-        share = CatalogueShare.of(ctx, num_items)
+        self._chunk = rounded_up(chunk)
+        share = CatalogueShare.of(ctx, num_items, TILE)
         self._first, self._size = share.first, share.size
-        held, most = share.ids(ctx.device), CatalogueShare.largest(ctx, num_items)
+        held, most = share.ids(ctx.device), CatalogueShare.largest(ctx, num_items, TILE)
         for begin in range(0, most, chunk):  # as many lookups on every rank: they are collective
             found = keys(held[begin : begin + chunk]).detach()
             if begin == 0:
-                rows = _rounded_up(self._size)
+                rows = rounded_up(self._size)
                 self._keys = found.new_zeros(rows, found.shape[1], dtype=torch.float32)
             self._keys[begin : begin + found.shape[0]] = found
 
@@ -167,7 +143,7 @@ class Catalogue:
         own = allowed[self._first : self._first + self._size].to(self._keys.device)
         hidden = ~pad(own, (0, self._keys.shape[0] - self._size))
 
-        def scores(turn: _Turn) -> Iterator[tuple[int, Tensor]]:
+        def scores(turn: Turn) -> Iterator[tuple[int, Tensor]]:
             for first, found in self._scores(turn):
                 begin = first - self._first
                 yield first, found.masked_fill_(hidden[begin : begin + found.shape[1]], -torch.inf)
@@ -182,9 +158,7 @@ class Catalogue:
 
         The k largest of score / temperature + Gumbel noise (Gumbel top-k, arXiv 1903.06059), where
         the noise of an item is a hash of its id and of the query's stream. So a draw is exact over
-        the whole catalogue, and depends neither on the world size nor on the other queries. The
-        first of the k is a draw by itself: equal queries with k = 1 and streams of their own are
-        independent samples.
+        the whole catalogue, and depends neither on the world size nor on the other queries.
 
         Args:
             queries: [b, D]; b differs between ranks and may be 0.
@@ -202,12 +176,50 @@ class Catalogue:
         )
         return self._merged(turns, k, queries, self._perturbed)
 
+    @torch.no_grad()
+    def draw(
+        self, queries: Tensor, samples: int, streams: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """S independent draws of each query from softmax(score / temperature).
+
+        Exact over the whole catalogue (see `sharding.draws`). Draw s of a query is a function of
+        its stream, whatever S, the world size and the other queries.
+
+        Args:
+            queries: [b, D]; b differs between ranks and may be 0.
+            samples: S, equal on all ranks.
+            streams: [b] int64 (see `models.generation.noise`).
+            temperature: divides the scores; equal on all ranks.
+
+        Returns:
+            ids [b, S] int64 and their scores / temperature [b, S] float32; id 0 and -inf where no
+            item has a probability.
+        """
+        nothing = streams.new_zeros(queries.shape[0] + 1)
+        turns = self._turns(
+            queries / temperature, nothing[1:], nothing[:0], nothing, streams=streams
+        )
+        ids, scores = [], []
+        for source, turn in turns:
+            counters = torch.arange(samples, device=turn.streams.device)
+            noise = extend_streams(turn.streams[:, None], counters)
+            keys = self._ctx.all_reduce_max(best_blocks(self._scores(turn), noise))
+            blocks, _ = unpack_keys(keys)
+            noise = item_streams(noise, blocks)
+            keys = self._ctx.all_reduce_max(best_items(self._scores(turn), blocks, noise))
+            if source == self._ctx.rank:
+                items, perturbed = unpack_keys(keys)
+                ids.append(items)
+                scores.append(perturbed - gumbels(noise, items))
+        empty = streams.new_empty(0, samples)
+        return _joined(ids, empty), _joined(scores, empty.float())
+
     def _merged(
         self,
-        turns: Iterator[tuple[int, _Turn]],
+        turns: Iterator[tuple[int, Turn]],
         k: int,
         queries: Tensor,
-        scores: Callable[[_Turn], Iterator[tuple[int, Tensor]]],
+        scores: Callable[[Turn], Iterator[tuple[int, Tensor]]],
     ) -> tuple[Tensor, Tensor]:
         """Ids and scores of the best k of all ranks, for this rank's queries. Collective."""
         found = []
@@ -240,7 +252,7 @@ class Catalogue:
                 sums.append(top + share.log_())
         return _joined(sums, queries.new_empty(0, dtype=torch.float32))
 
-    def _scores(self, turn: _Turn) -> Iterator[tuple[int, Tensor]]:
+    def _scores(self, turn: Turn) -> Iterator[tuple[int, Tensor]]:
         """First id and scores [≥ r, c] of each chunk; -inf for pairs that do not compete.
 
         The same memory serves every chunk, so a caller is done with one before it takes the next.
@@ -259,7 +271,7 @@ class Catalogue:
             scores[turn.masked_rows[low:high], columns] = -torch.inf
             yield self._first + start, scores
 
-    def _perturbed(self, turn: _Turn) -> Iterator[tuple[int, Tensor]]:
+    def _perturbed(self, turn: Turn) -> Iterator[tuple[int, Tensor]]:
         """`_scores` with Gumbel noise of (query, item)."""
         for first, scores in self._scores(turn):
             ids = torch.arange(first, first + scores.shape[1], device=scores.device)
@@ -268,7 +280,7 @@ class Catalogue:
                 scores[rows] += gumbels(turn.streams[rows, None], ids)
             yield first, scores
 
-    def _target_scores(self, turn: _Turn) -> Tensor:
+    def _target_scores(self, turn: Turn) -> Tensor:
         """[r] score of each target, from the rank that holds it. Collective.
 
         Computed as products of TILE × TILE, so that it rounds as it does in `_scores`.
@@ -283,7 +295,7 @@ class Catalogue:
                 scores[tile] = torch.mm(turn.queries[tile], self._keys[rows[tile]].T).diagonal()
         return self._ctx.all_reduce_sum(scores[: turn.size].where(held, 0.0))
 
-    def _count_better(self, turn: _Turn, target_scores: Tensor) -> Tensor:
+    def _count_better(self, turn: Turn, target_scores: Tensor) -> Tensor:
         """[r] competing items of this rank's range that come before the target."""
         targets = turn.target_ids
         above = target_scores.nextafter(target_scores.new_tensor(torch.inf))
@@ -308,11 +320,11 @@ class Catalogue:
         seen_offsets: Tensor,
         problem: str | None = None,
         streams: Tensor | None = None,
-    ) -> Iterator[tuple[int, _Turn]]:
+    ) -> Iterator[tuple[int, Turn]]:
         """Every rank's queries, at most TURN at once, with the rank they belong to. Collective."""
         problem = problem or self._misfit(queries, target_ids, seen_ids, seen_offsets)
         streams = torch.zeros_like(target_ids) if streams is None else streams
-        mine = [] if problem else _split(queries, target_ids, seen_ids, seen_offsets, streams)
+        mine = [] if problem else split_turns(queries, target_ids, seen_ids, seen_offsets, streams)
         sizes = [(shown.shape[0], numbers.numel()) for shown, numbers in mine]
         agenda = self._ctx.all_gather_object((problem, sizes))
         for source, (sentence, _) in enumerate(agenda):
@@ -328,7 +340,7 @@ class Catalogue:
                 if self._ctx.world_size > 1:
                     dist.broadcast(shown, source)
                     dist.broadcast(numbers, source)
-                yield source, _turn(shown, numbers)
+                yield source, received_turn(shown, numbers)
 
     def _misfit(
         self, queries: Tensor, target_ids: Tensor, seen_ids: Tensor, seen_offsets: Tensor
@@ -353,32 +365,7 @@ class Catalogue:
         return parts
 
 
-def _split(
-    queries: Tensor, target_ids: Tensor, seen_ids: Tensor, seen_offsets: Tensor, streams: Tensor
-) -> list[tuple[Tensor, Tensor]]:
-    """This rank's turns as they are sent: queries [r, D], and all integers of a turn in one."""
-    turns = []
-    for begin in range(0, queries.shape[0], TURN):
-        targets = target_ids[begin : begin + TURN]
-        edges = seen_offsets[begin : begin + TURN + 1]
-        rows = torch.arange(targets.numel(), device=queries.device)
-        seen_rows = rows.repeat_interleave(edges[1:] - edges[:-1])
-        ids, order = torch.cat([seen_ids[edges[0] : edges[-1]], targets]).sort()
-        noise = streams[begin : begin + TURN]
-        numbers = torch.cat([noise, targets, torch.cat([seen_rows, rows])[order], ids])
-        turns.append((queries[begin : begin + TURN].float().contiguous(), numbers))
-    return turns
-
-
-def _turn(queries: Tensor, numbers: Tensor) -> _Turn:
-    rows = queries.shape[0]
-    pairs = (numbers.numel() - 2 * rows) // 2
-    streams, targets, masked_rows, masked_ids = numbers.split([rows, rows, pairs, pairs])
-    padded = pad(queries, (0, 0, 0, _rounded_up(rows) - rows))
-    return _Turn(padded, targets, masked_rows, masked_ids, streams)
-
-
-def _best_keys(turn: _Turn, k: int, chunks: Iterator[tuple[int, Tensor]]) -> Tensor:
+def _best_keys(turn: Turn, k: int, chunks: Iterator[tuple[int, Tensor]]) -> Tensor:
     """[r, k] sort keys of the best items of a rank's chunks of scores, best first."""
     nothing = sort_keys(turn.queries.new_tensor(-torch.inf), torch.zeros_like(turn.target_ids))
     best = nothing[:, None].expand(-1, k)
@@ -386,10 +373,6 @@ def _best_keys(turn: _Turn, k: int, chunks: Iterator[tuple[int, Tensor]]) -> Ten
         found = best_of_chunk(scores[: turn.size], first, k)
         best = torch.cat([best, found], dim=1).topk(k).values
     return best.contiguous()
-
-
-def _rounded_up(size: int) -> int:
-    return -(-size // TILE) * TILE
 
 
 def _joined(parts: list[Tensor], empty: Tensor) -> Tensor:

@@ -30,16 +30,16 @@ class CatalogueShare:
     """0 of the last ranks where there are more ranks than items."""
 
     @classmethod
-    def of(cls, ctx: DistributedContext, num_items: int) -> "CatalogueShare":
-        """This rank's share of items 1 … V."""
-        most = cls.largest(ctx, num_items)
+    def of(cls, ctx: DistributedContext, num_items: int, block: int = 1) -> "CatalogueShare":
+        """This rank's share of items 1 … V, of whole blocks of as many items."""
+        most = cls.largest(ctx, num_items, block)
         first = 1 + ctx.rank * most
         return cls(first, max(0, min(num_items + 1 - first, most)))
 
     @staticmethod
-    def largest(ctx: DistributedContext, num_items: int) -> int:
+    def largest(ctx: DistributedContext, num_items: int, block: int = 1) -> int:
         """Items of the largest share, that of rank 0."""
-        return -(-num_items // ctx.world_size)
+        return min(-(-num_items // (block * ctx.world_size)) * block, num_items)
 
     def ids(self, device: torch.device) -> Tensor:
         """Its items, [size] int64."""

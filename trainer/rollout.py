@@ -22,7 +22,7 @@ from configs.generation import (
 from configs.objectives import MultiTaskConfig, NextCodeConfig
 from models.base import CodeDecoder, TableModel
 from models.generation.candidates import candidate_log_probs
-from models.generation.noise import gumbels, request_streams, sample_streams
+from models.generation.noise import gumbels, request_streams
 from models.generation.search import Generated, generate, item_of_each
 from sharding.parallelize import ParallelModel
 from sharding.retrieval import Catalogue
@@ -215,12 +215,9 @@ def sample_items(
             shares = scores - gumbels(streams[:, None], items)
             return items, draw_odds(config, shares, scores)
         case AncestralConfig():
-            # Equal queries with streams of their own: their first draws are independent.
-            streams = sample_streams(keys, config.samples)
-            repeated = queries.repeat_interleave(config.samples, dim=0)
+            streams = request_streams(keys)[:, 0]
             scale = temperature * config.temperature
-            items, scores = catalogue.sample(repeated, 1, streams.flatten(), scale)
-            items, scores = (x.view(streams.shape) for x in (items, scores))
-            return items, draw_odds(config, scores - gumbels(streams, items), scores)
+            items, shares = catalogue.draw(queries, config.samples, streams, scale)
+            return items, draw_odds(config, shares, shares)
         case _:
             assert_never(config)

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from models.generation.noise import gumbels, request_streams, sample_streams
 from sharding.process_group import DistributedContext, current_context
-from sharding.retrieval import TURN, Catalogue
+from sharding.retrieval import Catalogue
+from sharding.turns import TILE, TURN
 from tests.harness import run_ranks
 
 ALONE = DistributedContext(0, 1, torch.device("cpu"))
@@ -65,16 +66,81 @@ def test_more_than_the_catalogue_has() -> None:
     assert (ids[:, 3:] == 0).all() and (scores[:, 3:] == -torch.inf).all()
 
 
+def chi_square(ids: Tensor, probabilities: Tensor) -> float:
+    """Pearson's χ² of drawn ids; outcomes that are seldom are counted as one."""
+    counts = torch.bincount(ids.flatten() - 1, minlength=probabilities.numel()).float()
+    expected = ids.numel() * probabilities
+    seldom = expected < 20
+    counts = torch.cat([counts[~seldom], counts[seldom].sum()[None]])
+    expected = torch.cat([expected[~seldom], expected[seldom].sum()[None]]).clamp(min=1e-9)
+    return float(((counts - expected).square() / expected).sum())
+
+
 def test_independent_draws_follow_the_softmax() -> None:
-    """Pearson's χ² of 40,000 draws over 6 items; 5 degrees of freedom, 1 in 10^5 exceeds 30.9."""
+    """40,000 draws over 6 items; 5 degrees of freedom, 1 in 10^5 exceeds 30.9."""
     logits = torch.tensor([0.5, -1.0, 2.0, 0.0, 1.0, -0.5])
-    draws, temperature = 40_000, 0.7
-    streams = sample_streams(torch.tensor([11]), draws)[0]
-    catalogue = catalogue_of(ALONE, logits[:, None], chunk=3)
-    ids, _ = catalogue.sample(torch.ones(draws, 1), 1, streams, temperature)
-    expected = draws * (logits / temperature).softmax(0)
-    counts = torch.bincount(ids[:, 0] - 1, minlength=6)
-    assert float(((counts - expected).square() / expected).sum()) < 30.9
+    queries, streams = torch.ones(400, 1), request_streams(torch.arange(400))[:, 0]
+    ids, _ = catalogue_of(ALONE, logits[:, None], chunk=3).draw(queries, 100, streams, 0.7)
+    assert chi_square(ids, (logits / 0.7).softmax(0)) < 30.9
+
+
+@pytest.mark.parametrize("sharpness", [0.0, 2.0, 30.0])
+def test_independent_draws_of_many_blocks_follow_the_softmax(sharpness: float) -> None:
+    """Over 5 blocks, the last not full: at most 300 degrees of freedom, 1 in 10^5 exceeds 414."""
+    items = 4 * TILE + 45
+    logits = sharpness * torch.randn(items, generator=torch.Generator().manual_seed(3))
+    queries, streams = torch.ones(500, 1), request_streams(torch.arange(500))[:, 0]
+    catalogue = catalogue_of(ALONE, logits[:, None], chunk=2 * TILE)
+    ids, scores = catalogue.draw(queries, 200, streams, 1.0)
+    assert chi_square(ids, logits.softmax(0)) < 414
+    torch.testing.assert_close(scores, logits[ids - 1], rtol=1e-5, atol=1e-4)
+    pairs = (ids[:, 1:] == ids[:, :-1]).float().mean()  # of one query's draws, one after the other
+    same = logits.softmax(0).square().sum()
+    assert abs(float(pairs - same)) < 5 * float((same * (1 - same) / pairs.numel()).sqrt())
+
+
+def draw_independently(chunk: int) -> tuple[Tensor, Tensor]:
+    """As `draw_on_rank`, with repeats."""
+    ctx = current_context("cpu")
+    catalogue = catalogue_of(ctx, keys_of_items(), chunk)
+    queries, streams = all_queries()
+    asking = max(ctx.world_size - 1, 1)
+    mine = slice(ctx.rank, None, asking) if ctx.rank < asking else slice(0, 0)
+    return catalogue.draw(queries[mine], K, streams[mine], 0.5)
+
+
+@pytest.mark.parametrize(("world_size", "chunk"), [(1, 64), (2, 64), (3, 128), (4, 64)])
+def test_independent_draws_do_not_depend_on_world_and_chunks(world_size: int, chunk: int) -> None:
+    """Three blocks: the last of four ranks holds no item, and of several the last asks nothing."""
+    queries, streams = all_queries()
+    ids, scores = catalogue_of(ALONE, keys_of_items(), 1024).draw(queries, K, streams, 0.5)
+    parts = run_ranks(world_size, draw_independently, chunk)
+    asking = max(world_size - 1, 1)
+    for rank in range(asking):
+        assert torch.equal(parts[rank][0], ids[rank::asking])
+        assert torch.equal(parts[rank][1], scores[rank::asking])
+    assert all(part[0].shape == (0, K) for part in parts[asking:])
+
+
+def test_a_draw_is_the_same_among_few_and_many() -> None:
+    queries, streams = all_queries()
+    catalogue = catalogue_of(ALONE, keys_of_items())
+    many, _ = catalogue.draw(queries, 40, streams, 1.0)
+    few, _ = catalogue.draw(queries[40:41], 7, streams[40:41], 1.0)
+    assert torch.equal(many[40:41, :7], few)
+
+
+def test_only_items_with_a_probability_are_drawn() -> None:
+    """One item holds it all; a query without any finite score draws nothing."""
+    logits = torch.full((200, 1), -torch.inf)
+    logits[150] = 3.0
+    catalogue, streams = catalogue_of(ALONE, logits), torch.arange(2)
+    ids, scores = catalogue.draw(torch.ones(2, 1), 4, streams, 1.0)
+    assert (ids == 151).all()
+    torch.testing.assert_close(scores, torch.full((2, 4), 3.0))
+    nothing = catalogue_of(ALONE, torch.full((200, 1), -torch.inf))
+    ids, scores = nothing.draw(torch.ones(2, 1), 4, streams, 1.0)
+    assert (ids == 0).all() and (scores == -torch.inf).all()
 
 
 def test_draws_without_replacement_follow_plackett_luce() -> None:

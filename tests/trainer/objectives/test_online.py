@@ -123,7 +123,7 @@ def test_reaches_the_best_answer(settings: dict[str, Any]) -> None:
     uniform is then log 12, and every user is offered their one item first."""
     task = Task(alignment(**settings))
     course, divergence = [], []
-    for step in range(100):
+    for step in range(150):
         inputs, rewards = task.roll(step)
         course.append(float(rewards.mean()))
         for _ in range(task.config.inner_epochs):
