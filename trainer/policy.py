@@ -227,10 +227,7 @@ def named_checkpoint(
 
 def _mend(root: str) -> str:
     """What to do about a checkpoint that a stage ended with, which loses nothing that is whole."""
-    stage, store = RunLayout.stage_of(root), root.rsplit("/", 1)[-1]
-    if store == "newest":
-        return (
-            f"restore its files, or remove that directory and run `tandem {stage} RECIPE` of its "
-            "run, which goes on from the newest checkpoint that is whole"
-        )
-    return f"restore its files; without them run `tandem {stage} RECIPE --force` of its run"
+    return (
+        f"restore its files, or remove that directory and run `tandem {RunLayout.stage_of(root)} "
+        "RECIPE` of its run, which goes on with what is whole"
+    )

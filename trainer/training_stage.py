@@ -7,7 +7,6 @@ from typing import Any, Protocol
 import torch
 
 from configs.alignment import AlignmentBase
-from configs.layout import RunLayout
 from configs.redaction import redacted
 from configs.training import TrainingConfig
 from sharding.checkpoint import CheckpointInfo, CheckpointStore
@@ -24,11 +23,11 @@ from trainer.objectives.next_item import NextItemLoss
 from trainer.objectives.online import OnlineLoss
 from trainer.policy import (
     Worker,
-    checkpoint_reference,
     parallelize_policy,
     provenance,
     refuse_other_meanings,
 )
+from trainer.stage_outcome import stage_outcome
 from trainer.stage_saver import StageSaver
 from trainer.stage_stores import StageStores
 from trainer.stop_notice import StopNotice, attended
@@ -130,7 +129,8 @@ class TrainingStage:
         told = saver.sentence()
         if told is not None:
             worker.tell(told)
-        return _outcome(state, stores)
+        metric = None if config.validation is None else config.validation.metric
+        return stage_outcome(state, stores, metric, worker.ctx, worker.tell)
 
     def _trainer(
         self,
@@ -253,37 +253,3 @@ def _watch(config: TrainingConfig | AlignmentBase, state: TrainerState) -> Watch
     if not isinstance(config, AlignmentBase):
         return None
     return Watch(config.guardrails, state.watch) if config.guardrails.watch else None
-
-
-def _damaged(store: CheckpointStore, mend: str) -> str:
-    """Of a checkpoint that the stage ends with; a sentence."""
-    why = "; ".join(store.skipped) or "nothing is there"
-    return f"the stage's outcome in {store.root} is damaged ({why}); {mend}"
-
-
-def _outcome(state: TrainerState, stores: StageStores) -> dict[str, Any]:
-    """A training stage's outputs: the checkpoint that later stages start from. Collective."""
-    store = newest = stores.newest
-    last = newest.newest()
-    selected, selected_on = last, "last step"
-    if last is None or newest.skipped:  # run again, the stage resumes before the damaged one
-        raise ValueError(_damaged(newest, "run the same command again"))
-    if state.best is not None:
-        store, selected_on = stores.best, "validation"
-        selected = store.at(state.best)
-    elif any(alarm["action"] != "warn" for alarm in state.watch.alarms):
-        assert state.good is not None, "the start was kept"
-        store, selected_on = stores.good, "guardrails"
-        selected = store.at(state.good)
-    if selected is None:
-        stage = RunLayout.stage_of(store.root)
-        raise ValueError(_damaged(store, f"begin again with `tandem {stage} RECIPE --force`"))
-    return {
-        "checkpoint": checkpoint_reference(selected),
-        "last_checkpoint": checkpoint_reference(last),
-        "selected_on": selected_on,
-        "best_value": state.best_value,
-        "best_epoch": None if state.best_value is None else state.best_epoch + 1,
-        "steps": last.step,
-        "alarms": state.watch.alarms,
-    }

@@ -2,14 +2,23 @@
 
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from configs import storage
+from configs.layout import RunLayout
 from sharding.checkpoint import CheckpointStore
 from sharding.checkpoint_manifest import MANIFEST
 from sharding.process_group import current_context
 from tests.harness import run_ranks
 from tests.sharding.policies import Settings, make_policy
+from trainer.guardrails import WatchState
+from trainer.stage_outcome import stage_outcome
+from trainer.stage_stores import StageStores
+from trainer.trainer import TrainerState
 from trainer.training_stage import tell_damage
 
 
@@ -66,3 +75,73 @@ def test_a_damaged_checkpoint_is_reported_once(tmp_path: Path) -> None:
 
 def test_a_stage_starts_where_only_unfinished_saves_are_left(tmp_path: Path) -> None:
     assert run_ranks(1, start_after, str(tmp_path / "root"), MANIFEST)[0] == ([], "")
+
+
+def outcomes(root: str) -> tuple[dict[str, dict[str, Any]], list[str], list[str]]:
+    """What a stage whose step 4 was best, and 6 the last, ends with as more and more is damaged;
+    what it tells, and what it refuses with."""
+    ctx, layout = current_context("cpu"), RunLayout(root)
+    stores = StageStores.below(layout, "train", "f", 2, ctx)
+    names = {
+        (kind, step): CheckpointStore(url, 3, ctx).write(step, {"w": torch.ones(8)}, {}, {}).name
+        for kind, url, steps in (
+            ("best", stores.best.root, (2, 4)),
+            ("good", stores.good.root, (1, 5, 9)),  # the last by a run that was cut off
+            ("newest", stores.newest.root, (4, 6)),
+        )
+        for step in steps
+    }
+    values = {2: 0.1, 4: 0.3, 6: 0.2}
+    alarm = {"step": 6, "action": "stop", "reason": "fell"}
+    plain = TrainerState(
+        best=names["best", 4],
+        good=names["good", 5],
+        validations=[{"step": s, "epoch": s - 1, "ndcg@10": value} for s, value in values.items()],
+    )
+    acted = replace(plain, watch=WatchState(alarms=[alarm]))
+    told, refused = list[str](), list[str]()
+
+    def outcome(state: TrainerState, *damaged: tuple[str, int]) -> dict[str, Any]:
+        for kind, step in damaged:
+            place = Path(layout.best("train", "f")).parent / kind / names[kind, step]
+            os.truncate(place / "__0_0.distcp", 1)
+        try:
+            return stage_outcome(state, stores, "ndcg@10", ctx, told.append)
+        except ValueError as error:
+            refused.append(str(error))
+            return {}
+
+    found = {
+        "whole": outcome(plain),
+        "twin": outcome(plain, ("best", 4)),
+        "after a guardrail": outcome(acted),
+        "good": outcome(replace(acted, best=None)),
+        "earlier good": outcome(replace(acted, best=None), ("good", 5)),
+        "last": outcome(plain, ("newest", 4)),
+        "none": outcome(acted, ("best", 2)),
+        "newest": outcome(plain, ("newest", 6)),
+    }
+    return found, told, refused
+
+
+def test_a_stage_ends_with_the_best_that_is_whole(tmp_path: Path) -> None:
+    found, told, refused = run_ranks(1, outcomes, str(tmp_path))[0]
+    ends = {
+        case: (each["checkpoint"]["url"].split("/")[-2], each["checkpoint"]["step"])
+        for case, each in found.items()
+        if each
+    }
+    assert ends == {
+        "whole": ("best", 4),
+        "twin": ("newest", 4),
+        "after a guardrail": ("best", 2),
+        "good": ("good", 5),
+        "earlier good": ("good", 1),
+        "last": ("newest", 6),
+    }
+    assert [found[case]["best_value"] for case in ends] == [0.3, 0.3, 0.1, None, None, 0.2]
+    assert [found[case]["best_epoch"] for case in ends] == [4, 4, 2, None, None, 6]
+    assert len(told) == 4 and all("__0_0.distcp has 1 bytes" in sentence for sentence in told)
+    assert found["twin"]["checkpoint"]["url"] in told[0]
+    assert "nothing else that the stage could end with is whole: restore its files" in refused[0]
+    assert refused[1].endswith("run the same command again") and len(refused) == 2
