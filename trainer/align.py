@@ -32,6 +32,7 @@ from trainer.align_logged import LoggedImpressions
 from trainer.align_online import OnlineUpdates, prompt_loader
 from trainer.evaluate import load_policy, preference_accuracy, validation_ranker
 from trainer.left_out import left_out_samples
+from trainer.logged_steps import LoggedSteps
 from trainer.objectives.dpo import PreferenceInputs, PreferenceLoss
 from trainer.objectives.logged import LoggedLoss
 from trainer.objectives.online import OnlineLoss
@@ -75,7 +76,7 @@ def offline_stage(
     with preference_loader(worker, config, pairs, None, TrainerState()) as probe:
         steps = probe.steps_per_epoch
 
-    updates = LoggedPairs(worker, config, loss.model, steps)
+    updates = LoggedPairs(worker, config, loss.model)
 
     def before(policy: ParallelModel, afresh: bool) -> None:
         write_reference_once(worker, policy, settings)
@@ -130,7 +131,7 @@ def logged_stage(worker: Worker, config: GBPOConfig, settings: dict[str, Any]) -
     loss = LoggedLoss(build_scorer(worker, normalised=True), config)
     with prompt_loader(worker, config, TrainerState()) as probe:
         steps = probe.steps_per_epoch
-    updates = LoggedImpressions(worker, config, loss.model, steps)
+    updates = LoggedImpressions(worker, config, loss.model)
 
     def before(policy: ParallelModel, afresh: bool) -> None:
         load_policy(worker, policy, settings["start"])
@@ -160,12 +161,11 @@ def generated_stage(
     )
     with prompt_loader(worker, config, TrainerState()) as probe:
         steps = probe.steps_per_epoch
-    measured = PolicyProbe(worker, config, steps)
     return TrainingStage(
         loss=loss,
         steps_per_epoch=steps,
         loader_at=lambda state: prompt_loader(worker, config, state),
-        updates=GeneratedPairs(worker, config, loss, start, measured),
+        updates=GeneratedPairs(worker, config, loss, start),
         before=lambda policy, afresh: load_pretrained(worker, policy, settings, afresh),
         **shared_settings(worker, config, settings),
     )
@@ -229,14 +229,12 @@ def preference_loader(
 class LoggedPairs(OneUpdate):
     """Turns a step's pairs into one update, with targets for the supervised term."""
 
-    def __init__(
-        self, worker: Worker, config: OfflineAlignment, model: TableModel, steps_per_epoch: int
-    ) -> None:
+    def __init__(self, worker: Worker, config: OfflineAlignment, model: TableModel) -> None:
         super().__init__(self._inputs)
         self._worker = worker
         self._model = model
         self._supervised = SupervisedTargets(worker, model, config.supervised_weight)
-        self._probe = PolicyProbe(worker, config, steps_per_epoch)
+        self._probe = PolicyProbe(worker)
 
     def draw(self, start: ParallelModel, pairs_url: str) -> None:
         """Have the divergence from `start` told in the contexts of a few pairs. Collective."""
@@ -251,9 +249,9 @@ class LoggedPairs(OneUpdate):
         )
         self._probe.draw(start, (pairs.batch for pairs in few))
 
-    def attach(self, policy: ParallelModel) -> None:
+    def attach(self, policy: ParallelModel, logged: LoggedSteps) -> None:
         """Measure `policy` where a step is logged."""
-        self._probe.attach(policy)
+        self._probe.attach(policy, logged)
 
     def _inputs(self, step: Any) -> list[PreferenceInputs]:
         """Inputs of each micro batch of this rank. Collective."""

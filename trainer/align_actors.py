@@ -18,6 +18,7 @@ from data_loaders.prompts import PromptSequences
 from sharding.checkpoint import CheckpointStore
 from sharding.parallelize import ParallelModel
 from trainer.align_online import OnlineUpdates, prompt_loader
+from trainer.logged_steps import LoggedSteps
 from trainer.objectives.online import OnlineInputs, OnlineLoss
 from trainer.policy import Worker
 from trainer.reference_policy import ReferencePolicy
@@ -52,9 +53,9 @@ class ActorUpdates(OnlineUpdates):
         loader = prompt_loader(self._worker, self._config, state)
         return AskingLoader(loader, self._ask, self._settings.ahead, self._actors.stop)
 
-    def attach(self, policy: ParallelModel) -> None:
+    def attach(self, policy: ParallelModel, logged: LoggedSteps) -> None:
         """Train `policy`, and start the actors. Collective."""
-        super().attach(policy)
+        super().attach(policy, logged)
         self._actors.start()
 
     def restore(self, beside: CheckpointStore, name: str | None) -> None:

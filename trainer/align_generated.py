@@ -18,6 +18,7 @@ from configs.alignment import GeneratedAlignment, IterativePreferenceConfig, Sel
 from sharding.checkpoint import CheckpointStore
 from sharding.parallelize import ParallelModel
 from trainer.align_online import SpreadCheck, reward_sum, spread
+from trainer.logged_steps import LoggedSteps
 from trainer.objectives.dpo import PreferenceInputs, PreferenceLoss
 from trainer.objectives.scoring import Candidates
 from trainer.policy import Worker
@@ -44,13 +45,12 @@ class GeneratedPairs:
         config: GeneratedAlignment,
         loss: PreferenceLoss,
         start: ReferencePolicy,
-        probe: PolicyProbe,
     ) -> None:
         """`start` holds the round's start and follows the policy; `loss` is the trained one's."""
         self._worker = worker
         self._config = config
         self._start = start
-        self._probe = probe
+        self._probe = PolicyProbe(worker)
         self._supervised = SupervisedTargets(worker, loss.model, config.supervised_weight)
         self._policy: ParallelModel | None = None
         self._engine = RolloutEngine(worker, start.policy, config.generation)
@@ -59,10 +59,10 @@ class GeneratedPairs:
         if isinstance(config, IterativePreferenceConfig):
             self._rewards = reward_sum(worker, config.rewards)
 
-    def attach(self, policy: ParallelModel) -> None:
-        """Train `policy`, whose weights and step are in place. Collective."""
+    def attach(self, policy: ParallelModel, logged: LoggedSteps) -> None:
+        """Train `policy`, and measure it where a step is logged. Collective."""
         self._policy = policy
-        self._probe.attach(policy)
+        self._probe.attach(policy, logged)
 
     def save(self, beside: CheckpointStore, name: str) -> None:
         """Save the round's start with the policy's next checkpoint in `beside`. Collective."""

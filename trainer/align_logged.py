@@ -13,6 +13,7 @@ from models.base import TableModel
 from models.batch import JaggedBatch
 from sharding.parallelize import ParallelModel
 from trainer.align_online import prompt_loader
+from trainer.logged_steps import LoggedSteps
 from trainer.objectives.logged import LoggedInputs
 from trainer.policy import Worker
 from trainer.probe import PROBED, PolicyProbe
@@ -26,15 +27,13 @@ from trainer.training_stage import OneUpdate
 class LoggedImpressions(OneUpdate):
     """Turns a step's sequences into one update on what users took next."""
 
-    def __init__(
-        self, worker: Worker, config: GBPOConfig, model: TableModel, steps_per_epoch: int
-    ) -> None:
+    def __init__(self, worker: Worker, config: GBPOConfig, model: TableModel) -> None:
         super().__init__(self._inputs)
         self._worker = worker
         self._config = config
         self._model = model
         self._supervised = SupervisedTargets(worker, model, config.supervised_weight)
-        self._probe = PolicyProbe(worker, config, steps_per_epoch)
+        self._probe = PolicyProbe(worker)
 
     def draw(self, start: ParallelModel, left_out: np.ndarray) -> None:
         """Have the divergence from `start` told at the prompts of the first steps. Collective.
@@ -62,9 +61,9 @@ class LoggedImpressions(OneUpdate):
             if found >= PROBED:
                 return
 
-    def attach(self, policy: ParallelModel) -> None:
+    def attach(self, policy: ParallelModel, logged: LoggedSteps) -> None:
         """Measure `policy` where a step is logged."""
-        self._probe.attach(policy)
+        self._probe.attach(policy, logged)
 
     def _inputs(self, step: Any) -> list[LoggedInputs]:
         """Inputs of each micro batch of this rank. Collective."""

@@ -19,6 +19,7 @@ from data_loaders.prompts import PromptLoader
 from sharding.checkpoint import CheckpointStore
 from sharding.parallelize import ParallelModel
 from sharding.process_group import DistributedContext
+from trainer.logged_steps import LoggedSteps
 from trainer.objectives import policy_gradient as pg
 from trainer.objectives.online import OnlineInputs, OnlineLoss
 from trainer.objectives.scoring import Candidates
@@ -96,8 +97,8 @@ class OnlineUpdates:
         self._policy: ParallelModel | None = None
         self._engine: RolloutEngine | None = None
 
-    def attach(self, policy: ParallelModel) -> None:
-        """Generate with `policy`, whose weights and step are in place. Collective."""
+    def attach(self, policy: ParallelModel, logged: LoggedSteps) -> None:
+        """Generate with `policy`; its loss measures at every step, `logged` or not. Collective."""
         self._policy = policy
         self._engine = RolloutEngine(self._worker, policy, self._config.generation)
 

@@ -12,7 +12,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from configs.alignment import AlignmentBase
 from configs.generation import AncestralConfig
 from models.batch import JaggedBatch
 from sharding.parallelize import ParallelModel
@@ -31,13 +30,9 @@ PROBED = 256
 class PolicyProbe:
     """Adds to a step's inputs what is measured before their update."""
 
-    def __init__(self, worker: Worker, config: AlignmentBase, steps_per_epoch: int) -> None:
-        """`steps_per_epoch` of the stage."""
+    def __init__(self, worker: Worker) -> None:
         self._worker = worker
-        total_steps = config.epochs * steps_per_epoch
-        self._logged = LoggedSteps(
-            config.log_every_steps, total_steps, steps_per_epoch, config.guardrails.watch
-        )
+        self._logged: LoggedSteps | None = None
         self._policy: ParallelModel | None = None
         self._engine: RolloutEngine | None = None
         self._drawn: list[Rollout] = []
@@ -53,9 +48,9 @@ class PolicyProbe:
         engine.refresh()
         self._drawn = [engine(_prompts(batch), 0) for batch in contexts]
 
-    def attach(self, policy: ParallelModel) -> None:
-        """Measure `policy`."""
-        self._policy = policy
+    def attach(self, policy: ParallelModel, logged: LoggedSteps) -> None:
+        """Measure `policy` at the `logged` steps."""
+        self._policy, self._logged = policy, logged
         self._engine = RolloutEngine(self._worker, policy, AncestralConfig(samples=1))
 
     def __call__(
@@ -90,6 +85,7 @@ class PolicyProbe:
     ) -> list[dict[str, Tensor]] | None:
         """Of each micro batch, `entropy` and `kl` [N]; None where nothing is logged. Collective."""
         assert self._policy is not None and self._engine is not None, "attach comes first"
+        assert self._logged is not None, "attach comes first"
         if self._policy.step + 1 not in self._logged:
             return None
         self._engine.refresh()

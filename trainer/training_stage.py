@@ -38,8 +38,13 @@ from trainer.watchdog import Watchdog
 class Updates(Protocol):
     """Turns a step into updates by means of the policy itself, and may hold state of its own."""
 
-    def attach(self, policy: ParallelModel) -> None:
-        """Use `policy`, whose weights and step are in place: new or resumed. Collective."""
+    def attach(self, policy: ParallelModel, logged: LoggedSteps) -> None:
+        """Use `policy`, whose weights and step are in place: new or resumed. Collective.
+
+        Args:
+            policy: it is trained.
+            logged: the steps for which everything that is told of them must be measured.
+        """
 
     def __call__(self, step: Any) -> Iterable[Sequence[Any]]:
         """Inputs of each update. Collective."""
@@ -57,7 +62,7 @@ class OneUpdate:
     def __init__(self, make_inputs: Callable[[Any], Sequence[Any]]) -> None:
         self._make_inputs = make_inputs
 
-    def attach(self, policy: ParallelModel) -> None:
+    def attach(self, policy: ParallelModel, logged: LoggedSteps) -> None:
         """There is nothing to attach."""
 
     def __call__(self, step: Any) -> Iterable[Sequence[Any]]:
@@ -95,6 +100,18 @@ class TrainingStage:
     hashes: dict[str, str] = field(default_factory=dict)
     """Further hashes that travel with the checkpoints."""
 
+    @property
+    def logged(self) -> LoggedSteps:
+        """The steps that are logged, of whoever measures for them as well."""
+        config, validation = self.config, self.config.validation
+        return LoggedSteps(
+            config.log_every_steps,
+            self.limits.total_steps(self.steps_per_epoch),
+            self.steps_per_epoch,
+            guarded=isinstance(config, AlignmentBase) and config.guardrails.watch,
+            validated_every=None if validation is None else validation.every_steps,
+        )
+
     def fit(self) -> dict[str, Any]:
         """Train to the end; the outputs name the selected checkpoint. Collective."""
         worker, config, layout = self.worker, self.config, self.worker.layout
@@ -115,7 +132,7 @@ class TrainingStage:
         if self.before is not None:
             self.before(policy, info is None)
         state = self._resume(policy, newest, info)
-        self.updates.attach(policy)
+        self.updates.attach(policy, self.logged)
         self.updates.restore(newest, None if info is None else info.name)
         saver = self._saver(policy, (newest, stores.good))
         watchdog = Watchdog(
@@ -142,7 +159,7 @@ class TrainingStage:
         watchdog: Watchdog,
     ) -> Trainer:
         config, total_steps = self.config, self.limits.total_steps(self.steps_per_epoch)
-        worker, watch = self.worker, _watch(config, state)
+        worker = self.worker
         non_finite = worker.recipe.failures.non_finite
         loader = self.loader_at(state)
         loader.leave_out(left_out_samples(worker, loader.unit))
@@ -163,17 +180,11 @@ class TrainingStage:
             validation=config.validation,
             validate=self.validator(policy),
             measure_start=self.measure_start,
-            watch=watch,
+            watch=_watch(config, state),
             notice=notice,
             sign=watchdog.sign,
             left_out=LeftOut(non_finite, worker.layout.failures, self.name, worker.ctx),
-            logged=LoggedSteps(
-                config.log_every_steps,
-                total_steps,
-                self.steps_per_epoch,
-                guarded=watch is not None,
-                validated_every=config.validation.every_steps if config.validation else None,
-            ),
+            logged=self.logged,
             monitor=self._monitor(policy, total_steps, state.unjudged is not None),
         )
 

@@ -161,3 +161,16 @@ def test_a_limit_on_training_alone_ends_with_the_policy_that_kept_it(
     [outputs] = run_ranks(1, align_worker, settings, quiet)
     assert (outputs["selected_on"], outputs["steps"]) == ("guardrails", 1)
     assert "/good/step-00000000-" in outputs["checkpoint"]["url"]
+
+
+def test_whatever_a_limit_watches_is_measured_at_validated_steps(pretrained: Pretrained) -> None:
+    """They are logged between those that are due, with all that any logged step tells."""
+    limit = {"metric": "kl", "max": 5.0, "action": "roll_back"}
+    more = {"guardrails": {"limits": [limit]}, "validation": {"every_steps": 2}}
+    more |= {"log_every_steps": 5, "epochs": 1}
+    settings = settings_for(pretrained, "between", alignment=more)
+    run_ranks(1, align_worker, settings, quiet)
+    rows = logged(pretrained.root, "align", "between")
+    told = {step: row.keys() for step, row in rows.items() if "train/loss" in row}
+    assert [*told] == [1, 2, 3] and all(tags >= told[1] for tags in told.values())
+    assert "train/kl" in told[1] and "train/rewards/chosen" in told[1]

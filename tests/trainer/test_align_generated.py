@@ -147,3 +147,15 @@ def test_rounds_worlds_and_resume(
     assert 0 < max(cut) < max(whole)
     again = run(root, f"3{kind}", started, 1, **config)
     assert again == whole
+
+
+def test_a_round_measures_the_policy_at_validated_steps(
+    root: Path, started: tuple[str, dict[str, Any]]
+) -> None:
+    limit = {"metric": "entropy", "min": 0.0, "action": "warn"}
+    more = {"guardrails": {"limits": [limit]}, "validation": {"every_steps": 2}}
+    config = PAIRS["sprec"] | more | {"log_every_steps": 5, "epochs": 1}
+    rows = run(root, "between", started, 1, **config)
+    told = {step: row.keys() for step, row in rows.items() if "train/loss" in row}
+    assert [*told] == [1, 2, 3]
+    assert all({"train/entropy", "train/kl"} <= tags for tags in told.values())

@@ -31,6 +31,7 @@ from sharding.parallelize import ParallelModel
 from trainer.align_online import OnlineUpdates, prompt_loader
 from trainer.bench.measure import best_of, machine, table
 from trainer.codes import with_codes
+from trainer.logged_steps import LoggedSteps
 from trainer.objectives.online import OnlineLoss
 from trainer.objectives.scoring import Candidates
 from trainer.policy import Worker, parallelize_policy, start_worker
@@ -115,7 +116,7 @@ def _measured(
         sparse_lr=worker.recipe.sharding.optimizer.lr,
     )
     updates = OnlineUpdates(worker, config, loss, None)
-    updates.attach(policy)
+    updates.attach(policy, LoggedSteps(1, repeats + 1, repeats + 1, guarded=False))
     with prompt_loader(worker, config, TrainerState()) as loader:
         steps = [next(loader) for _ in range(repeats + 1)]
     first = updates.cut(steps[0])
