@@ -117,9 +117,21 @@ def token_is_exposed() -> bool:
 
 
 def protect_token() -> None:
-    """Take the token away from other users; Ray creates it readable by all."""
-    if token_is_exposed():
+    """Take the token away from other users; Ray creates it readable by all.
+
+    Raises:
+        ValueError: the file cannot be changed: it is another user's, or mounted read-only.
+    """
+    if not token_is_exposed():
+        return
+    try:
         token_file().chmod(0o600)
+    except OSError as error:
+        raise ValueError(
+            f"Ray's token {token_file()} can be read by other users, and its mode cannot be "
+            f"changed ({error.strerror}): mount it with mode 0400, or copy it to a file of mode "
+            "0600 that RAY_AUTH_TOKEN_PATH names"
+        ) from error
 
 
 def answers(address: str) -> bool:
@@ -132,10 +144,23 @@ def answers(address: str) -> bool:
 
 
 def make_token() -> None:
-    """Make the token of this user, if there is none, before Ray does and others could read it."""
+    """Make the token of this user, if there is none, before Ray does and others could read it.
+
+    Raises:
+        ValueError: there is none, and none can be written.
+    """
     path = token_file()
-    if path.exists() or os.environ.get("RAY_AUTH_TOKEN"):
-        return
+    try:
+        if not path.exists() and not os.environ.get("RAY_AUTH_TOKEN"):
+            _write_token(path)
+    except OSError as error:
+        raise ValueError(
+            f"no token for Ray can be made at {path} ({error.strerror}): name a file in a "
+            "directory that can be written by RAY_AUTH_TOKEN_PATH"
+        ) from error
+
+
+def _write_token(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     draft = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
     handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

@@ -19,6 +19,7 @@ from launch.cli import main
 from launch.cluster import connect
 from sharding.checkpoint import CheckpointStore
 from sharding.process_group import current_context
+from tests.faults.trainings import small_disk
 from tests.harness import run_ranks
 from tests.integration.jobs import ROOT
 from tests.trainer.monitor import invented
@@ -136,6 +137,24 @@ def test_the_token_is_made_for_its_user_alone(
     assert len(content) == 64 and list(token.parent.iterdir()) == [token]
     address.make_token()
     assert token.read_text() == content, "a token that is there stays"
+
+
+def test_a_token_that_cannot_be_protected_or_made_is_refused_in_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    with small_disk(tmp_path / "secrets", "64k") as mounted:  # as a cluster mounts a secret
+        (mounted / "token").write_text("f" * 64)
+        (mounted / "token").chmod(0o644)
+        subprocess.run(["mount", "-o", "remount,ro", str(mounted)], check=True)
+        monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(mounted / "token"))
+        joined = connect(ClusterConfig(address="local"))
+        with pytest.raises(ValueError, match=r"token can be read by .*, or copy it to a file of"):
+            joined.__enter__()
+        for path in ("none", "deep/none"):
+            monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(mounted / path))
+            with pytest.raises(ValueError, match=f"no token for Ray can be made at .*{path} "):
+                address.make_token()
 
 
 def test_an_open_embedded_ray_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
