@@ -9,6 +9,10 @@ from configs.storage_faults import explained, patiently
 from configs.storage_listing import GLOB_SIGNS, globbed, listed
 
 
+class NoSuchFileError(ValueError):
+    """A URL of a recipe names no file."""
+
+
 def matching_files(url: str, place: str) -> list[tuple[Any, str, str]]:
     """(file system, path, name) of each file, in name order.
 
@@ -17,7 +21,8 @@ def matching_files(url: str, place: str) -> list[tuple[Any, str, str]]:
     URL names outright is never hidden.
 
     Raises:
-        ValueError: there is no file, or only hidden ones.
+        NoSuchFileError: there is no file.
+        ValueError: there are only hidden ones.
     """
     fs, path = storage.filesystem(url)
     with explained(url, "read"):
@@ -36,7 +41,7 @@ def matching_files(url: str, place: str) -> list[tuple[Any, str, str]]:
                 "memory:// has only what this very process wrote, and no command line wrote any: "
                 "give a directory or an object store (s3://…, gs://…)"
             )
-        raise ValueError(f"{place}={url!r} names no file; {mend}")
+        raise NoSuchFileError(f"{place}={url!r} names no file; {mend}")
     return [(fs, path, name) for name, path in visible]
 
 

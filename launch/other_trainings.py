@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from configs import storage
@@ -15,6 +16,32 @@ _ELSEWHERE = ("name", "output", "cluster", "failures", "evaluation", "recommend"
 """Blocks that decide nothing of a training."""
 
 
+@dataclass(frozen=True)
+class SavedTraining:
+    """A training that has checkpoints."""
+
+    name: str
+    """Of its directory."""
+    step: int
+    """Of its newest checkpoint."""
+    recipe: str
+    """URL of that one's recipe."""
+
+
+def trainings_of(layout: RunLayout, stage: StageName) -> list[SavedTraining]:
+    """The trainings of a stage in this output that have checkpoints, the one saved last first."""
+    place = layout.checkpoints(stage, "").rsplit("/", 2)[0]
+    found: list[tuple[str, SavedTraining]] = []
+    for name in storage.list_names(place):
+        newest = storage.join(place, name, "newest")
+        steps = [each for each in storage.list_names(newest) if each.startswith("step-")]
+        if name.startswith(f"{stage}-") and steps:
+            last = max(steps, key=_time)
+            url = storage.join(newest, last, "recipe.json")
+            found.append((_time(last), SavedTraining(name, int(last.split("-")[1]), url)))
+    return [each for _, each in sorted(found, key=lambda entry: entry[0], reverse=True)]
+
+
 def other_trainings(
     layout: RunLayout, stage: StageName, fingerprint: str, recipe: Recipe
 ) -> Iterator[str]:
@@ -24,27 +51,24 @@ def other_trainings(
     A run goes on with what its settings name; whoever changed one to go on must know that it did
     not.
     """
-    own = layout.checkpoints(stage, fingerprint)
-    if storage.list_names(own):
+    if storage.list_names(layout.checkpoints(stage, fingerprint)):
         return
-    place, mine = own.rsplit("/", 2)[0], own.rsplit("/", 2)[1]
     found: list[tuple[int, str]] = []
-    for name in storage.list_names(place):
-        saved = storage.join(place, name, "newest")
-        steps = [each for each in storage.list_names(saved) if each.startswith("step-")]
-        if not name.startswith(f"{stage}-") or name == mine or not steps:
-            continue
-        newest = max(steps, key=lambda each: each.rsplit("-", 1)[-1])
-        url = storage.join(saved, newest, "recipe.json")
-        differs, how = _difference(url, recipe, stage)
+    for training in trainings_of(layout, stage):
+        differs, how = _difference(training.recipe, recipe, stage)
         sentence = (
-            f"{stage}: begins at its first step, beside {name} of this output, which is at step "
-            f"{int(newest.split('-')[1]):,} and was trained with {how}"
+            f"{stage}: begins at its first step, beside {training.name} of this output, which is "
+            f"at step {training.step:,} and was trained with {how}"
         )
         found.append((differs, sentence))
     if found:
         more = len(found) - 1
         yield min(found)[1] + (f" ({more} more differ as much or more)" if more else "")
+
+
+def _time(checkpoint: str) -> str:
+    """What the names of checkpoints are ordered by, within a training."""
+    return checkpoint.rsplit("-", 1)[-1]
 
 
 def _difference(url: str, recipe: Recipe, stage: StageName) -> tuple[int, str]:

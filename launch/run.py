@@ -10,6 +10,8 @@ from configs.load import LoadedRecipe
 from configs.recipe import Recipe, StageName
 from configs.redaction import refuse_credentials
 from configs.terminal import say
+from data_loaders.matching import NoSuchFileError
+from launch.going_on import prepared_before, unfinished
 from launch.other_trainings import other_trainings
 from launch.output_lock import OutputLock
 from launch.reward_checks import check_functions, check_models
@@ -114,17 +116,17 @@ class _Run:
             say(f"report: {self._done['report']['report']}")
 
     def _stage(self, stage: Stage, label: str, again: bool) -> None:
-        fingerprint = storage.fingerprint(
-            {"format": RECORD_FORMAT, "stage": stage.name} | stage.inputs(self._recipe, self._done)
-        )
-        record = self._current_record(stage, fingerprint)
         selected = self._only in (None, stage.name)
         begun = f"begun {stage.name}" in self._begun
         forced = self._force and (again or self._from is None) and not begun
         anew = selected and (again or forced) and not begun
+        if stage.name == "prepare" and not anew and self._goes_on_with_data(stage, label):
+            return
+        fingerprint = _fingerprint(stage, self._recipe, self._done)
+        record = self._current_record(stage, fingerprint)
         if record is not None and not anew:
             say(f"{label}: unchanged, skipped")
-            self._done[stage.name] = record["outputs"]
+            self._finished(stage, record["outputs"])
             return
         if not selected:
             raise ValueError(
@@ -133,26 +135,65 @@ class _Run:
             )
         discards = f"discards {stage.name}"
         cut_short = discards in self._begun and not begun
-        if forced or record is not None or cut_short:  # otherwise an interrupted stage is resumed
+        discarded = forced or record is not None or cut_short
+        if discarded:  # otherwise an interrupted stage is resumed
             self._begun.note(discards)
             self._discard(stage.name, fingerprint)
         if anew:
             self._begun.note(f"begun {stage.name}")
-        self._execute(stage, label, fingerprint)
+        self._execute(stage, label, fingerprint, resumes=not discarded)
 
-    def _execute(self, stage: Stage, label: str, fingerprint: str) -> None:
+    def _goes_on_with_data(self, stage: Stage, label: str) -> bool:
+        """Whether the data are those prepared before, as the source has changed under a training,
+        or is gone."""
+        record = prepared_before(self._layout, self._recipe)
+        if record is None:
+            return False
+        gone = None
+        try:
+            if record["fingerprint"] == _fingerprint(stage, self._recipe, self._done):
+                return False
+        except NoSuchFileError as error:
+            gone = str(error)
+        prepared = record["outputs"]
+        whole = self._current_record(stage, record["fingerprint"]) is not None
+        if not whole or not (gone or self._interrupted(prepared)):
+            return False
+        say(
+            f"{label}: {gone or 'data.source has changed'}; goes on with the data that were "
+            "prepared from it before (--from prepare takes it as it is now)"
+        )
+        self._finished(stage, prepared)
+        return True
+
+    def _interrupted(self, prepared: Outputs) -> bool:
+        """Whether this command, or an interrupted training of this recipe, has begun with them."""
+        if f"finished prepare {prepared['data']}" in self._begun:
+            return True
+        done: dict[str, Outputs] = {"prepare": prepared}
+        for name in self._recipe.stages():
+            if name in ("tokenize", "train", "align"):
+                fingerprint = _fingerprint(GRAPH[name], self._recipe, done)
+                record = self._current_record(GRAPH[name], fingerprint)
+                if record is None:
+                    return bool(storage.list_names(self._layout.checkpoints(name, fingerprint)))
+                done[name] = record["outputs"]
+        return False
+
+    def _finished(self, stage: Stage, outputs: Outputs) -> None:
+        self._done[stage.name] = outputs
+        if stage.name == "prepare":
+            self._begun.note(f"finished prepare {outputs['data']}")
+
+    def _execute(self, stage: Stage, label: str, fingerprint: str, resumes: bool) -> None:
         say(f"{label}: {_purpose(stage.name, self._recipe)}")
-        if stage.name in ("train", "align"):
-            for line in other_trainings(self._layout, stage.name, fingerprint, self._recipe):
-                say(line)
+        training = self._training(stage, fingerprint, resumes)
         started = time.monotonic()
         if stage.needs_ray:
             self._connect()
         if not stage.replaces_at_end:
             storage.remove(self._layout.stage_record(stage.name))
-        context = StageContext(
-            stage.name, self._recipe, self._layout, fingerprint, dict(self._done)
-        )
+        context = StageContext(stage.name, self._recipe, self._layout, training, dict(self._done))
         outputs = stage.run(context)
         self._lock.check()
         seconds = time.monotonic() - started
@@ -164,8 +205,23 @@ class _Run:
             "seconds": round(seconds, 3),
         }
         storage.write_sealed(self._layout.stage_record(stage.name), record)
-        self._done[stage.name] = outputs
+        self._finished(stage, outputs)
         say(f"{label}: done in {_clock(seconds)}")
+
+    def _training(self, stage: Stage, fingerprint: str, resumes: bool) -> str:
+        """Fingerprint of the training: the stage's, or that of the one that it goes on with."""
+        if stage.name not in ("train", "align"):
+            return fingerprint
+        if resumes:
+            found = unfinished(
+                self._layout, stage.name, self._recipe, lambda r: _fingerprint(stage, r, self._done)
+            )
+            if found is not None:
+                say(found[1])
+                return found[0]
+        for line in other_trainings(self._layout, stage.name, fingerprint, self._recipe):
+            say(line)
+        return fingerprint
 
     def _current_record(self, stage: Stage, fingerprint: str) -> dict[str, Any] | None:
         url = self._layout.stage_record(stage.name)
@@ -202,6 +258,12 @@ class _Run:
         self._cluster.enter_context(connect(self._recipe.cluster))
         self._connected = True
         check_output(self._layout.root)
+
+
+def _fingerprint(stage: Stage, recipe: Recipe, done: dict[str, Outputs]) -> str:
+    return storage.fingerprint(
+        {"format": RECORD_FORMAT, "stage": stage.name} | stage.inputs(recipe, done)
+    )
 
 
 def _check_outputs(stage: Stage, outputs: Outputs) -> None:

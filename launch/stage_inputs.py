@@ -26,14 +26,23 @@ def prepare_inputs(recipe: Recipe, done: dict[str, Outputs]) -> dict[str, Any]:
     """Of `prepare`."""
     from data_loaders.sources import source_signature
 
+    layout = RunLayout(storage.absolute(recipe.output))
+    return {
+        "settings": _prepare_settings(recipe),
+        "source": source_signature(recipe.data.source, raw_url(recipe, layout)),
+    }
+
+
+def prepare_settings(recipe: Recipe) -> str:
+    """Hash of the settings of `prepare`, whatever its source holds."""
+    return storage.fingerprint(_prepare_settings(recipe))
+
+
+def _prepare_settings(recipe: Recipe) -> list[Any]:
     data = recipe.data
     split = data.split.model_dump(mode="json")
     split.pop("include_validation_in_training", None)  # read by the loader, not by `prepare`
-    layout = RunLayout(storage.absolute(recipe.output))
-    return {
-        "settings": [*dump(data.source, data.cleaning, data.shards), split],
-        "source": source_signature(data.source, raw_url(recipe, layout)),
-    }
+    return [*dump(data.source, data.cleaning, data.shards), split]
 
 
 def raw_url(recipe: Recipe, layout: RunLayout) -> str:

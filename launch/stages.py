@@ -18,6 +18,7 @@ from launch.stage_inputs import (
     note_start,
     policies_of,
     prepare_inputs,
+    prepare_settings,
     raw_url,
     recommend_inputs,
     report_inputs,
@@ -108,6 +109,7 @@ def _prepare(context: StageContext) -> Outputs:
     _check_features(recipe, manifest)
     return {
         "data": manifest.fingerprint,
+        "settings": prepare_settings(recipe),
         "url": layout.data,
         "users": manifest.num_users,
         "items": manifest.num_items,

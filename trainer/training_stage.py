@@ -194,6 +194,7 @@ class TrainingStage:
         if info is None:
             return TrainerState()
         refuse_other_meanings(self.worker, info)
+        _refuse_other_training(info, self.fingerprint)
         state = TrainerState.from_dict(store.load(policy, info))
         self.worker.tell(f"resuming from step {info.step:,} ({info.url})")
         for note in store.notes:
@@ -257,6 +258,21 @@ def tell_damage(
         )
     for sentence in store.skipped:
         tell(sentence)
+
+
+def _refuse_other_training(info: CheckpointInfo, fingerprint: str) -> None:
+    """Refuse a checkpoint that was put here by hand: a resumed run would be neither of the two.
+
+    Raises:
+        ValueError: names the checkpoint.
+    """
+    saved_by = info.fingerprints.get("stage")
+    if saved_by != fingerprint:
+        raise ValueError(
+            f"checkpoint {info.url} was saved by another training ({str(saved_by)[:12]}) than the "
+            f"one whose directory it lies in ({fingerprint[:12]}); move it away, or begin with its "
+            "weights: training.start.run"
+        )
 
 
 def _watch(config: TrainingConfig | AlignmentBase, state: TrainerState) -> Watch | None:

@@ -10,9 +10,11 @@ import pytest
 from configs import storage
 from configs.layout import RunLayout, read_record
 from configs.load import load_recipe
+from configs.recipe import Recipe
 from launch import output_lock
 from launch import run as run_module
 from launch.run import run
+from launch.stage_inputs import prepare_settings
 from launch.stages import GRAPH, StageContext
 from launch.supervisor import SUPERVISED
 from sharding.checkpoint_manifest import CheckpointFile, build_manifest, write_manifest
@@ -132,9 +134,10 @@ def stages_run(printed: str) -> list[str]:
     return [line.split("] ")[1].split(":")[0] for line in lines]
 
 
-def write_checkpoint(store: str) -> dict[str, Any]:
+def write_checkpoint(store: str, recipe: Recipe) -> dict[str, Any]:
     """A checkpoint of two files, the same whenever it is written."""
     name, files = f"step-{1:08d}-{1:016x}", []
+    storage.write_json(storage.join(store, name, "recipe.json"), recipe.model_dump(mode="json"))
     url = storage.join(store, name)
     for path in ("state.json", "__0_0.distcp"):
         storage.write_bytes(storage.join(url, path), data := path.encode())
@@ -157,9 +160,10 @@ def stubbed(job: Job, monkeypatch: pytest.MonkeyPatch) -> Job:
             for url in (layout.results, layout.recommendations, f"{layout.data}/manifest.json"):
                 storage.write_json(url, {})
         store = layout.checkpoints("train", context.fingerprint)
-        checkpoint = write_checkpoint(store) if "prepare" in done else {}
+        checkpoint = write_checkpoint(store, context.recipe) if "prepare" in done else {}
         return {
             "data": "d",
+            "settings": prepare_settings(context.recipe),
             "url": layout.data,
             "checkpoint": checkpoint,
             "metrics": layout.metrics("train", "x"),
@@ -233,6 +237,103 @@ def test_force_reaches_no_further_back_than_from(stubbed: Job) -> None:
     ran = stages_run(stubbed.run(from_="evaluate", force=True))
     assert ran == ["evaluate", "recommend", "report"]
     assert stages_run(stubbed.run(force=True))[:2] == ["prepare", "train"]
+
+
+def grow(job: Job) -> None:
+    job.log.write_text(job.log.read_text() + "u1,i1,1700000000,5\n")
+
+
+def interrupt(job: Job, *stages: str) -> None:
+    """As a kill leaves them: checkpoints, and no record."""
+    for name in stages:
+        Path(job.layout.stage_record(name)).unlink()
+
+
+def test_an_interrupted_training_keeps_its_data_though_the_log_grows(stubbed: Job) -> None:
+    stubbed.run()
+    interrupt(stubbed, "train", "align")
+    grow(stubbed)
+    with pytest.raises(ValueError, match="stage 'train' needs 'prepare'"):
+        stubbed.run("data.shards.num_shards=3", only="train")  # other settings are other data
+    printed = stubbed.run()
+    assert "prepare: data.source has changed; goes on with the data that were prepared" in printed
+    assert "prepare" not in stages_run(printed) and "train" in stages_run(printed)
+    assert stages_run(stubbed.run()) == ["prepare"]  # nothing is interrupted now
+    interrupt(stubbed, "train")
+    grow(stubbed)
+    assert stages_run(stubbed.run("training.epochs=4"))[0] == "prepare"  # has not begun with them
+    interrupt(stubbed, "train")
+    grow(stubbed)
+    assert stages_run(stubbed.run("training.epochs=4", from_="prepare"))[0] == "prepare"
+
+
+def test_a_driver_that_dies_goes_on_with_the_data_that_its_command_prepared(
+    stubbed: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the first checkpoint, and after the training, too."""
+    stubbed.run()
+    for died_before in (["train", "align"], ["evaluate"]):
+        grow(stubbed)
+        monkeypatch.setenv(SUPERVISED, str(tmp_path / "-".join(died_before)))
+        assert stages_run(stubbed.run())[0] == "prepare"
+        interrupt(stubbed, *died_before)
+        for name in ("train", "align") if "train" in died_before else ():
+            storage.remove(f"{stubbed.layout.root}/checkpoints/{name}")
+        grow(stubbed)
+        assert stages_run(stubbed.run())[0] == died_before[0]
+    monkeypatch.delenv(SUPERVISED)
+    assert stages_run(stubbed.run())[0] == "prepare"
+
+
+def test_what_was_prepared_outlives_its_log(stubbed: Job) -> None:
+    stubbed.run()
+    stubbed.log.rename(stubbed.log.with_suffix(".away"))
+    printed = stubbed.run()
+    assert not stages_run(printed)
+    assert "names no file; check the path; goes on with the data that were prepared" in printed
+    assert stages_run(stubbed.run("training.epochs=4"))[0] == "train"
+    for settings, choice in (([], {"from_": "prepare"}), (["data.shards.num_shards=3"], {})):
+        with pytest.raises(ValueError, match="names no file"):
+            stubbed.run(*settings, **choice)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "told"),
+    [
+        (
+            ["sharding.default=row_wise"],
+            ["sharding.default=column_wise"],
+            "interrupted under sharding.default=row_wise (now column_wise); --force trains anew",
+        ),
+        (
+            ["sharding.default=column_wise", "training.precision=bf16"],
+            ["sharding.default=auto", "sharding.placement={item: replicated}"],
+            "interrupted under sharding.default=column_wise (now auto), sharding.placement={} (now "
+            "{'item': 'replicated'}), training.precision=bf16 (now fp32); --force trains anew",
+        ),
+    ],
+)
+def test_an_interrupted_training_goes_on_under_another_placement(
+    stubbed: Job, before: list[str], now: list[str], told: str
+) -> None:
+    stubbed.run(*before)
+    first = read_record(stubbed.layout.stage_record("train"))["outputs"]["checkpoint"]
+    interrupt(stubbed, "train", "align")
+    assert "begins at its first step" in stubbed.run(*now, "seed=99", until="train")
+    interrupt(stubbed, "train")
+    printed = stubbed.run(*now, until="train")
+    assert told in printed and "begins at its first step" not in printed
+    assert read_record(stubbed.layout.stage_record("train"))["outputs"]["checkpoint"] == first
+    assert not stages_run(stubbed.run(*now, until="train"))  # it is this recipe's now
+
+
+def test_force_goes_on_with_no_other_training(stubbed: Job) -> None:
+    stubbed.run("sharding.default=row_wise")
+    printed = stubbed.run("sharding.default=column_wise", until="train")
+    assert "begins at its first step, beside" in printed  # a finished one: another experiment
+    interrupt(stubbed, "train")
+    printed = stubbed.run("sharding.default=replicated", until="train", from_="train", force=True)
+    assert "goes on with" not in printed and "begins at its first step" in printed
 
 
 class DiedError(Exception):

@@ -1,5 +1,6 @@
 """The pretraining worker: what it trains on, selects, hands on, and resumes from."""
 
+import shutil
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from unittest import mock
 
 import pytest
 
+from configs.layout import RunLayout
 from data_loaders.items import train_counts
 from sharding.parallelize import ParallelModel
 from tests.harness import run_ranks
@@ -140,3 +142,17 @@ def test_without_validation_the_last_step_is_handed_on(pretrained: Pretrained) -
     assert outputs["checkpoint"] == outputs["last_checkpoint"]
     assert outputs["steps"] == 7
     assert list(logged(pretrained.root, "train", "unselected")) == list(range(1, 8))
+
+
+def test_a_checkpoint_of_another_training_is_not_resumed(pretrained: Pretrained) -> None:
+    """Copied into the directory by hand, though of the same data and the same shapes."""
+    blocks = {"training": {"epochs": 1, "max_steps": 2, "validation": None}}
+    theirs, ours = (settings_of(pretrained.root, name, blocks) for name in ("theirs", "ours"))
+    run_ranks(1, train_worker, theirs, quiet)
+    layout = RunLayout(str(pretrained.root))
+    shutil.copytree(layout.checkpoints("train", "theirs"), layout.checkpoints("train", "ours"))
+    refusal = (
+        r"saved by another training \(theirs\) than the one whose directory it lies in \(ours\)"
+    )
+    with pytest.raises(AssertionError, match=refusal):
+        run_ranks(1, train_worker, ours, quiet)

@@ -1,0 +1,85 @@
+"""What an interrupted run goes on with although the recipe would name something else today.
+
+A log that has grown, or is gone, is no reason to lose a training on what was prepared of it; nor is
+another placement of its tables, or precision, which a checkpoint is converted to as it is loaded.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from configs import storage
+from configs.layout import RunLayout, read_record
+from configs.recipe import Recipe, StageName
+from configs.sharding import ShardingConfig
+from configs.training import TrainingConfig
+from launch.other_trainings import trainings_of
+from launch.stage_inputs import prepare_settings
+
+
+def prepared_before(layout: RunLayout, recipe: Recipe) -> dict[str, Any] | None:
+    """Record of the data set of this output, if it was prepared by the recipe's settings, of
+    whatever its source held then."""
+    url = layout.stage_record("prepare")
+    if not storage.exists(url):
+        return None
+    record = read_record(url)
+    return record if record["outputs"].get("settings") == prepare_settings(recipe) else None
+
+
+def unfinished(
+    layout: RunLayout, stage: StageName, recipe: Recipe, fingerprint_of: Callable[[Recipe], str]
+) -> tuple[str, str] | None:
+    """Fingerprint of the interrupted training of this output that differs from the recipe's in the
+    placement of tables and precision alone, and a sentence on it; None where there is none.
+
+    A finished one is left alone: the recipe may be another experiment.
+
+    Args:
+        layout: of the output.
+        stage: that trains.
+        recipe: what is run.
+        fingerprint_of: of the stage, were this the recipe.
+    """
+    own = layout.checkpoints(stage, fingerprint_of(recipe))
+    if storage.exists(layout.stage_record(stage)) or storage.list_names(own):
+        return None
+    for training in trainings_of(layout, stage):
+        other = _placed_as(recipe, training.recipe)
+        if other is None:
+            continue
+        fingerprint = fingerprint_of(other)
+        if training.recipe.startswith(f"{layout.checkpoints(stage, fingerprint)}/"):
+            return fingerprint, _sentence(stage, training.name, recipe, other)
+    return None
+
+
+def _placed_as(recipe: Recipe, url: str) -> Recipe | None:
+    """The recipe with placement and precision of a checkpoint's; None where that has none."""
+    try:
+        other: Any = storage.read_json(url)
+        theirs = ShardingConfig.model_validate(
+            {"default": other["sharding"]["default"], "placement": other["sharding"]["placement"]}
+        )
+        trained = TrainingConfig.model_validate({"precision": other["training"]["precision"]})
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+    placed = {"default": theirs.default, "placement": theirs.placement}
+    return recipe.model_copy(
+        update={
+            "sharding": recipe.sharding.model_copy(update=placed),
+            "training": recipe.training.model_copy(update={"precision": trained.precision}),
+        }
+    )
+
+
+def _sentence(stage: StageName, name: str, now: Recipe, before: Recipe) -> str:
+    facts = {
+        "sharding.default": (before.sharding.default, now.sharding.default),
+        "sharding.placement": (before.sharding.placement, now.sharding.placement),
+        "training.precision": (before.training.precision, now.training.precision),
+    }
+    changed = [f"{key}={old} (now {new})" for key, (old, new) in facts.items() if old != new]
+    return (
+        f"{stage}: goes on with {name} of this output, which was interrupted under "
+        f"{', '.join(changed)}; --force trains anew"
+    )
