@@ -50,8 +50,9 @@ class DivergenceConfig(Config):
     """In a row, each with a higher reward and a lower metric than the one before; the first is
     compared with the start."""
     action: Action = "warn"
-    """Unless it is `warn`, no policy is kept to return to while the last validation has a higher
-    reward and a lower metric than the one before: a roll-back leaves all of the course."""
+    """Unless it is `warn`, no policy is selected, or kept to return to, while the last validation
+    has a higher reward and a lower metric than the one before: a roll-back leaves all of the
+    course, and a stop ends with what lies before it."""
 
 
 class GuardrailsConfig(Config):

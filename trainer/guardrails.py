@@ -87,10 +87,11 @@ class Watch:
         self.kept(metrics)
 
     def kept(self, metrics: Mapping[str, float]) -> bool:
-        """Of a policy that broke no limit, by its validation: whether to return to it later.
+        """Of a policy that broke no limit, by its validation: whether to select it, and to return
+        to it later.
 
         Not while divergence is suspected, where that would act: a return must leave the whole
-        course, not the end of it.
+        course, not the end of it, and so must what a stop ends with.
         """
         divergence = self.config.divergence
         if divergence is None:
