@@ -22,7 +22,7 @@ from trainer.monitor.figures import (
     stage_figures,
     summary_png,
 )
-from trainer.monitor.notes import alarm_sentences, sampling_note
+from trainer.monitor.notes import alarm_sentences, nothing_kept, sampling_note
 from trainer.monitor.plots import curve
 from trainer.monitor.progress import count
 from trainer.monitor.results import (
@@ -180,7 +180,10 @@ def _protocol_sentence(results: Results) -> str:
 
 
 def _verdict(results: Results) -> str | None:
-    """What alignment did to all metrics, counted."""
+    """What alignment did to all metrics, counted, if there is an aligned policy."""
+    nothing = nothing_kept(results)
+    if nothing is not None:
+        return nothing
     deltas = [row.delta for row in table_rows(results, "test") if row.delta is not None]
     if not deltas:
         return None
@@ -248,6 +251,8 @@ def _stage_sentence(results: Results, stage: str, rows: Sequence[MetricRow]) -> 
     if not rows:
         return "This stage left no record of its steps."
     parts = [f"{max(row.step for row in rows):,} optimizer steps"]
+    if stage == "align" and results.selected is not None:
+        parts.append(f"selected step {results.selected.step:,} ({results.selected.selected_on})")
     if stage == "align" and results.preferences is not None:
         pairs = results.preferences
         parts.append(

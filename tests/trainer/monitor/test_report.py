@@ -23,7 +23,7 @@ from trainer.monitor.plots import (
     thinned,
 )
 from trainer.monitor.report import render_report, write_report
-from trainer.monitor.results import ModelResult
+from trainer.monitor.results import ModelResult, SelectedPolicy
 from trainer.monitor.tracker import MetricRow, read_rows
 
 HOSTILE = '</svg></style><script>alert("$x^2$")</script>&<img src=x onerror=1>'
@@ -82,6 +82,21 @@ def layout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunLayout]:
 @pytest.fixture(scope="module")
 def written(layout: RunLayout) -> dict[str, str]:
     return write_report(layout, {s: layout.metrics(s, "f" * 64) for s in ("train", "align")})
+
+
+def test_an_alignment_that_kept_nothing_claims_no_effect(layout: RunLayout) -> None:
+    rows = {"align": read_rows(layout.metrics("align", "f" * 64))}
+
+    def told(step: int) -> str:
+        selected = SelectedPolicy(step=step, selected_on="guardrails")
+        results = invented.results().model_copy(update={"selected": selected})
+        return render_report(results, rows, None, None)
+
+    nothing, some = told(0), told(60)
+    assert "alignment raises" in some and "No aligned policy kept" not in some
+    assert "alignment raises" not in nothing
+    assert nothing.count("No aligned policy kept the limits") == 2  # on top, and of the stage
+    assert "selected step 60 (guardrails)" in some
 
 
 def test_the_report_tells_everything(written: dict[str, str]) -> None:
