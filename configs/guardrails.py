@@ -47,12 +47,12 @@ class DivergenceConfig(Config):
     metric: str = "ndcg@10"
     """A validation metric."""
     validations: PositiveInt = 2
-    """In a row, each with a higher reward and a lower metric than the one before; the first is
-    compared with the start."""
+    """In a row, each suspected: it has a higher reward and a lower metric than the one before, or
+    than where the course began, which is the start, or the policy of the last roll-back. The steps
+    in between are noisy; larger numbers wait for more of them."""
     action: Action = "warn"
-    """Unless it is `warn`, no policy is selected, or kept to return to, while the last validation
-    has a higher reward and a lower metric than the one before: a roll-back leaves all of the
-    course, and a stop ends with what lies before it."""
+    """Unless it is `warn`, no policy is selected, or kept to return to, that is suspected: a
+    roll-back leaves all of them, and a stop ends with what lies before them."""
 
 
 class GuardrailsConfig(Config):

@@ -234,6 +234,13 @@ def _selection_metric(results: Results, stage: str) -> str:
     return str(validation.get("metric", DEFAULT_METRIC))
 
 
+def _wanted_metric(results: Results) -> str:
+    """What a reward must not rise against: the divergence guardrail's metric, if there is one."""
+    guardrails = (results.recipe.get("alignment") or {}).get("guardrails") or {}
+    divergence = guardrails.get("divergence") or {}
+    return str(divergence.get("metric", _selection_metric(results, "align")))
+
+
 def _stage(results: Results, stage: str, rows: Sequence[MetricRow]) -> dict[str, Any]:
     metric = _selection_metric(results, stage)
     return {
@@ -241,7 +248,7 @@ def _stage(results: Results, stage: str, rows: Sequence[MetricRow]) -> dict[str,
         "title": STAGE_TITLES[stage],
         "sentence": _stage_sentence(results, stage, rows),
         "alarms": alarm_sentences(results) if stage == "align" else (),
-        "reward": reward_sentence(rows, metric) if stage == "align" else None,
+        "reward": reward_sentence(rows, _wanted_metric(results)) if stage == "align" else None,
         "numbers": training_numbers(rows) if stage == "align" else [],
         "figures": _embedded(stage_figures(stage, rows, metric)),
     }

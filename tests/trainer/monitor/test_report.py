@@ -99,6 +99,26 @@ def test_an_alignment_that_kept_nothing_claims_no_effect(layout: RunLayout) -> N
     assert "selected step 60 (guardrails)" in some
 
 
+def test_the_reward_is_held_against_the_metric_that_is_watched() -> None:
+    """Which is not the one that selects."""
+    rows = [
+        MetricRow(
+            step,
+            0.0,
+            {"train/reward": step, "validation/mrr": step / 9, "validation/hr@50": 1 / step},
+        )
+        for step in (1, 2, 3)
+    ]
+    results = invented.results()
+    chosen = {"kind": "grpo", "validation": {"metric": "mrr"}}
+    for watched, told in ((None, "MRR on validation"), ("hr@50", "HR@50 on validation")):
+        guardrails = {"divergence": watched and {"metric": watched}}
+        recipe = results.recipe | {"alignment": chosen | {"guardrails": guardrails}}
+        changed = results.model_copy(update={"recipe": recipe})
+        text = render_report(changed, {"align": rows}, None, None)
+        assert f"{told} from" in text and ("may be hacked" in text) == (watched is not None)
+
+
 def test_the_report_tells_everything(written: dict[str, str]) -> None:
     document = Document(Path(written["report"]).read_text())
     for part in (
