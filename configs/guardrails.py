@@ -17,7 +17,12 @@ broken for long is warned of once, and again after a judgement found it kept."""
 class LimitConfig(Config):
     """A bound on one number: a validation metric (`hr@50`, `coverage@10`, `legality`,
     `preference_accuracy`) or what a training step logs (`kl`, `margin`, `entropy`). Over beams
-    `kl` and `entropy` describe likely candidates, not the policy."""
+    `kl` and `entropy` describe likely candidates, not the policy.
+
+    `kl` is measured from the reference. Where that follows the policy, at each round of `sprec` and
+    `ipa` and by `reference.sync_every_steps`, it bounds how far the policy goes from there, never
+    how far it went from the pretrained one in all; what that costs is bounded by a `max_drop` of a
+    validation metric."""
 
     metric: str
     max_drop: float | None = Field(None, ge=0, lt=1)
