@@ -229,7 +229,8 @@ class SelfPlayConfig(GeneratedPairsBase):
     kind: Literal["sprec"] = "sprec"
     generation: GenerationConfig = AncestralConfig(samples=4)
     losers: PositiveInt = 1
-    """Generated items that a winner is compared with; of several DPO's softmax form is used."""
+    """Different generated items that a winner is compared with; of several DPO's softmax form is
+    used. Where the draws bring fewer, those."""
 
     @model_validator(mode="after")
     def _losers_are_generated(self) -> "SelfPlayConfig":

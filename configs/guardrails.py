@@ -17,7 +17,12 @@ broken for long is warned of once, and again after a judgement found it kept."""
 class LimitConfig(Config):
     """A bound on one number: a validation metric (`hr@50`, `coverage@10`, `legality`,
     `preference_accuracy`) or what a training step logs (`kl`, `margin`, `entropy`). Over beams
-    `kl` and `entropy` describe likely candidates, not the policy."""
+    `kl` and `entropy` describe likely candidates, not the policy.
+
+    `kl` is measured from the reference. Where that follows the policy, at each round of `sprec` and
+    `ipa` and by `reference.sync_every_steps`, it bounds how far the policy goes from there, never
+    how far it went from the pretrained one in all; what that costs is bounded by a `max_drop` of a
+    validation metric."""
 
     metric: str
     max_drop: float | None = Field(None, ge=0, lt=1)
@@ -47,11 +52,12 @@ class DivergenceConfig(Config):
     metric: str = "ndcg@10"
     """A validation metric."""
     validations: PositiveInt = 2
-    """In a row, each with a higher reward and a lower metric than the one before; the first is
-    compared with the start."""
+    """In a row, each suspected: it has a higher reward and a lower metric than the one before, or
+    than where the course began, which is the start, or the policy of the last roll-back. The steps
+    in between are noisy; larger numbers wait for more of them."""
     action: Action = "warn"
-    """Unless it is `warn`, no policy is kept to return to while the last validation has a higher
-    reward and a lower metric than the one before: a roll-back leaves all of the course."""
+    """Unless it is `warn`, no policy is selected, or kept to return to, that is suspected: a
+    roll-back leaves all of them, and a stop ends with what lies before them."""
 
 
 class GuardrailsConfig(Config):

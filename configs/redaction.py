@@ -7,18 +7,25 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 HIDDEN = "***"
+_START = r"(?:(?<![A-Za-z])|(?-i:(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])))"
+"""Of a word in `snake_case`, `kebab-case` or `camelCase`."""
 _WORDS = (
-    r"token|secret|secrets|[a-z]*(?:passwd|password|passphrase)|credential|credentials|signature|"
-    r"authorization|"
+    r"token|secret|secrets|credential|credentials|signature|authorization|"
     r"(?:api|access|account|private|session|secret)[-_]?(?:key|token)(?:[-_]?id)?"
 )
+_PASSWORDS = r"(?:passwd|password|passphrase)"
+"""Whatever stands before it, as in PGPASSWORD."""
+_SURE = rf"(?:{_START}(?:{_WORDS})|{_PASSWORDS})"
 _SCHEMES = r"(?:Bearer|Basic|Token|ApiKey|Digest|Negotiate)"
 """Of an `Authorization` header."""
-_NAMED = r"(?:^|[^A-Za-z])(?:{words})(?:$|[^A-Za-z])"
-SECRET_NAME = re.compile(_NAMED.format(words=rf"{_WORDS}|key|pass|pwd|sig"), re.IGNORECASE)
+_NAMED = rf"(?:{_SURE}|{_START}(?:{{words}}))(?:$|[^A-Za-z])"
+SECRET_NAME = re.compile(_NAMED.format(words="key|pass|pat|pwd|sig"), re.IGNORECASE)
 """Of settings, variables and parameters that hold credentials."""
-_SURE_NAME = re.compile(_NAMED.format(words=rf"{_WORDS}|pass|pwd"), re.IGNORECASE)
+_SURE_NAME = re.compile(_NAMED.format(words="pass|pwd"), re.IGNORECASE)
 """Of variables that hold nothing else; many a `key` is the name of something."""
+_SURE_KEY = re.compile(rf"{_SURE}\Z", re.IGNORECASE)
+_PATH_NAME = re.compile(r"(?:^PWD|FILE|PATH|DIR|CREDENTIALS)$", re.IGNORECASE)
+"""Of variables that say where something lies, which must be seen where nothing lies there."""
 _PLAIN_WORDS = re.compile(r"[A-Za-z]+(?:[-_.][A-Za-z]+)*")
 _WORD = re.compile(r"[^\s'\"]+")
 _IN_URL = re.compile(r"(?P<kept>[A-Za-z][\w+.-]{0,30}://)[^\s/:@'\"]*:(?!\d+/)[^\s'\"]*@")
@@ -30,17 +37,21 @@ _IN_BUCKET_URL = re.compile(
 _LONE_IN_WEB_URL = re.compile(r"(?P<kept>https?://)[^\s/:@'\"]+@", re.IGNORECASE)
 _PARAMETER = re.compile(r"(?P<kept>[?&;](?P<name>[\w.%-]+)=)(?P<value>[^&;\s'\"#]+)")
 _ASSIGNED = re.compile(
-    rf"(?P<kept>(?<![A-Za-z])(?:{_WORDS})['\"]?\s*[:=]\s*['\"]?(?:{_SCHEMES}\s+)?)"
+    rf"(?P<kept>{_SURE}['\"]?\s*[:=]\s*['\"]?(?:{_SCHEMES}\s+)?)"
     r"(?P<value>[^\s'\",;}\)&]{8,})",
     re.IGNORECASE,
 )
 _PASSWORD = re.compile(
-    r"(?P<kept>(?<![A-Za-z])[a-z]*(?:passwd|password|passphrase)['\"]?\s*[:=]\s*['\"]?)"
-    r"(?P<value>[^\s'\",;}\)&]+)",
+    rf"(?P<kept>{_PASSWORDS}['\"]?\s*[:=]\s*['\"]?)(?P<value>[^\s'\",;}}\)&]+)",
     re.IGNORECASE,
 )
 """However short."""
 _BEARER = re.compile(r"(?P<kept>\b(?:Bearer|Basic)\s+)[\w.~+/=-]{8,}")
+_PRIVATE_KEY = re.compile(
+    r"-----BEGIN [A-Z ]{0,30}PRIVATE KEY[A-Z ]{0,10}-----.*?(?:-----END [A-Z ]{0,40}-----|\Z)",
+    re.DOTALL,
+)
+"""As PEM; one that is cut short is hidden to the end."""
 _SHORTEST = 8
 """Characters of a variable's value that is hidden wherever it stands; shorter ones are words."""
 
@@ -49,8 +60,9 @@ def redacted(value: T) -> T:
     """A text, or JSON-able value, with every credential in it replaced by `***`.
 
     Found are user names and passwords in URLs, secret parameters of URLs, `name=value` and
-    `name: value` of names like `secret_access_key`, header tokens, and the values that this
-    process's environment has for such names. Recipes without credentials come back equal.
+    `name: value` of names like `secret_access_key` and `clientSecret`, header tokens, private keys
+    in PEM, and the values that this process's environment has for such names. Recipes without
+    credentials come back equal.
     """
     result: Any = value
     if isinstance(value, str):
@@ -108,13 +120,14 @@ def variable_in(text: str) -> str | None:
 
 
 def _redacted_entry(key: Any, value: Any) -> Any:
-    named = isinstance(key, str) and re.fullmatch(rf"(?:.*[^A-Za-z])?(?:{_WORDS})", key, re.I)
+    named = isinstance(key, str) and _SURE_KEY.search(key)
     return HIDDEN if named and isinstance(value, str) and value else redacted(value)
 
 
 def _redacted_text(text: str) -> str:
     for secret in _of_environment():
         text = text.replace(secret, HIDDEN)
+    text = _PRIVATE_KEY.sub(HIDDEN, text)
     text = _WORD.sub(_without_users, text)
     text = _LONE_IN_WEB_URL.sub(rf"\g<kept>{HIDDEN}@", text)
     text = _PARAMETER.sub(_redacted_parameter, text)
@@ -136,15 +149,20 @@ def _redacted_parameter(found: re.Match[str]) -> str:
 
 
 def _of_environment() -> dict[str, str]:
-    """Value → name of variables whose names tell of credentials, the longest values first.
-
-    Paths are none; nor are plain words that some `key` names.
-    """
+    """Value → name of variables whose names tell of credentials, the longest values first."""
     secrets = {v: name for name, v in os.environ.items() if _is_secret(name, v)}
     return {value: secrets[value] for value in sorted(secrets, key=len, reverse=True)}
 
 
 def _is_secret(name: str, value: str) -> bool:
-    if len(value) < _SHORTEST or value[0] in "/~" or " " in value or not SECRET_NAME.search(name):
+    """Paths are none; nor are plain words, several ones, or what begins like a path, of some `key`.
+
+    A secret key in base64 may begin like one, and a pass phrase has blanks.
+    """
+    if len(value) < _SHORTEST or not SECRET_NAME.search(name):
         return False
-    return bool(_SURE_NAME.search(name)) or not _PLAIN_WORDS.fullmatch(value)
+    rooted = value[0] in "/~"
+    if _SURE_NAME.search(name):
+        path = rooted and (_PATH_NAME.search(name) or os.path.exists(os.path.expanduser(value)))
+        return not path
+    return not (rooted or " " in value or _PLAIN_WORDS.fullmatch(value))

@@ -175,7 +175,7 @@ def _write_token(path: Path) -> None:
 
 
 def refuse_open_embedded() -> None:
-    """Refuse to start a Ray without token authentication: it listens on every address of the host.
+    """Refuse to start a Ray without token authentication: every user of the host reaches it.
 
     Raises:
         ValueError: one sentence with the mend.
@@ -183,6 +183,6 @@ def refuse_open_embedded() -> None:
     mode = os.environ.get("RAY_AUTH_MODE", "token")
     if mode.lower() != "token":
         raise ValueError(
-            f"RAY_AUTH_MODE={mode!r} would let anyone who reaches this machine run code in the "
-            "embedded Ray, which listens on all its addresses: unset it, or set it to token"
+            f"RAY_AUTH_MODE={mode!r} would let anyone who is on this machine run code in the "
+            "embedded Ray: unset it, or set it to token"
         )

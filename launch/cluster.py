@@ -46,7 +46,7 @@ from launch.failures import (
     summary,
 )
 from launch.joining import check_door, why_not
-from launch.rendezvous import GroupConfig, loopback_interface
+from launch.rendezvous import GroupConfig, loopback_interface, off_the_network
 from launch.termination import current_termination, unheard
 from launch.user_errors import BusyError
 from trainer.stop_notice import heeding, install_notice
@@ -91,14 +91,13 @@ def connect(cluster: ClusterConfig) -> Iterator[None]:
     options: dict[str, Any] = {}
     if embedded:
         options = {"num_cpus": cluster.data_cpus, "include_dashboard": False}
-    if embedded:
         refuse_open_embedded()
         make_token()
     protect_token()
     try:
         if not embedded and not in_ray_job:  # a job is there already; `submit` checked the door
             check_door(cluster.address)
-        with unheard():
+        with unheard(), off_the_network(embedded):
             ray.init(
                 address=cluster.address,
                 runtime_env=runtime_env,

@@ -36,6 +36,7 @@ class Termination:
         self._told_at = -REPEAT_S
         self._late = False
         self._given_up = False
+        self._status: int | None = None
         self._ask: Callable[[], None] | None = None
         self._grace_s = 0.0
         self._timer: threading.Timer | None = None
@@ -58,11 +59,13 @@ class Termination:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if isinstance(error, SystemExit) and self._status is not None:
+            error.code = self._status  # Ray, while it waits, makes a 1 of what a handler raises
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """Ask the worker group, or end."""
         if self._given_up:
-            raise SystemExit(GIVEN_UP_STATUS)
+            self._leave(GIVEN_UP_STATUS)
         now = time.monotonic()
         if now - self._told_at < REPEAT_S and not self._late:
             return
@@ -113,7 +116,11 @@ class Termination:
     def end(self, sentence: str) -> NoReturn:
         """Say why, and leave with the status of a process that the signal ended."""
         say_aside(sentence, SAYING_S)
-        raise SystemExit(128 + self._by)
+        self._leave(128 + self._by)
+
+    def _leave(self, status: int) -> NoReturn:
+        self._status = status
+        raise SystemExit(status)
 
 
 def current_termination() -> Termination:

@@ -150,7 +150,8 @@ def extreme_pairs(
 def self_play_pairs(
     candidates: Candidates, group: Group, losers: int
 ) -> tuple[Candidates, dict[str, Tensor]]:
-    """What the user took next against the first `losers` candidates that are something else.
+    """What the user took next against the first `losers` candidates that are something else, each
+    once however often it was drawn.
 
     An item that shares the target's semantic id is not: a policy that writes ids writes the same.
 
@@ -160,7 +161,7 @@ def self_play_pairs(
         losers: K.
     """
     worth = rules.hit(group, "id")
-    other = group.legal & (worth == 0)
+    other = group.legal & (worth == 0) & ~group.alike.tril(-1).any(2)
     # Those that are others move to the front, in order.
     order = (~other).to(torch.uint8).argsort(dim=1, stable=True)[:, :losers]
     wrong = _taken(candidates, order, other.gather(1, order))

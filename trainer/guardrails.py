@@ -6,7 +6,6 @@ that every rank decides alike, and its state travels with the checkpoints.
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import pairwise
 from typing import Any
 
 from configs.guardrails import Action, DivergenceConfig, GuardrailsConfig, LimitConfig
@@ -87,15 +86,16 @@ class Watch:
         self.kept(metrics)
 
     def kept(self, metrics: Mapping[str, float]) -> bool:
-        """Of a policy that broke no limit, by its validation: whether to return to it later.
+        """Of a policy that broke no limit, by its validation: whether to select it, and to return
+        to it later.
 
         Not while divergence is suspected, where that would act: a return must leave the whole
-        course, not the end of it.
+        course, not the end of it, and so must what a stop ends with.
         """
         divergence = self.config.divergence
         if divergence is None:
             return True
-        if divergence.action != "warn" and _hacked(self.state.course[-2:]):
+        if divergence.action != "warn" and _suspected(self.state.course):
             return False
         self.state.origin = metrics.get(divergence.metric)
         return True
@@ -198,13 +198,17 @@ class Watch:
             state.course.append([_mean(state.rewards[:first]), state.origin])
         state.course.append([_mean(state.rewards), metrics[config.metric]])
         state.rewards = []
-        last = state.course[-config.validations - 1 :]
-        if len(last) <= config.validations or not _hacked(last):
+        course, number = state.course, len(state.course)
+        ends = range(number - config.validations + 1, number + 1)
+        if number <= config.validations or not all(_suspected(course[:end]) for end in ends):
             return ""
+        reward, metric = course[-1]
+        lower = [place for place in range(number) if course[place][0] < reward]
+        since = max(lower, key=lambda place: course[place][1])
         return (
-            f"the reward may be hacked: in {config.validations} validations {config.reward} rose "
-            f"from {last[0][0]:.4f} to {last[-1][0]:.4f} while {config.metric} fell from "
-            f"{last[0][1]:.4f} to {last[-1][1]:.4f}"
+            f"the reward may be hacked: in {number - 1 - since} validations {config.reward} rose "
+            f"from {course[since][0]:.4f} to {reward:.4f} while {config.metric} fell from "
+            f"{course[since][1]:.4f} to {metric:.4f}"
         )
 
     def _raised(self, held: Sequence[Alarm | None]) -> list[Alarm]:
@@ -228,10 +232,11 @@ class Watch:
         state.recent, state.rewards, state.course, state.standing = {}, [], [], []
 
 
-def _hacked(course: Sequence[Sequence[float]]) -> bool:
-    """Whether of two or more (reward, metric) each has a higher reward and a lower metric than the
-    one before."""
-    return len(course) > 1 and all(b[0] > a[0] and b[1] < a[1] for a, b in pairwise(course))
+def _suspected(course: list[list[float]]) -> bool:
+    """Whether the last (reward, metric) has a higher reward and a lower metric than the one before,
+    or than the first: in steps alone, a slow fall would hide behind noise."""
+    earlier = course[:1] + course[-2:-1]
+    return any(course[-1][0] > reward and course[-1][1] < metric for reward, metric in earlier)
 
 
 def _broken(limit: LimitConfig, value: float, start: float | None) -> str:

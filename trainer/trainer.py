@@ -201,7 +201,7 @@ class Trainer:
                 self.monitor.log_validation(0, metrics, told)
         if self.watch is not None:
             self.watch.begin(metrics)
-            self._keep_good(metrics)
+            self._keep_good()
         self.sign(0, "loading")
 
     def _one_step(self, batches: Step) -> bool:
@@ -298,7 +298,8 @@ class Trainer:
         return self.watch.logged(step, measured, result.unmeasured)
 
     def _judge(self, step: int, alarms: list[Alarm]) -> list[Alarm]:
-        """Validate, and keep a policy that breaks no limit.
+        """Validate, and keep a policy that breaks no limit and is not suspected to go astray: a
+        stop must end with, and a roll-back return to, what lies before all of such a course.
 
         Returns:
             `alarms`, which its training steps raised, and those of validation. Collective.
@@ -311,19 +312,20 @@ class Trainer:
         if self.watch is not None:
             alarms = alarms + self.watch.judged(step, metrics)
         sound = severest(alarms) in (None, "warn")
+        kept = sound and (self.watch is None or self.watch.kept(metrics))
         if validation is not None:
-            self._select(step, metrics, sound, validation)
-        if sound:
-            self._keep_good(metrics)
+            self._select(step, metrics, kept, validation)
+        if kept:
+            self._keep_good()
         return alarms
 
     def _select(
-        self, step: int, metrics: dict[str, float], sound: bool, validation: ValidationConfig
+        self, step: int, metrics: dict[str, float], kept: bool, validation: ValidationConfig
     ) -> None:
-        """Keep the best of what is sound; end where nothing has been better for long."""
+        """Select the best of what is kept; end where nothing has been better for long."""
         value, epoch = metrics[validation.metric], self._epoch(step)
         self.state.validations.append({"step": step, "epoch": epoch, **metrics})
-        improved = sound and (self.state.best_value is None or value > self.state.best_value)
+        improved = kept and (self.state.best_value is None or value > self.state.best_value)
         if improved:
             self.state.best_value, self.state.best_epoch = value, epoch
             self.state.stale_validations = 0
@@ -350,11 +352,9 @@ class Trainer:
             return f"best {start:.4f}, before training"
         return "best so far" if improved else f"best {best:.4f}"
 
-    def _keep_good(self, metrics: dict[str, float]) -> None:
-        """Save the policy to go back to, of these validation metrics, if a guardrail may ask."""
-        if self.watch is None:
-            return
-        if self.watch.kept(metrics) and self.watch.acts:
+    def _keep_good(self) -> None:
+        """Save the policy to go back to, if a guardrail may ask for it."""
+        if self.watch is not None and self.watch.acts:
             self.state.good = self._save(self.good)
 
     def _heed(self, alarms: Sequence[Alarm]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import time
+from pathlib import Path
 
 import pytest
 
@@ -30,6 +31,12 @@ SECRET = "wJalrXUtnFEMI/K7MDENG"
         f"'Authorization': 'Basic {SECRET}'",
         f"account_key = {SECRET}",
         f"passphrase={SECRET}",
+        f"https://h/log.csv?clientSecret={SECRET}",
+        f"https://h/?AWSAccessKeyId={SECRET}",
+        f"refreshToken={SECRET}",
+        f'{{"idToken": "{SECRET}"}}',
+        f"-----BEGIN RSA PRIVATE KEY-----\n{SECRET}\nx\n-----END RSA PRIVATE KEY-----\n",
+        f'{{"private_key": "-----BEGIN PRIVATE KEY-----\\n{SECRET}\\nx"}}',
         f"ftp://alice:p@{SECRET}@host/x",
     ],
 )
@@ -39,7 +46,10 @@ def test_credentials_are_hidden(text: str) -> None:
     assert redacted(shown) == shown
 
 
-@pytest.mark.parametrize("word", ["x", "a.", "://", "password", "?a="])
+@pytest.mark.parametrize(
+    "word",
+    ["x", "a.", "://", "password", "?a=", "aB", "idToken", "-----BEGIN PRIVATE KEY-----", "?aB="],
+)
 def test_a_long_text_takes_no_longer_than_its_length(word: str) -> None:
     started = time.process_time()
     redacted(word * 20_000)
@@ -59,6 +69,10 @@ def test_a_short_password_is_hidden(text: str) -> None:
         "ssh://user@host/x",
         "http://127.0.0.1:8265/x@y",
         "data.loader.token_budget=16384",
+        "data.loader.tokens_per_micro_batch: 16384000",
+        "https://host/x?max_tokens=10000000&maxTokens=10000000&theSecretary=somebody",
+        "tokenCount=10000000",
+        "-----BEGIN CERTIFICATE-----\nabcdefghijkl\n-----END CERTIFICATE-----",
         "tokenizer: residual_kmeans",
         "put the cluster's token into /root/.ray/auth_token (mode 0600)",
         "RAY_AUTH_MODE=token",
@@ -90,6 +104,27 @@ def test_values_of_such_variables_are_hidden(name: str, monkeypatch: pytest.Monk
     assert redacted("ssh_pgpassword: abc") == "ssh_pgpassword: ***"
     monkeypatch.setenv("PWD", "/home/me/password")
     assert redacted("in /home/me/password") == "in /home/me/password"
+
+
+def test_a_secret_that_looks_like_a_path_or_like_words_is_hidden(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {
+        "AWS_SECRET_ACCESS_KEY": "/7MDENGbPxRfiCYEXAMPLEKEY+x",
+        "DB_PASSWORD": "correct horse battery",
+        "GITHUB_PAT": "ghp_abcdefghij0123456789",
+    }
+    paths = {
+        "GOOGLE_APPLICATION_CREDENTIALS": "/none/there.json",
+        "AWS_WEB_IDENTITY_TOKEN_FILE": "/none/token",
+        "PWD": "/none/password",
+        "RAY_TOKEN": str(tmp_path),  # it is one
+        "SORT_KEY": "the name of it",
+    }
+    for name, value in (values | paths).items():
+        monkeypatch.setenv(name, value)
+        found = value if name in paths else "***"
+        assert redacted(f"told {value} by it") == f"told {found} by it"
 
 
 def test_a_word_that_some_key_names_is_no_credential(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,6 +57,19 @@ def test_a_group_is_asked_once_and_a_second_signal_ends(
     assert "the same command goes on" in told
 
 
+def test_the_status_outlives_who_takes_the_end_for_another() -> None:
+    """As Ray does with what a handler raises while it waits for a result."""
+    with pytest.raises(SystemExit) as ended, Termination():
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except SystemExit:
+            raise SystemExit(1) from None
+    assert ended.value.code == 130
+    with pytest.raises(SystemExit) as ended, Termination():
+        raise SystemExit(3)  # none of ours
+    assert ended.value.code == 3
+
+
 def test_impatience_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
     """Signals that follow one another closely do not put off the second one for ever."""
     monkeypatch.setattr(module, "REPEAT_S", 0.3)

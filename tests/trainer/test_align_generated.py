@@ -76,7 +76,7 @@ def test_what_the_user_took_wins_over_other_offers(
     candidates, group = group_of(items, torch.full((len(rows),), target))
     pairs, measures = self_play_pairs(candidates, group, losers)
     for row, own in enumerate(rows):
-        others = [item for item in own if item not in (0, target)][:losers]
+        others = [item for item in dict.fromkeys(own) if item not in (0, target)][:losers]
         wanted = [target, *others, *([0] * (losers - len(others)))]
         assert pairs.items[row].tolist() == wanted
         there = sum(item > 0 for item in own)
@@ -94,9 +94,12 @@ def test_an_item_of_the_same_semantic_id_is_no_loser() -> None:
     assert pairs.items.tolist() == [[2, 3, 4]] and measures["reward"].tolist() == [0.5]
     assert measures["reward_std"].item() == pytest.approx(3**-0.5) and measures["zero_std"] == 0
     assert pairs.codes is not None and pairs.codes.tolist() == [[[1, 10], [3, 30], [4, 40]]]
+    twice = replace(group, codes=torch.tensor([[[3, 30], [3, 30], [3, 30], [4, 40]]]))
+    pairs, _ = self_play_pairs(candidates, twice, 2)  # as an id, 1 and 3 are one outcome here
+    assert pairs.items.tolist() == [[2, 1, 4]]
     bare = replace(group, codes=None, target_codes=None)  # a model that scores items
     pairs, measures = self_play_pairs(replace(candidates, codes=None), bare, 2)
-    assert pairs.items.tolist() == [[2, 1, 1]] and measures["zero_std"].tolist() == [1]
+    assert pairs.items.tolist() == [[2, 1, 3]] and measures["zero_std"].tolist() == [1]
 
 
 def test_what_cannot_be_is_refused() -> None:

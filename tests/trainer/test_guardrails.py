@@ -15,16 +15,34 @@ def watch_of(**config: object) -> Watch:
 def test_a_hacked_reward_is_told_after_so_many_validations() -> None:
     watch = watch_of(divergence=DivergenceConfig(validations=2, action="stop"))
     watch.begin({"ndcg@10": 0.3})
-    course = [(1.0, 0.30), (2.0, 0.29), (1.9, 0.28), (2.5, 0.27), (2.6, 0.26)]
+    course = [(1.0, 0.32), (2.0, 0.31), (0.8, 0.30), (2.5, 0.31), (2.6, 0.30), (2.7, 0.29)]
     alarms = []
     for step, (reward, value) in enumerate(course):
         watch.logged(step, {"reward": reward - 0.1})
         watch.logged(step, {"reward": reward + 0.1})
         alarms.append(watch.judged(step, {"ndcg@10": value}))
-    assert alarms[:4] == [[]] * 4  # the reward fell once in between
-    [alarm] = alarms[4]
+    assert alarms[:5] == [[]] * 5  # the reward fell once in between, and the metric rose
+    [alarm] = alarms[5]
     assert alarm.action == "stop"
-    assert "reward rose from 1.9000 to 2.6000 while ndcg@10 fell from 0.2800" in alarm.reason
+    told = "in 5 validations reward rose from 1.0000 to 2.7000 while ndcg@10 fell from 0.3200 to"
+    assert told in alarm.reason  # from the metric's peak
+
+
+def test_noise_hides_no_slow_fall() -> None:
+    """Real numbers of a policy that collapses: hardly two steps in a row go the same way."""
+    watch = watch_of(divergence={"validations": 3, "action": "roll_back"}, window=1)
+    course = [(2.3476, 0.1334), (2.3516, 0.1299), (2.3512, 0.1297), (2.3577, 0.1222)]
+    course += [(2.356, 0.1237), (2.359, 0.119), (2.3561, 0.1168)]
+    start = (2.347, 0.1408)
+    watch.begin({"ndcg@10": start[1]})
+    told = []
+    for step, (reward, value) in enumerate(course):
+        for each in (*([start[0]] if step == 0 else []), reward):
+            watch.logged(step, {"reward": each})
+        told.append(watch.judged(step, {"ndcg@10": value}))
+        assert not watch.kept({"ndcg@10": value})
+    assert [bool(alarms) for alarms in told] == [False, False, *[True] * 5]
+    assert told[-1][-1].reason.endswith("ndcg@10 fell from 0.1408 to 0.1168")
 
 
 def test_the_start_is_where_the_course_begins() -> None:
@@ -70,10 +88,11 @@ def test_nothing_of_a_hacked_course_is_kept() -> None:
     hacked = [(1.0, 0.45), (2.0, 0.40), (1.0, 0.44), (2.0, 0.39)]
     assert kept("roll_back", hacked) == [0.5, -0.5, -0.5]
     assert kept("warn", hacked) == [0.5, 0.45, 0.40, 0.44, 0.39]
-    # Suspicion ends as the metric rises or the reward falls; the course begins there.
-    assert kept("roll_back", [(1.0, 0.45), (2.0, 0.46), (3.0, 0.45), (4.0, 0.44)]) == [
-        *(0.5, 0.46, -0.46),
+    # Suspicion ends as the metric recovers or the reward falls; a return leads there.
+    assert kept("roll_back", [(1.0, 0.45), (2.0, 0.52), (3.0, 0.51), (4.0, 0.50)]) == [
+        *(0.5, 0.52, -0.52),
     ]
+    assert kept("roll_back", [(1.0, 0.45), (2.0, 0.46)]) == [0.5, -0.5]
     assert kept("roll_back", [(1.0, 0.45), (0.5, 0.44), (1.0, 0.43)]) == [0.5, 0.44]
 
 

@@ -13,7 +13,7 @@ import torch
 
 from configs import storage
 from configs.failures import NonFiniteConfig
-from configs.guardrails import Action, GuardrailsConfig, LimitConfig
+from configs.guardrails import Action, DivergenceConfig, GuardrailsConfig, LimitConfig
 from configs.layout import RunLayout
 from configs.training import CheckpointConfig, ValidationConfig
 from data_loaders.loader import LoaderState
@@ -127,12 +127,15 @@ def step_of(name: str | None) -> int | None:
     return None if name is None else int(name.split("-")[1])
 
 
-def measure_rarely(policy: ParallelModel, steps: Collection[int]) -> None:
-    """Have the loss measure `rare`, which is 1, in these steps alone, counted from 0."""
+def measure_more(policy: ParallelModel, rare: Collection[int]) -> None:
+    """Have the loss measure `rare`, which is 1, in these steps alone, counted from 0; and `reward`,
+    which is the step."""
 
     def told(module: Any, inputs: Any, output: LossOutput) -> LossOutput:
-        here = torch.tensor(float(policy.step in steps))
-        return replace(output, metrics=output.metrics | {"rare": here}, terms={"rare": here})
+        here, one = torch.tensor(float(policy.step in rare)), torch.tensor(1.0)
+        metrics = {"rare": here, "reward": one * policy.step}
+        terms = {"rare": here, "reward": one}
+        return replace(output, metrics=output.metrics | metrics, terms=output.terms | terms)
 
     assert isinstance(policy._loss, torch.nn.Module)
     policy._loss.register_forward_hook(told)
@@ -157,7 +160,7 @@ def run(
         value = values[len(calls) - 1]
         if value is None:
             raise AbandonedError
-        return {"ndcg@10": value}
+        return {"ndcg@10": value, "other": 1 - value}
 
     def batch_of(step: int, empty: bool) -> JaggedBatch:
         batch = make_batch(step, ctx)
@@ -177,8 +180,7 @@ def run(
         "measure_start": False,
     }
     guardrails, skipped = changes.pop("guardrails", None), changes.pop("skipped", ())
-    if (rare := changes.pop("rare", None)) is not None:
-        measure_rarely(policy, rare)
+    measure_more(policy, changes.pop("rare", ()))
     inner, empty = changes.pop("inner", 1), changes.pop("empty", ())
     settings["logged"] = LoggedSteps(1, 8, STEPS_PER_EPOCH, guarded=guardrails is not None)
     settings |= changes
@@ -362,6 +364,21 @@ def test_a_roll_back_returns_to_the_last_good_policy_and_learns_less(tmp_path: P
     assert to_start["good"] == 0 and to_start["restored"] == [("good", 0), ("good", 0)]
     [*_, last] = to_start["state"]["watch"]["alarms"]
     assert "max_rollbacks=2 allows no more roll-backs" in last["reason"]
+
+
+@pytest.mark.parametrize("action", ["stop", "roll_back"])
+def test_nothing_of_a_hacked_course_is_selected(tmp_path: Path, action: Action) -> None:
+    """Its first validation is the best so far, and no alarm yet."""
+    guardrails = GuardrailsConfig(divergence=DivergenceConfig(action=action), max_rollbacks=1)
+    more = {"measure_start": True, "guardrails": guardrails}
+    done = train(tmp_path / "start", [0.5, 0.4, 0.3, 0.4, 0.3], **more)
+    assert (done["best"], done["good"], done["state"]["finished"]) == (None, 0, True)
+    done = train(tmp_path / "later", [0.5, 0.6, 0.5, 0.4, 0.7], **more)
+    assert done["good"] == done["best"] == (2 if action == "stop" else 8)
+    assert done["state"]["best_value"] == (0.6 if action == "stop" else 0.7)
+    metric = ValidationConfig(metric="other")
+    done = train(tmp_path / "other", [0.5, 0.6, 0.5, 0.4, 0.4], validation=metric, **more)
+    assert done["best"] == 2  # the smaller NDCG is, the larger is the other metric
 
 
 def resumed(root: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:

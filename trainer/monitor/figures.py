@@ -15,8 +15,8 @@ from trainer.monitor.plots import (
     Curve,
     curve,
     draw_bars,
-    draw_best,
     draw_curve,
+    draw_highest,
     draw_model_bars,
     model_colour,
     png_figure,
@@ -102,7 +102,7 @@ def _curve_figure(
     def draw(axes: Axes) -> None:
         draw_curve(axes, data, colour, smooth=not is_validation)
         if is_validation:
-            draw_best(axes, data, colour)
+            draw_highest(axes, data, colour)
         if data.values.max() >= 10_000:
             axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: count(y)))
 
@@ -112,8 +112,8 @@ def _curve_figure(
 
 def _told(data: Curve, is_validation: bool) -> str:
     if is_validation:
-        step, best = data.best
-        return f"Best {best:.4f} at step {step:,}; last {data.last:.4f}."
+        step, highest = data.highest
+        return f"Highest {highest:.4f} at step {step:,}; last {data.last:.4f}."
     even = smoothed(thinned(data)) if len(data.steps) >= LONG else data
     first, last = shown(float(even.values[0])), shown(even.last)
     caption = f"From {first} to {last} over {int(data.steps[-1]):,} steps."

@@ -14,11 +14,20 @@ ALARM_FOLLOWS: dict[Action, str] = {
 
 
 def alarm_sentences(results: Results) -> tuple[str, ...]:
-    """What guardrails said of alignment, a sentence each."""
-    return tuple(
+    """What guardrails said of alignment, a sentence each, and whether they left nothing of it."""
+    alarms = (
         f"Guardrail at step {alarm.step:,}: {alarm.reason}; {ALARM_FOLLOWS[alarm.action]}."
         for alarm in results.alarms
     )
+    nothing = nothing_kept(results)
+    return (*alarms, *([nothing] if nothing else []))
+
+
+def nothing_kept(results: Results) -> str | None:
+    """A sentence where `aligned` is the policy that alignment began with."""
+    if results.selected is None or results.selected.step > 0:
+        return None
+    return "No aligned policy kept the limits: 'aligned' is the pretrained one."
 
 
 def sampling_note(results: Results, part: Part) -> str | None:

@@ -86,7 +86,7 @@ class Curve:
         return float(self.values[-1])
 
     @property
-    def best(self) -> tuple[int, float]:
+    def highest(self) -> tuple[int, float]:
         """Step and value of the largest."""
         at = int(np.argmax(self.values))
         return int(self.steps[at]), float(self.values[at])
@@ -158,14 +158,14 @@ def draw_curve(axes: Axes, data: Curve, colour: str, smooth: bool = True) -> Non
     axes.ticklabel_format(axis="y", useOffset=False)  # a number of its own at every tick
 
 
-def draw_best(axes: Axes, data: Curve, colour: str) -> None:
+def draw_highest(axes: Axes, data: Curve, colour: str) -> None:
     """Mark the largest value with its number."""
-    step, value = data.best
+    step, value = data.highest
     axes.plot([step], [value], "o", markersize=8, markerfacecolor=PAPER, color=colour, mew=2)
     axes.margins(y=0.18)
     early = step < (data.steps[0] + data.steps[-1]) / 2
     axes.annotate(
-        f"best {value:.4f}",
+        f"highest {value:.4f}",
         (step, value),
         xytext=(6 if early else -6, 8),
         textcoords="offset points",

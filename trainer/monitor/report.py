@@ -22,7 +22,7 @@ from trainer.monitor.figures import (
     stage_figures,
     summary_png,
 )
-from trainer.monitor.notes import alarm_sentences, sampling_note
+from trainer.monitor.notes import alarm_sentences, nothing_kept, sampling_note
 from trainer.monitor.plots import curve
 from trainer.monitor.progress import count
 from trainer.monitor.results import (
@@ -180,7 +180,10 @@ def _protocol_sentence(results: Results) -> str:
 
 
 def _verdict(results: Results) -> str | None:
-    """What alignment did to all metrics, counted."""
+    """What alignment did to all metrics, counted, if there is an aligned policy."""
+    nothing = nothing_kept(results)
+    if nothing is not None:
+        return nothing
     deltas = [row.delta for row in table_rows(results, "test") if row.delta is not None]
     if not deltas:
         return None
@@ -231,6 +234,13 @@ def _selection_metric(results: Results, stage: str) -> str:
     return str(validation.get("metric", DEFAULT_METRIC))
 
 
+def _wanted_metric(results: Results) -> str:
+    """What a reward must not rise against: the divergence guardrail's metric, if there is one."""
+    guardrails = (results.recipe.get("alignment") or {}).get("guardrails") or {}
+    divergence = guardrails.get("divergence") or {}
+    return str(divergence.get("metric", _selection_metric(results, "align")))
+
+
 def _stage(results: Results, stage: str, rows: Sequence[MetricRow]) -> dict[str, Any]:
     metric = _selection_metric(results, stage)
     return {
@@ -238,7 +248,7 @@ def _stage(results: Results, stage: str, rows: Sequence[MetricRow]) -> dict[str,
         "title": STAGE_TITLES[stage],
         "sentence": _stage_sentence(results, stage, rows),
         "alarms": alarm_sentences(results) if stage == "align" else (),
-        "reward": reward_sentence(rows, metric) if stage == "align" else None,
+        "reward": reward_sentence(rows, _wanted_metric(results)) if stage == "align" else None,
         "numbers": training_numbers(rows) if stage == "align" else [],
         "figures": _embedded(stage_figures(stage, rows, metric)),
     }
@@ -248,6 +258,8 @@ def _stage_sentence(results: Results, stage: str, rows: Sequence[MetricRow]) -> 
     if not rows:
         return "This stage left no record of its steps."
     parts = [f"{max(row.step for row in rows):,} optimizer steps"]
+    if stage == "align" and results.selected is not None:
+        parts.append(f"selected step {results.selected.step:,} ({results.selected.selected_on})")
     if stage == "align" and results.preferences is not None:
         pairs = results.preferences
         parts.append(

@@ -120,6 +120,14 @@ class AlarmRecord(Config):
     reason: str
 
 
+class SelectedPolicy(Config):
+    """Which policy of the alignment stage was measured as `aligned`."""
+
+    step: NonNegativeInt
+    """0 is the policy that alignment began with: none that it made kept the guardrails."""
+    selected_on: Literal["validation", "guardrails", "last step"]
+
+
 class Results(Config):
     """Content of `results.json`."""
 
@@ -138,6 +146,8 @@ class Results(Config):
     """Those of the log that alignment learns from; null where it learns from none."""
     alarms: tuple[AlarmRecord, ...] = ()
     """Of the alignment stage's guardrails."""
+    selected: SelectedPolicy | None = None
+    """Null without alignment, and in files of before it was kept."""
     semantic_ids: str | None = None
     """Fingerprint of the item → semantic id table, where items have semantic ids."""
 
@@ -180,7 +190,8 @@ def write_results(
         measured: what the evaluation answered: `models`, `protocol` and `semantic_ids`.
         aligned: outputs of the align stage, if there was one: `pairs` with what `PreferenceCounts`
             says of them (or null), `impressions` with `OutcomeCounts` (or null; absent in records
-            of before they were counted), and `alarms`, the guardrails that it broke.
+            of before they were counted), `alarms`, the guardrails that it broke, and its
+            `checkpoint`, with what that was `selected_on`.
     """
     outputs = {"pairs": None, "impressions": None, "alarms": [], **(aligned or {})}
     results = Results(
@@ -193,10 +204,16 @@ def write_results(
         preferences=_counts(PreferenceCounts, outputs["pairs"]),
         impressions=_counts(OutcomeCounts, outputs["impressions"]),
         alarms=tuple(AlarmRecord.model_validate(alarm) for alarm in outputs["alarms"]),
+        selected=None if aligned is None else _selected(aligned),
         semantic_ids=measured["semantic_ids"],
     )
     write_sealed(url, results.model_dump(mode="json"))
     return results
+
+
+def _selected(aligned: Mapping[str, Any]) -> SelectedPolicy:
+    step, selected_on = aligned["checkpoint"]["step"], aligned["selected_on"]
+    return SelectedPolicy(step=step, selected_on=selected_on)
 
 
 def _counts(kind: type[C], stage: Mapping[str, Any] | None) -> C | None:

@@ -64,3 +64,11 @@ class Group:
     def legal(self) -> Tensor:
         """[N, G] bool, whether a candidate is an item of the catalogue."""
         return self.valid & (self.items > 0)
+
+    @property
+    def alike(self) -> Tensor:
+        """[N, G, G] bool, whether two candidates are one outcome, as independent draws may be: the
+        same id written, or the same item of a model that scores items. No outcome is not one."""
+        outcomes = self.items[..., None] if self.codes is None else self.codes
+        same = (outcomes[:, :, None] == outcomes[:, None]).all(-1)
+        return same & self.valid[:, :, None] & self.valid[:, None]

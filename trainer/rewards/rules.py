@@ -48,11 +48,13 @@ def prefix(group: Group) -> Tensor:
 def rank(group: Group, by: Identity) -> Tensor:
     """Misses cost -(1 / log2(ρ + 2)) / Σ, the hit 0; nothing where the group has no hit.
 
-    ρ = 0, 1, … is a candidate's place in its group by falling log π, and Σ runs over the misses of
-    the group, so that what they cost adds up to 1 (ReRe, arXiv 2510.12211).
+    ρ = 0, 1, … is a candidate's place in its group by falling log π, where draws of one outcome
+    share the best of theirs: else equal candidates would be worth different rewards. Σ runs over
+    the misses of the group, so that what they cost adds up to 1 (ReRe, arXiv 2510.12211).
     """
     order = group.log_probs.masked_fill(~group.valid, -torch.inf)
     place = order.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    place = place[:, None].where(group.alike, place.shape[1]).amin(2)
     found = hits(group, by)
     missed = group.valid & ~found
     cost = missed / torch.log2(place.float() + 2.0)

@@ -23,7 +23,7 @@ from trainer.monitor.plots import (
     thinned,
 )
 from trainer.monitor.report import render_report, write_report
-from trainer.monitor.results import ModelResult
+from trainer.monitor.results import ModelResult, SelectedPolicy
 from trainer.monitor.tracker import MetricRow, read_rows
 
 HOSTILE = '</svg></style><script>alert("$x^2$")</script>&<img src=x onerror=1>'
@@ -82,6 +82,41 @@ def layout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunLayout]:
 @pytest.fixture(scope="module")
 def written(layout: RunLayout) -> dict[str, str]:
     return write_report(layout, {s: layout.metrics(s, "f" * 64) for s in ("train", "align")})
+
+
+def test_an_alignment_that_kept_nothing_claims_no_effect(layout: RunLayout) -> None:
+    rows = {"align": read_rows(layout.metrics("align", "f" * 64))}
+
+    def told(step: int) -> str:
+        selected = SelectedPolicy(step=step, selected_on="guardrails")
+        results = invented.results().model_copy(update={"selected": selected})
+        return render_report(results, rows, None, None)
+
+    nothing, some = told(0), told(60)
+    assert "alignment raises" in some and "No aligned policy kept" not in some
+    assert "alignment raises" not in nothing
+    assert nothing.count("No aligned policy kept the limits") == 2  # on top, and of the stage
+    assert "selected step 60 (guardrails)" in some
+
+
+def test_the_reward_is_held_against_the_metric_that_is_watched() -> None:
+    """Which is not the one that selects."""
+    rows = [
+        MetricRow(
+            step,
+            0.0,
+            {"train/reward": step, "validation/mrr": step / 9, "validation/hr@50": 1 / step},
+        )
+        for step in (1, 2, 3)
+    ]
+    results = invented.results()
+    chosen = {"kind": "grpo", "validation": {"metric": "mrr"}}
+    for watched, told in ((None, "MRR on validation"), ("hr@50", "HR@50 on validation")):
+        guardrails = {"divergence": watched and {"metric": watched}}
+        recipe = results.recipe | {"alignment": chosen | {"guardrails": guardrails}}
+        changed = results.model_copy(update={"recipe": recipe})
+        text = render_report(changed, {"align": rows}, None, None)
+        assert f"{told} from" in text and ("may be hacked" in text) == (watched is not None)
 
 
 def test_the_report_tells_everything(written: dict[str, str]) -> None:

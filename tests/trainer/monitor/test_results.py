@@ -9,6 +9,7 @@ from trainer.monitor.results import (
     AlarmRecord,
     ModelResult,
     Results,
+    SelectedPolicy,
     compare,
     library_versions,
     protocol,
@@ -44,6 +45,7 @@ def test_written_results_read_back_whole() -> None:
     counts = {"pairs": 9, "validation_pairs": 1, "candidates": 20, "users": 4}
     counts |= {"liked": 30, "disliked": 5, "neither": 2}
     aligned = {"pairs": {"url": "memory://pairs", **counts}, "impressions": None, "alarms": []}
+    aligned |= {"checkpoint": {"step": 6, "hash": "f" * 64}, "selected_on": "validation"}
     assert write_results(URL, chosen, measured, aligned) == read_results(URL)
     assert "impressions" not in read_json(URL)
     said = {"liked": 7, "disliked": 0, "neither": 3}
@@ -54,6 +56,7 @@ def test_written_results_read_back_whole() -> None:
     assert read_results(URL) == written
     stored = read_json(URL)
     assert stored["impressions"] == said and stored["alarms"] == [alarm]
+    assert stored["selected"] == {"step": 6, "selected_on": "validation"}
     assert stored["seed"] == 3 and stored["preferences"] == counts
     assert stored["models"]["pretrained"] == measured["models"]["pretrained"]
     assert stored["semantic_ids"] == "e" * 64
@@ -158,6 +161,19 @@ def test_alarms_are_sentences() -> None:
     returned = "alignment returned to the last policy that kept the limits"
     assert told == (f"Guardrail at step 1,200: hr@50 fell; {returned}.",)
     assert told[0] in render_table(results().model_copy(update={"alarms": (alarm,)}))
+
+
+def test_the_pretrained_policy_is_not_passed_off_as_an_aligned_one() -> None:
+    alarm = AlarmRecord(step=2, action="stop", reason="hr@50 fell")
+
+    def selected(step: int) -> Results:
+        policy = SelectedPolicy(step=step, selected_on="guardrails")
+        return results().model_copy(update={"alarms": (alarm,), "selected": policy})
+
+    nothing = "No aligned policy kept the limits: 'aligned' is the pretrained one."
+    assert alarm_sentences(selected(0))[1:] == (nothing,)
+    assert render_table(selected(0)).endswith(nothing)
+    assert len(alarm_sentences(selected(6))) == 1 and nothing not in render_table(selected(6))
 
 
 def test_recommendations_are_checked_and_named() -> None:

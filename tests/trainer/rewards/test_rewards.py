@@ -4,10 +4,13 @@ import math
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
@@ -96,6 +99,37 @@ def test_rank_goes_by_log_probability_not_by_place() -> None:
     turned = replace(found, log_probs=torch.tensor([[-3.0, -2.0, -1.0]]))
     assert rules.rank(turned, "item")[0, 0] > rules.rank(turned, "item")[0, 2]
     assert float(rules.rank(turned, "item").sum()) == pytest.approx(-1.0)
+
+
+@given(
+    st.lists(st.lists(st.integers(-1, 6), min_size=5, max_size=5), min_size=1, max_size=3),
+    st.booleans(),
+    st.permutations(range(5)),
+)
+@settings(deadline=None, max_examples=100)
+def test_rank_is_worth_the_same_for_draws_of_one_outcome(
+    items: list[list[int]], codes: bool, order: list[int]
+) -> None:
+    """Whatever their order; and less for likelier ones."""
+    found = group(items, [1] * len(items), codes=codes)
+    third = 2.0 if codes else 2.5  # items 2 and 3 share an id
+    likely = -torch.tensor([0.0, 4.0, 2.0, third, 1.0, 3.0, 5.0])[found.items]
+    found = replace(found, log_probs=likely.masked_fill(~found.valid, -torch.inf))
+    worth = rules.rank(found, "id")
+    columns = {name: getattr(found, name)[:, order] for name in ("items", "valid", "log_probs")}
+    turned = replace(found, **columns, codes=CODES[columns["items"]] if codes else None)
+    torch.testing.assert_close(rules.rank(turned, "id"), worth[:, order])
+    for row, own in enumerate(found.items.tolist()):
+        missed = [at for at in range(5) if found.valid[row, at] and own[at] != 1]
+        if 1 not in [own[at] for at in range(5) if found.valid[row, at]]:
+            assert not worth[row].any()
+            continue
+        for a, b in product(missed, missed):
+            pair = own[a], own[b]
+            if pair[0] == pair[1] or (codes and set(pair) == {2, 3}):
+                assert worth[row, a] == worth[row, b]
+            elif likely[row, a] > likely[row, b]:
+                assert worth[row, a] < worth[row, b]
 
 
 def test_diversity_sums_to_distinct_items() -> None:
