@@ -26,7 +26,7 @@ from data_loaders.manifest import (
 )
 from data_loaders.poison import Unit, check_values
 from data_loaders.sampler import expand_ranges
-from data_loaders.shards import DAMAGE
+from data_loaders.shards import DAMAGE, open_plain
 
 OPEN_FILES = 32
 """Shards whose footers are kept parsed."""
@@ -82,8 +82,8 @@ class ShardReader:
         labels: string columns, which are read only when asked for by name.
         cached_row_groups: row groups kept decoded; the least recently used goes first.
         verify: hash a shard when this process first reads events from it. Scalars alone are read
-            without (pages carry checksums): a rank looks up lengths in shards whose events only
-            other ranks read, and those ranks verify them.
+            without (pages carry checksums, and none but plain types are opened): a rank looks up
+            lengths in shards whose events only other ranks read, and those ranks verify them.
         mend: what writes damaged shards anew, for messages.
         limits: largest value of integer columns, where it is known; none may be negative, and no
             float infinite.
@@ -189,8 +189,8 @@ class ShardReader:
         path = storage.inside(self._url, self._shards[shard].path)
         if storage.is_local(path):
             inner = storage.filesystem(path)[1]
-            return pq.ParquetFile(inner, memory_map=True, page_checksum_verification=True)
-        return pq.ParquetFile(storage.open_to_read(path), page_checksum_verification=True)
+            return open_plain(inner, memory_map=True)
+        return open_plain(storage.open_to_read(path))
 
     def _read(self, number: int, names: Sequence[str], verify: bool) -> dict[str, pa.Array]:
         """Columns of a row group."""

@@ -18,6 +18,7 @@ STAGED_GROUP_ROWS = 1 << 18
 _VERIFIED_FILES = 1 << 14
 DAMAGE = (pa.ArrowException, OSError, KeyError)
 """What reading a part raises where it is not what was written."""
+_EXTENSION = b"ARROW:extension:name"
 
 
 def write_table(
@@ -70,9 +71,36 @@ def open_part(url: str, sha256: str | None = None, mend: str = MEND) -> Iterator
         verify_once(url, sha256)
     try:
         with storage.open_to_read(url) as stream:
-            yield pq.ParquetFile(stream, page_checksum_verification=True)
+            yield open_plain(stream)
     except DAMAGE as error:
         raise ValueError(f"{url} is missing or damaged ({first_line(error)}); {mend}") from error
+
+
+def open_plain(source: object, *, memory_map: bool = False) -> pq.ParquetFile:
+    """A part's reader, of none but the plain types that `write_table` writes.
+
+    The values of an extension type are made by its own code, and Ray's unpickles them: such a
+    column is refused before any of it is read, as the file may not be hashed yet.
+
+    Raises:
+        pa.ArrowTypeError: a column is of an extension type, or holds one.
+    """
+    parquet = pq.ParquetFile(source, memory_map=memory_map, page_checksum_verification=True)
+    for field in parquet.schema_arrow:
+        if _is_extended(field):
+            parquet.close(force=True)
+            raise pa.ArrowTypeError(f"column {field.name!r} is of an extension type")
+    return parquet
+
+
+def _is_extended(field: pa.Field) -> bool:
+    """Whether a field, or one within it, has an extension type, known to this process or not."""
+    kind = field.type
+    if isinstance(kind, pa.BaseExtensionType) or _EXTENSION in (field.metadata or {}):
+        return True
+    if pa.types.is_dictionary(kind):
+        return isinstance(kind.value_type, pa.BaseExtensionType)
+    return any(_is_extended(kind.field(i)) for i in range(kind.num_fields))
 
 
 @lru_cache(maxsize=_VERIFIED_FILES)

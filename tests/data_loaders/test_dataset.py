@@ -1,8 +1,12 @@
 """Reading by row group equals reading whole files; damage is found and named."""
 
+import importlib
+import os
+import pickle
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
@@ -10,6 +14,8 @@ from hypothesis import strategies as st
 
 from configs import storage
 from data_loaders.dataset import SequenceDataset
+from data_loaders.manifest import read_manifest
+from data_loaders.shards import read_table
 from data_loaders.synthetic import write_synthetic
 
 USERS = 70
@@ -174,3 +180,38 @@ def test_a_data_set_on_another_file_system(users: list[dict]) -> None:
     ends = dataset.lengths(ids).total
     slices = dataset.reader.slices(ids, np.zeros_like(ends), ends)
     assert len(slices.events["item_ids"]) == ends.sum() > 0
+
+
+class _Marker:
+    """Unpickling makes the directory `path`."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self._path),)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_shard_whose_type_runs_code_is_refused_before_its_values_are_made(
+    tmp_path: Path, nested: bool
+) -> None:
+    """Lengths are read before the shard is hashed; Ray's type of Python objects unpickles."""
+    ray_type = importlib.import_module("ray.data.extensions").ArrowPythonObjectType()
+    write_synthetic(str(tmp_path), 4, 5, 3.0, 1, num_shards=1)
+    [entry] = read_manifest(str(tmp_path)).shards
+    path = tmp_path / entry.path
+    table = pq.read_table(path)
+    values = pa.array([pickle.dumps(_Marker(tmp_path / "ran"))] * 4, pa.large_binary())
+    column = pa.ExtensionArray.from_storage(ray_type, values)
+    if nested:
+        column = pa.StructArray.from_arrays([column], names=["inner"])
+    place = table.schema.get_field_index("length")
+    pq.write_table(table.set_column(place, "length", column), path, write_page_checksum=True)
+
+    dataset = SequenceDataset(str(tmp_path), cached_row_groups=2)
+    with pytest.raises(ValueError, match=r"damaged \(column 'length' is of an extension type\)"):
+        dataset.lengths(np.array([0, 3]))
+    with pytest.raises(ValueError, match=r"damaged \(column 'length' is of an extension type\)"):
+        read_table(str(path), ["length"])
+    assert not (tmp_path / "ran").exists()
