@@ -28,7 +28,7 @@ from trainer.objectives.logged import LoggedInputs, LoggedLoss
 from trainer.objectives.scoring import Candidates
 from trainer.rewards.group import Group
 
-STEPS, ROUND = 120, 8
+STEPS, ROUND = 200, 8
 WORTH = 1.5
 """By which the one item is preferred to any other, in nats of Plackett-Luce's model."""
 WON = 1 / (1 + math.exp(-WORTH))
