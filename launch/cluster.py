@@ -37,6 +37,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from launch.address import make_token, protect_token, refuse_open_embedded
 from launch.console import Console, Line
 from launch.elastic import ElasticGroup, GroupTrainer
+from launch.embedded import ends_with_its_head, leave, off_the_network
 from launch.failures import (
     Failure,
     Place,
@@ -46,7 +47,7 @@ from launch.failures import (
     summary,
 )
 from launch.joining import check_door, why_not
-from launch.rendezvous import GroupConfig, loopback_interface, off_the_network
+from launch.rendezvous import GroupConfig, loopback_interface
 from launch.termination import current_termination, unheard
 from launch.user_errors import BusyError
 from trainer.stop_notice import heeding, install_notice
@@ -116,23 +117,10 @@ def connect(cluster: ClusterConfig) -> Iterator[None]:
         ) from error
     _quiet()
     try:
-        yield
+        with ends_with_its_head():
+            yield
     finally:
-        _leave()
-
-
-def _leave() -> None:
-    """Disconnect, and end what was started here.
-
-    `ray.shutdown` would ask every daemon by SIGTERM, which they do not hear (`unheard`), and wait a
-    second for each.
-    """
-    started, ray_worker._global_node = ray_worker._global_node, None
-    ray.shutdown()
-    if started is not None:
-        if started.is_head():
-            started.destroy_external_storage()
-        started.kill_all_processes(check_alive=False, allow_graceful=False)
+        leave()
 
 
 def _quiet() -> None:

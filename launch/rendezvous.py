@@ -6,15 +6,12 @@ for a token: whoever reaches it reads and changes what ranks tell each other.
 
 import os
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import ray
 import torch.distributed as dist
-from ray._private import ray_constants
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _set_torch_distributed_env_vars, _TorchBackend
 
@@ -55,21 +52,6 @@ class _GroupBackend(_TorchBackend):
                 for rank in range(world_size)
             ]
         )
-
-
-@contextmanager
-def off_the_network(embedded: bool) -> Iterator[None]:
-    """An embedded Ray that is started meanwhile listens on loopback alone.
-
-    Otherwise Ray takes the host's address in the network, even where it is told one on loopback,
-    and serves metrics there to whoever asks; on macOS and Windows this constant keeps it from that.
-    """
-    before = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = before and not embedded
-    try:
-        yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def loopback_interface() -> str:
