@@ -12,8 +12,8 @@ from configs import storage
 from sharding.checkpoint_manifest import MANIFEST
 
 _log = logging.getLogger(__name__)
-CHECKPOINT_NAME = re.compile(r"step-\d{8,}-([0-9a-f]{16})")
-"""Of a checkpoint's directory: the step, and when it was saved."""
+CHECKPOINT_NAME = re.compile(r"step-\d{8,}-([0-7][0-9a-f]{15})")
+"""Of a checkpoint's directory: the step, and when it was saved, in the 63 bits of a clock."""
 
 
 class CheckpointDirectory:
@@ -34,11 +34,21 @@ class CheckpointDirectory:
         return sorted(names, key=lambda name: name.rsplit("-", 1)[1], reverse=True)
 
     def fresh_name(self, step: int) -> str:
-        """A name that sorts before all others, whatever the clocks say."""
+        """A name that sorts before all others, whatever the clocks say.
+
+        Raises:
+            ValueError: another name has the last time that there is.
+        """
         names = self.newest_first()
         last = int(names[0].rsplit("-", 1)[1], 16) if names else 0
         self._last = max(time.time_ns(), last + 1, self._last + 1)
-        return f"step-{step:08d}-{self._last:016x}"
+        name = f"step-{step:08d}-{self._last:016x}"
+        if not CHECKPOINT_NAME.fullmatch(name):
+            raise ValueError(
+                f"{storage.join(self._root, names[0])} is named as of the end of time, so that "
+                "nothing can be saved after it; move it elsewhere"
+            )
+        return name
 
     def claim(self, name: str) -> None:
         """Begin a save as `name`, made here or by another store; what failed before goes."""
@@ -56,17 +66,19 @@ class CheckpointDirectory:
     def remove_debris(self) -> None:
         """Remove what saves that failed or were killed left behind, if the storage tells.
 
+        What the index lists was committed, even if the storage does not show its manifest now.
+
         The first time that of all; then of ours alone, as another run that has taken over, or is
         being taken over from, may be at a save.
         """
         try:
             names = self.newest_first()
-            committed = set(self.committed())
+            kept = {*self.committed(), *self._remembered()}
         except OSError as error:
             _log.warning("what unfinished saves left in %s stays for now: %s", self._root, error)
             return
         for name in names:
-            if name not in committed and (name in self._own or not self._swept):
+            if name not in kept and (name in self._own or not self._swept):
                 self.remove(name)
         self._swept = True
 
@@ -82,7 +94,15 @@ class CheckpointDirectory:
     def remember(self, name: str) -> None:
         """Write down what is committed, as a store of objects may list it only later."""
         if not storage.is_local(self._root):
-            storage.write_sealed(self._index, {"names": [name, *self.committed()]})
+            self._write_index({name, *self.committed(), *self._remembered()})
+
+    def _forget(self, name: str) -> None:
+        names = set(self._remembered())
+        if name in names:
+            self._write_index(names - {name})
+
+    def _write_index(self, names: Collection[str]) -> None:
+        storage.write_sealed(self._index, {"names": sorted(names)})
 
     def prune(
         self, saved: str, keep: int, damaged: Collection[str], needed: Collection[str]
@@ -103,6 +123,7 @@ class CheckpointDirectory:
         """Remove a checkpoint, its commit first; a failure is no reason to stop training."""
         self._own.add(name)  # `remove_debris` goes on with what this leaves
         try:
+            self._forget(name)
             storage.remove(storage.join(self._root, name, MANIFEST))
             storage.remove(storage.join(self._root, name))
         except Exception as error:  # noqa: BLE001 - each storage back end raises its own kinds

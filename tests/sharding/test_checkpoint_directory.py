@@ -106,3 +106,44 @@ def test_a_removal_that_fails_is_repeated_at_the_next_save(
     monkeypatch.setattr(storage, "remove", whole)
     save(tmp_path, ours, 5)
     assert storage.list_names(str(tmp_path)) == sorted(ours.committed())
+
+
+def test_a_manifest_that_the_storage_hides_for_a_moment_is_no_debris(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    root = "memory://late-manifest/newest"
+    before = CheckpointDirectory(root)
+    names = [_commit(root, before, step) for step in (4, 8)]
+    hidden = storage.join(root, names[-1], MANIFEST)
+    shown = storage.exists
+    monkeypatch.setattr(storage, "exists", lambda url: url != hidden and shown(url))
+    resumed = CheckpointDirectory(root)
+    names.append(_commit(root, resumed, 12))
+    monkeypatch.undo()
+    assert resumed.committed() == names[::-1]
+    assert storage.read_sealed(f"{root}/committed.json")["names"] == names
+
+    resumed.remove(names[0])
+    assert storage.read_sealed(f"{root}/committed.json")["names"] == names[1:]
+    debris = storage.join(root, resumed.fresh_name(16), "part")
+    storage.write_bytes(debris, b"")
+    CheckpointDirectory(root).remove_debris()
+    assert not storage.exists(debris) and resumed.committed() == names[:0:-1]
+
+
+def _commit(root: str, directory: CheckpointDirectory, step: int) -> str:
+    name = directory.fresh_name(step)
+    directory.claim(name)
+    storage.write_bytes(storage.join(root, name, MANIFEST), b"{}")
+    directory.remember(name)
+    return name
+
+
+def test_a_name_of_no_clock_is_no_checkpoint(tmp_path: Path) -> None:
+    """The next would have a digit more, and be found by nothing."""
+    directory = CheckpointDirectory(str(tmp_path))
+    (tmp_path / f"step-00000004-{'f' * 16}").mkdir()
+    assert save(tmp_path, directory, 5) == [5]
+    (tmp_path / f"step-00000004-7{'f' * 15}").mkdir()
+    with pytest.raises(ValueError, match="named as of the end of time.*move it elsewhere"):
+        directory.fresh_name(6)
