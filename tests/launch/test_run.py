@@ -1,18 +1,23 @@
 """What of a recipe's stages is run, skipped, refused, resumed or discarded; with real stages."""
 
 import time
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
 from configs import storage
+from configs.cluster import ClusterConfig
 from configs.layout import RunLayout, read_record
 from configs.load import load_recipe
 from configs.recipe import Recipe
 from launch import output_lock
 from launch import run as run_module
+from launch.cluster import connect
 from launch.run import run
 from launch.stage_inputs import prepare_settings
 from launch.stages import GRAPH, StageContext
@@ -45,8 +50,15 @@ class Job:
         return mark
 
 
+@pytest.fixture(scope="module")
+def embedded() -> Iterator[None]:
+    """One Ray for all runs: each would start and end its own."""
+    with connect(ClusterConfig()), mock.patch("launch.cluster.connect", lambda _: nullcontext()):
+        yield
+
+
 @pytest.fixture
-def job(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Job:
+def job(embedded: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Job:
     return Job(tmp_path, capfd)
 
 
