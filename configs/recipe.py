@@ -208,6 +208,10 @@ def _decoding_applies(recipe: Recipe) -> None:
             f"evaluation.catalogue_chunk is for models that score every item, and model.kind="
             f"{kind!r} writes semantic ids: remove it"
         )
+    if not recipe.table_names() and recipe.tables != InitConfig():
+        raise ValueError(
+            f"tables.std is of embedding tables; model.kind={kind!r} has none: remove it"
+        )
     objective = recipe.objective
     windows = objective.windows_per_user if isinstance(objective, NextCodeConfig) else None
     if windows is not None and isinstance(recipe.model, HSTUDecoderConfig):

@@ -134,8 +134,10 @@ class ProductQuantizerConfig(CodeConfig):
     num_levels: PositiveInt = 16
     rotation: bool = True
     """Learn an orthogonal rotation before slicing (OPQ)."""
-    rotation_rounds: PositiveInt = 20
-    """Alternations between codebooks and rotation, on a keyed sample."""
+    rotation_rounds: PositiveInt = 100
+    """Alternations between codebooks and rotation, on a keyed sample. Few leave it unsettled: 20 a
+    tenth to a half of the error above that of 100, where coordinates come by their variance most;
+    300 gain some percent on these."""
     iterations: PositiveInt = 25
     restarts: PositiveInt = 1
     rows_per_code: PositiveInt = 64

@@ -47,6 +47,10 @@ TABLE = "tokenizer={embeddings: [{kind: text, table: {url: t, separator: ;}}]}"
             "windows_per_user=2 cuts windows",
         ),
         (
+            [*DECODER, "model={kind: tiger}", "tables.std=0.5"],
+            "tables.std is of embedding tables; model.kind='tiger' has none",
+        ),
+        (
             [*DECODER, "model={kind: tiger}", "evaluation.catalogue_chunk=100"],
             "catalogue_chunk is for models that score every item",
         ),
