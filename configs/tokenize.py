@@ -114,7 +114,8 @@ class TokenizerConfig(Config):
     quantizer: Quantizer = ResidualKMeansConfig()
     collisions: Literal["extra_digit", "next_best", "keep"] = "extra_digit"
     """Items with equal codes: number them in a further level (TIGER), move all but the closest to
-    the next-best free code of the last level, or keep them equal."""
+    the next-best free code of the last level (of an item's nearest 256; where all of those are
+    taken, to the lowest free one), or keep them equal."""
     reserve: NonNegativeInt = 0
     """Codes of the extra digit kept free for items to come (with `frozen`), so that the models'
     code tables keep their size."""
