@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 
-from models.generation.noise import extend_streams, gumbels
+from models.generation.noise import gumbels, split_streams
 from sharding.draws import best_blocks, best_items, item_streams
 from sharding.parallelize import ParallelModel
 from sharding.process_group import DistributedContext
@@ -201,8 +201,7 @@ class Catalogue:
         )
         ids, scores = [], []
         for source, turn in turns:
-            counters = torch.arange(samples, device=turn.streams.device)
-            noise = extend_streams(turn.streams[:, None], counters)
+            noise = split_streams(turn.streams[:, None], samples)
             keys = self._ctx.all_reduce_max(best_blocks(self._scores(turn), noise))
             blocks, _ = unpack_keys(keys)
             noise = item_streams(noise, blocks)

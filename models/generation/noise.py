@@ -22,7 +22,12 @@ def request_streams(keys: Tensor) -> Tensor:
 
 def sample_streams(keys: Tensor, samples: int) -> Tensor:
     """Stream of each of S samples of a request: int64 [N, S]; sample s is the same for every S."""
-    return extend_streams(request_streams(keys), torch.arange(samples, device=keys.device))
+    return split_streams(request_streams(keys), samples)
+
+
+def split_streams(streams: Tensor, samples: int) -> Tensor:
+    """S streams of each stream: int64 [N, S] from [N, 1]; stream s is the same for every S."""
+    return extend_streams(streams, torch.arange(samples, device=streams.device))
 
 
 def extend_streams(streams: Tensor, tokens: Tensor) -> Tensor:

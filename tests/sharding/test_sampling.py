@@ -1,5 +1,7 @@
 """Sampling from a sharded catalogue: exact, and the same for every world size."""
 
+from typing import Literal
+
 import pytest
 import torch
 from torch import Tensor
@@ -27,14 +29,23 @@ def all_queries() -> tuple[Tensor, Tensor]:
     return queries, request_streams(torch.arange(QUERIES) * 7)[:, 0]
 
 
-def draw_on_rank(temperature: float) -> tuple[Tensor, Tensor]:
+Method = Literal["sample", "draw"]
+
+
+def asked(catalogue: Catalogue, method: Method, mine: slice) -> tuple[Tensor, Tensor]:
+    """K items of some of the queries, without replacement or independent of each other."""
+    queries, streams = (each[mine] for each in all_queries())
+    if method == "sample":
+        return catalogue.sample(queries, K, streams, 0.5)
+    return catalogue.draw(queries, K, streams, 0.5)
+
+
+def asked_on_rank(method: Method, chunk: int) -> tuple[Tensor, Tensor]:
     """Every world_size-th query of this rank; the last rank of several asks nothing."""
     ctx = current_context("cpu")
-    catalogue = catalogue_of(ctx, keys_of_items())
-    queries, streams = all_queries()
     asking = max(ctx.world_size - 1, 1)
     mine = slice(ctx.rank, None, asking) if ctx.rank < asking else slice(0, 0)
-    return catalogue.sample(queries[mine], K, streams[mine], temperature)
+    return asked(catalogue_of(ctx, keys_of_items(), chunk), method, mine)
 
 
 def test_is_the_top_k_of_perturbed_scores() -> None:
@@ -46,11 +57,21 @@ def test_is_the_top_k_of_perturbed_scores() -> None:
     torch.testing.assert_close(scores, expected.values, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_does_not_depend_on_the_world_size(world_size: int) -> None:
-    queries, streams = all_queries()
-    ids, scores = catalogue_of(ALONE, keys_of_items()).sample(queries, K, streams, 0.5)
-    parts = run_ranks(world_size, draw_on_rank, 0.5)
+@pytest.mark.parametrize(
+    ("method", "world_size", "chunk"),
+    [
+        ("sample", 2, 64),
+        ("sample", 3, 64),
+        ("draw", 1, 64),
+        ("draw", 2, 64),
+        ("draw", 3, 128),
+        ("draw", 4, 64),
+    ],
+)
+def test_does_not_depend_on_world_and_chunks(method: Method, world_size: int, chunk: int) -> None:
+    """Three blocks: the last of four ranks holds no item."""
+    ids, scores = asked(catalogue_of(ALONE, keys_of_items(), 1024), method, slice(None))
+    parts = run_ranks(world_size, asked_on_rank, method, chunk)
     asking = max(world_size - 1, 1)
     for rank in range(asking):
         assert torch.equal(parts[rank][0], ids[rank::asking])
@@ -97,29 +118,6 @@ def test_independent_draws_of_many_blocks_follow_the_softmax(sharpness: float) -
     pairs = (ids[:, 1:] == ids[:, :-1]).float().mean()  # of one query's draws, one after the other
     same = logits.softmax(0).square().sum()
     assert abs(float(pairs - same)) < 5 * float((same * (1 - same) / pairs.numel()).sqrt())
-
-
-def draw_independently(chunk: int) -> tuple[Tensor, Tensor]:
-    """As `draw_on_rank`, with repeats."""
-    ctx = current_context("cpu")
-    catalogue = catalogue_of(ctx, keys_of_items(), chunk)
-    queries, streams = all_queries()
-    asking = max(ctx.world_size - 1, 1)
-    mine = slice(ctx.rank, None, asking) if ctx.rank < asking else slice(0, 0)
-    return catalogue.draw(queries[mine], K, streams[mine], 0.5)
-
-
-@pytest.mark.parametrize(("world_size", "chunk"), [(1, 64), (2, 64), (3, 128), (4, 64)])
-def test_independent_draws_do_not_depend_on_world_and_chunks(world_size: int, chunk: int) -> None:
-    """Three blocks: the last of four ranks holds no item, and of several the last asks nothing."""
-    queries, streams = all_queries()
-    ids, scores = catalogue_of(ALONE, keys_of_items(), 1024).draw(queries, K, streams, 0.5)
-    parts = run_ranks(world_size, draw_independently, chunk)
-    asking = max(world_size - 1, 1)
-    for rank in range(asking):
-        assert torch.equal(parts[rank][0], ids[rank::asking])
-        assert torch.equal(parts[rank][1], scores[rank::asking])
-    assert all(part[0].shape == (0, K) for part in parts[asking:])
 
 
 def test_a_draw_is_the_same_among_few_and_many() -> None:
