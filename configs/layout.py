@@ -64,6 +64,10 @@ class RunLayout:
         name = storage.fingerprint(storage.absolute(run))[:12]
         return storage.join(self.root, "stages", f"start-{name}.json")
 
+    def goes_on_record(self, stage: str, fingerprint: str) -> str:
+        """Which training of this output a stage goes on with, where that is not its own."""
+        return storage.join(self.root, "stages", f"goes-on-{stage}-{fingerprint[:12]}.json")
+
     def checkpoints(self, stage: str, fingerprint: str) -> str:
         """The newest checkpoints of a training stage."""
         return storage.join(self.root, "checkpoints", f"{stage}-{fingerprint[:12]}", "newest")

@@ -13,7 +13,10 @@ from configs.recipe import Recipe, StageName
 from configs.sharding import ShardingConfig
 from configs.training import TrainingConfig
 from launch.other_trainings import trainings_of
-from launch.stage_inputs import prepare_settings
+from launch.stage_inputs import Outputs, prepare_settings
+
+Done = dict[str, Outputs]
+"""What stages left, by name."""
 
 
 def prepared_before(layout: RunLayout, recipe: Recipe) -> dict[str, Any] | None:
@@ -24,6 +27,19 @@ def prepared_before(layout: RunLayout, recipe: Recipe) -> dict[str, Any] | None:
         return None
     record = read_record(url)
     return record if record["outputs"].get("settings") == prepare_settings(recipe) else None
+
+
+def meant(layout: RunLayout, stage: StageName, fingerprint: str) -> str:
+    """Fingerprint of the training that a stage of this one has gone on with; else its own."""
+    url = layout.goes_on_record(stage, fingerprint)
+    return str(read_record(url)["outputs"]["training"]) if storage.exists(url) else fingerprint
+
+
+def note(layout: RunLayout, stage: StageName, fingerprint: str, training: str) -> None:
+    """Keep that a stage of this fingerprint goes on with another's training: whose checkpoints say
+    so no longer, once the stage has saved its own there."""
+    record = {"outputs": {"training": training}}
+    storage.write_sealed(layout.goes_on_record(stage, fingerprint), record)
 
 
 def unfinished(
@@ -47,9 +63,45 @@ def unfinished(
         other = _placed_as(recipe, training.recipe)
         if other is None:
             continue
-        fingerprint = fingerprint_of(other)
+        fingerprint = meant(layout, stage, fingerprint_of(other))
         if training.recipe.startswith(f"{layout.checkpoints(stage, fingerprint)}/"):
-            return fingerprint, _sentence(stage, training.name, recipe, other)
+            return fingerprint, (
+                f"{stage}: goes on with {training.name} of this output, which was interrupted "
+                f"under {_changed(recipe, other)}; --force trains anew"
+            )
+    return None
+
+
+def pretrained(
+    layout: RunLayout, recipe: Recipe, fingerprint_of: Callable[[StageName, Recipe, Done], str]
+) -> tuple[dict[str, Any], str] | None:
+    """Record of the finished training that an interrupted alignment of this output goes on from,
+    if both differ from the recipe's in the placement of tables and precision alone, and a sentence
+    on it; None where there is none.
+
+    Args:
+        layout: of the output.
+        recipe: what is run.
+        fingerprint_of: of a stage, were this the recipe, after what these stages left.
+    """
+    url = layout.stage_record("train")
+    if not storage.exists(url) or storage.exists(layout.stage_record("align")):
+        return None
+    record = read_record(url)
+    after = {"train": record["outputs"]}
+    for alignment in trainings_of(layout, "align"):
+        other = _placed_as(recipe, alignment.recipe)
+        if other is None:
+            continue
+        trained = fingerprint_of("train", other, {})
+        aligned = meant(layout, "align", fingerprint_of("align", other, after))
+        if record["fingerprint"] in (trained, meant(layout, "train", trained)) and (
+            alignment.recipe.startswith(f"{layout.checkpoints('align', aligned)}/")
+        ):
+            return record, (
+                f"unchanged but for {_changed(recipe, other)}: skipped, as {alignment.name} of "
+                "this output, which was interrupted, goes on from it (--from train trains anew)"
+            )
     return None
 
 
@@ -72,14 +124,10 @@ def _placed_as(recipe: Recipe, url: str) -> Recipe | None:
     )
 
 
-def _sentence(stage: StageName, name: str, now: Recipe, before: Recipe) -> str:
+def _changed(now: Recipe, before: Recipe) -> str:
     facts = {
         "sharding.default": (before.sharding.default, now.sharding.default),
         "sharding.placement": (before.sharding.placement, now.sharding.placement),
         "training.precision": (before.training.precision, now.training.precision),
     }
-    changed = [f"{key}={old} (now {new})" for key, (old, new) in facts.items() if old != new]
-    return (
-        f"{stage}: goes on with {name} of this output, which was interrupted under "
-        f"{', '.join(changed)}; --force trains anew"
-    )
+    return ", ".join(f"{key}={old} (now {new})" for key, (old, new) in facts.items() if old != new)

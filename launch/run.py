@@ -11,7 +11,7 @@ from configs.recipe import Recipe, StageName
 from configs.redaction import refuse_credentials
 from configs.terminal import say
 from data_loaders.matching import NoSuchFileError
-from launch.going_on import prepared_before, unfinished
+from launch.going_on import Done, meant, note, prepared_before, pretrained, unfinished
 from launch.other_trainings import other_trainings
 from launch.output_lock import OutputLock
 from launch.reward_checks import check_functions, check_models
@@ -128,6 +128,8 @@ class _Run:
             say(f"{label}: unchanged, skipped")
             self._finished(stage, record["outputs"])
             return
+        if stage.name == "train" and not anew and self._goes_on_with_training(label, fingerprint):
+            return
         if not selected:
             raise ValueError(
                 f"stage {self._only!r} needs {stage.name!r}, which has not run with these "
@@ -166,6 +168,22 @@ class _Run:
         self._finished(stage, prepared)
         return True
 
+    def _goes_on_with_training(self, label: str, fingerprint: str) -> bool:
+        """Whether the training is one placed otherwise, as its alignment was interrupted."""
+
+        def fingerprint_of(name: StageName, recipe: Recipe, done: Done) -> str:
+            return _fingerprint(GRAPH[name], recipe, self._done | done)
+
+        if self._recipe.alignment is None:
+            return False
+        found = pretrained(self._layout, self._recipe, fingerprint_of)
+        if found is None or self._current_record(GRAPH["train"], found[0]["fingerprint"]) is None:
+            return False
+        say(f"{label}: {found[1]}")
+        note(self._layout, "train", fingerprint, found[0]["fingerprint"])
+        self._finished(GRAPH["train"], found[0]["outputs"])
+        return True
+
     def _interrupted(self, prepared: Outputs) -> bool:
         """Whether this command, or an interrupted training of this recipe, has begun with them."""
         if f"finished prepare {prepared['data']}" in self._begun:
@@ -176,9 +194,22 @@ class _Run:
                 fingerprint = _fingerprint(GRAPH[name], self._recipe, done)
                 record = self._current_record(GRAPH[name], fingerprint)
                 if record is None:
-                    return bool(storage.list_names(self._layout.checkpoints(name, fingerprint)))
+                    return self._begun_before(GRAPH[name], fingerprint, done)
                 done[name] = record["outputs"]
         return False
+
+    def _begun_before(self, stage: Stage, fingerprint: str, done: dict[str, Outputs]) -> bool:
+        """Whether a training of this output, maybe placed otherwise, is what the stage goes on
+        with."""
+        own = meant(self._layout, stage.name, fingerprint)
+        if storage.list_names(self._layout.checkpoints(stage.name, own)):
+            return True
+        return stage.name != "tokenize" and self._placed_otherwise(stage, done) is not None
+
+    def _placed_otherwise(self, stage: Stage, done: dict[str, Outputs]) -> tuple[str, str] | None:
+        return unfinished(
+            self._layout, stage.name, self._recipe, lambda recipe: _fingerprint(stage, recipe, done)
+        )
 
     def _finished(self, stage: Stage, outputs: Outputs) -> None:
         self._done[stage.name] = outputs
@@ -213,11 +244,13 @@ class _Run:
         if stage.name not in ("train", "align"):
             return fingerprint
         if resumes:
-            found = unfinished(
-                self._layout, stage.name, self._recipe, lambda r: _fingerprint(stage, r, self._done)
-            )
+            training = meant(self._layout, stage.name, fingerprint)
+            if training != fingerprint:
+                return training
+            found = self._placed_otherwise(stage, self._done)
             if found is not None:
                 say(found[1])
+                note(self._layout, stage.name, fingerprint, found[0])
                 return found[0]
         for line in other_trainings(self._layout, stage.name, fingerprint, self._recipe):
             say(line)
@@ -228,7 +261,8 @@ class _Run:
         if not storage.exists(url):
             return None
         record = read_record(url)
-        if record.get("format") != RECORD_FORMAT or record.get("fingerprint") != fingerprint:
+        known = (fingerprint, meant(self._layout, stage.name, fingerprint))
+        if record.get("format") != RECORD_FORMAT or record.get("fingerprint") not in known:
             return None
         try:
             _check_outputs(stage, record["outputs"])
@@ -240,6 +274,7 @@ class _Run:
     def _discard(self, name: StageName, fingerprint: str) -> None:
         for url in (
             self._layout.stage_record(name),
+            self._layout.goes_on_record(name, fingerprint),
             self._layout.checkpoints(name, fingerprint),
             self._layout.best(name, fingerprint),
             self._layout.good(name, fingerprint),

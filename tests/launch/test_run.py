@@ -171,7 +171,8 @@ def stubbed(job: Job, monkeypatch: pytest.MonkeyPatch) -> Job:
         if "train" in done or "prepare" not in done:
             for url in (layout.results, layout.recommendations, f"{layout.data}/manifest.json"):
                 storage.write_json(url, {})
-        store = layout.checkpoints("train", context.fingerprint)
+        aligned = context.name == "align"
+        store = layout.checkpoints("align" if aligned else "train", context.fingerprint)
         checkpoint = write_checkpoint(store, context.recipe) if "prepare" in done else {}
         return {
             "data": "d",
@@ -335,8 +336,42 @@ def test_an_interrupted_training_goes_on_under_another_placement(
     interrupt(stubbed, "train")
     printed = stubbed.run(*now, until="train")
     assert told in printed and "begins at its first step" not in printed
+    # Interrupted again, its newest checkpoint is of this placement, and then of a third.
+    for settings in (now, ["sharding.placement={item: table_wise}"], now):
+        assert read_record(stubbed.layout.stage_record("train"))["outputs"]["checkpoint"] == first
+        interrupt(stubbed, "train")
+        assert "begins at its first step" not in stubbed.run(*settings, until="train")
     assert read_record(stubbed.layout.stage_record("train"))["outputs"]["checkpoint"] == first
     assert not stages_run(stubbed.run(*now, until="train"))  # it is this recipe's now
+
+
+def test_an_interrupted_alignment_goes_on_under_another_placement(stubbed: Job) -> None:
+    stubbed.run("sharding.default=row_wise")
+    first = read_record(stubbed.layout.stage_record("align"))["outputs"]["checkpoint"]
+    interrupt(stubbed, "align")
+    moved = "sharding.default=column_wise"
+    told = (
+        "train: unchanged but for sharding.default=row_wise (now column_wise): skipped, as align-"
+    )
+    printed = stubbed.run(moved, only="align")
+    assert told in printed and "align: goes on with align-" in printed
+    # Interrupted again, its newest checkpoint is of this placement, and then of a third.
+    for settings in (moved, "sharding.default=replicated", moved):
+        assert read_record(stubbed.layout.stage_record("align"))["outputs"]["checkpoint"] == first
+        interrupt(stubbed, "align")
+        printed = stubbed.run(settings, until="align")
+        assert stages_run(printed) == ["align"] and "begins at its first step" not in printed
+    # Another seed's, a finished one's and one that is to be trained anew are other experiments.
+    assert told not in stubbed.run(moved, "seed=99", until="train")
+
+
+def test_a_finished_alignment_under_another_placement_is_another_experiment(stubbed: Job) -> None:
+    stubbed.run("sharding.default=row_wise")
+    moved = "sharding.default=column_wise"
+    assert "unchanged but for" not in stubbed.run(moved, until="train")
+    stubbed.run("sharding.default=row_wise")
+    interrupt(stubbed, "align")
+    assert "unchanged but for" not in stubbed.run(moved, until="train", from_="train")
 
 
 def test_force_goes_on_with_no_other_training(stubbed: Job) -> None:
