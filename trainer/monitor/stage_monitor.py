@@ -10,6 +10,10 @@ from trainer.monitor.progress import Progress
 from trainer.monitor.throughput import Throughput, measured_peak_flops, memory_in_use
 from trainer.monitor.tracker import Tracker
 
+SHOWN = ("reward", "accuracy", "kl")
+"""What the line of an alignment shows besides its loss, which says little of a policy: while the
+policy is the one that was rolled out, the loss of a group is 0."""
+
 
 class StageMonitor:
     """Progress, throughput and tracker of one training stage. Other ranks have none."""
@@ -52,7 +56,8 @@ class StageMonitor:
         if speed.mfu is not None:
             row["speed/mfu"] = speed.mfu
         self._tracker.log(step, row)
-        self._progress.update(step, epoch, loss, speed, memory)
+        shown = {name: values[name] for name in SHOWN if name in values}
+        self._progress.update(step, epoch, loss, speed, memory, shown)
 
     def log_validation(self, step: int, metrics: Mapping[str, float], sentence: str) -> None:
         """Record validation metrics and say how they compare."""
