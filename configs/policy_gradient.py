@@ -35,6 +35,15 @@ class AdvantageConfig(Config):
     """Std of the group, of the global batch, or no division (Dr. GRPO)."""
     epsilon: PositiveFloat = 1e-4
 
+    @model_validator(mode="after")
+    def _options_apply(self) -> "AdvantageConfig":
+        default = type(self).model_fields["epsilon"].default
+        if self.scaling == "none" and self.epsilon != default:
+            raise ValueError(
+                "epsilon is added to a std, and scaling=none divides by none; remove it"
+            )
+        return self
+
 
 class KLConfig(Config):
     """Pull towards the reference policy, inside the loss: a mean over candidates, all alike.
@@ -57,6 +66,16 @@ class ReferenceConfig(Config):
     """Batches of prompts after which it moves towards the policy; null never."""
     mixing: float = Field(0.6, gt=0, le=1)
     """α of reference ← α · policy + (1 - α) · reference."""
+
+    @model_validator(mode="after")
+    def _options_apply(self) -> "ReferenceConfig":
+        default = type(self).model_fields["mixing"].default
+        if self.sync_every_steps is None and self.mixing != default:
+            raise ValueError(
+                f"mixing={self.mixing} is how far the reference moves, which it never does with "
+                "sync_every_steps=null; set that or remove it"
+            )
+        return self
 
 
 class LoggedConfig(Config):

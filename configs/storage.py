@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import os
+import stat
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -345,6 +346,9 @@ def _read_whole(url: str) -> bytes:
     fs, path = filesystem(url)
     if not isinstance(fs, LocalFileSystem):
         return bytes(fs.cat_file(path))
+    mode = os.stat(path).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # a pipe keeps waiting, a device has no end
+        raise ValueError(f"{url} is no regular file: put the file itself in its place")
     with open(path, "rb") as stream:
         return stream.read()
 

@@ -6,6 +6,7 @@ It is written last. A directory without a valid manifest is not a data set, and 
 differs from the manifest's is damaged.
 """
 
+import re
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
@@ -19,10 +20,14 @@ MANIFEST = "manifest.json"
 MEND = "run `tandem prepare RECIPE --force` to write the data set anew"
 
 
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=-]*")
+"""Of what we write: nothing in it is an escape, a query, a drive or a way up, to any storage."""
+
+
 def _confined(path: str) -> str:
-    storage.join("", path)
-    if not all(path.split("/")):
-        raise ValueError(f"path {path!r} names no file")
+    names = path.split("/")
+    if not all(_NAME.fullmatch(name) for name in names) or any(".." in name for name in names):
+        raise ValueError(f"path {path!r} names no file below the manifest's directory")
     return path
 
 
@@ -188,7 +193,7 @@ def read_sealed(url: str, kind: type[SealedT], *, absent: str, mend: str) -> Sea
     Raises:
         ValueError: there is none (the message ends with `absent`), or it is damaged (with `mend`).
     """
-    path = storage.join(url, MANIFEST)
+    path = storage.inside(url, MANIFEST)
     try:
         manifest = kind.model_validate(storage.read_json(path))
     except FileNotFoundError as error:

@@ -14,9 +14,11 @@ import fcntl
 import hashlib
 import mmap
 import os
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import cycle
 from typing import IO, Any, Protocol
 
 import numpy as np
@@ -172,18 +174,20 @@ def block_digest(url: str, block_bytes: int) -> str:
     Raises:
         FileNotFoundError: there is none.
     """
-    digests: list[Future[bytes]] = []
+    whole, busy = hashlib.sha256(), deque[Future[bytes]]()
     buffers = [bytearray(block_bytes) for _ in range(NUM_BUFFERS)]
     with storage.open_to_read(url) as stream, ThreadPoolExecutor(HASHING_THREADS) as hashing:
-        while True:
-            number = len(digests)
-            if number >= NUM_BUFFERS:
-                digests[number - NUM_BUFFERS].result()
-            block = memoryview(buffers[number % NUM_BUFFERS])
+        for buffer in cycle(buffers):
+            if len(busy) == NUM_BUFFERS:
+                whole.update(busy.popleft().result())
+            block = memoryview(buffer)
             count = _read_into(stream, block)
             if not count:
-                return _combined(digests)
-            digests.append(hashing.submit(_digest, block[:count]))
+                break
+            busy.append(hashing.submit(_digest, block[:count]))
+        for each in busy:
+            whole.update(each.result())
+    return whole.hexdigest()
 
 
 def _read_into(stream: IO[bytes], block: memoryview) -> int:

@@ -21,6 +21,8 @@ INDEX = "model.safetensors.index.json"
 RECIPE = "recipe.json"
 UNFINISHED = "export.unfinished"
 """Stands in a directory that is being exported into, so that the same command can be run again."""
+_METADATA = "__metadata__"
+"""What a file of safetensors says of itself stands among its tensors."""
 _OURS = re.compile(
     rf"model-\d{{5,}}-of-\d{{5,}}\.safetensors|{re.escape(RECIPE)}|{re.escape(INDEX)}"
 )
@@ -87,6 +89,7 @@ def export_safetensors(
         for saved in tensors.saved
         if (name := exported_name(saved)) is not None
     ]
+    _refuse_names(exports)
     files = _packed(sorted(exports, key=lambda export: export.name), max_file_bytes)
     total, done = sum(export.num_bytes for export in exports), 0
     names = [f"model-{at:05d}-of-{len(files):05d}.safetensors" for at in range(1, len(files) + 1)]
@@ -110,6 +113,18 @@ def export_safetensors(
     storage.write_json(storage.join(target, INDEX), index)
     storage.remove(storage.join(target, UNFINISHED))
     return [*names, RECIPE, INDEX]
+
+
+def _refuse_names(exports: list[_Export]) -> None:
+    """Raises ValueError where a file of safetensors could not tell two tensors apart."""
+    taken = {_METADATA: "the file's own notes"}
+    for export in exports:
+        if export.name in taken:
+            raise ValueError(
+                f"tensor {export.saved!r} would be exported as {export.name!r}, which is the name "
+                f"of {taken[export.name]}, too: nothing is exported"
+            )
+        taken[export.name] = repr(export.saved)
 
 
 def _begin(target: str, found: list[str]) -> None:
@@ -155,7 +170,7 @@ def _write_file(
     progress: Callable[[int, int], None],
 ) -> int:
     """A safetensors file: length of the header, header, raw bytes of the tensors in its order."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {_METADATA: {"format": "pt"}}
     offset = 0
     for export in members:
         header[export.name] = {

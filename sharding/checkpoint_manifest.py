@@ -21,8 +21,8 @@ MANIFEST = "MANIFEST.json"
 
 LOOKS_AT_ONCE = 16
 """Files whose sizes are asked for at a time: a store far away takes its time for each answer."""
-MAX_BLOCK_BYTES = 1 << 28
-"""Memory of a few blocks is what reading a manifest may cost."""
+MIN_BLOCK_BYTES, MAX_BLOCK_BYTES = 1 << 12, 1 << 28
+"""Memory of a few blocks is what hashing a file may cost, and some work for each of them."""
 
 PlainName = Annotated[str, StringConstraints(pattern=r"^\.?[A-Za-z0-9_]+(\.[a-z]+)?$")]
 """The name of a file directly in the checkpoint's directory; no path leads out of it."""
@@ -35,7 +35,7 @@ class CheckpointFile(Config):
     path: PlainName
     bytes: Count
     sha256: Sha256
-    block: Annotated[int, Field(gt=0, le=MAX_BLOCK_BYTES)] | None = None
+    block: Annotated[int, Field(ge=MIN_BLOCK_BYTES, le=MAX_BLOCK_BYTES)] | None = None
     """Bytes of the blocks whose digests `sha256` is the hash of; null: it is the file's own."""
 
 
@@ -109,6 +109,9 @@ def read_manifest(url: str, name: str) -> CheckpointManifest:
         StorageError: whether it does is not known.
     """
     place = storage.join(url, MANIFEST)
+    if storage.is_local(url) and "/" in url:  # neither it nor the checkpoint is a link elsewhere
+        above, own = url.rstrip("/").rsplit("/", 1)
+        storage.inside(above or "/", f"{own}/{MANIFEST}")
     with _named(f"its {MANIFEST}", absent="missing, so its save never finished"):
         data = storage.read_bytes(place)
     try:

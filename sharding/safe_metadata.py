@@ -38,6 +38,8 @@ _ALLOWED = frozenset(
     }
 )
 _MOST_DIMENSIONS = 16
+_MOST_ELEMENTS = 1 << 59
+"""Of a tensor: its bytes still are an offset."""
 _LEAST_CHUNK_BYTES = 4
 """Of a pickle, for each piece of a tensor; fewer mean that one list stands for many."""
 
@@ -283,7 +285,10 @@ def _size(value: Any) -> torch.Size:
     (sizes,) = _record(value, "Size").arguments
     if not isinstance(sizes, tuple) or len(sizes) > _MOST_DIMENSIONS:
         raise ValueError("a size is no short tuple")
-    return torch.Size([_count(size) for size in sizes])
+    counts = [_count(size) for size in sizes]
+    if math.prod(max(count, 1) for count in counts) > _MOST_ELEMENTS:
+        raise ValueError("a tensor is larger than any storage")
+    return torch.Size(counts)
 
 
 def _fields(value: Any, name: str) -> dict[str, Any]:

@@ -80,10 +80,27 @@ class Watch:
             actions.append(self.config.divergence.action)
         return any(action != "warn" for action in actions)
 
-    def begin(self, metrics: Mapping[str, float]) -> None:
-        """Validation before the first step, which drops are relative to; empty without one."""
-        self.state.start = dict(metrics)
+    def begin(self, metrics: Mapping[str, float]) -> list[Alarm]:
+        """Validation before the first step, which drops are relative to; empty without one.
+
+        Returns:
+            What is broken already, of limits that only warn.
+
+        Raises:
+            ValueError: what is broken already would ask for a return to a policy that keeps it.
+        """
+        state, alarms = self.state, []
+        state.start = dict(metrics)
+        for at, limit in enumerate(self.config.limits):
+            broken = _broken(limit, metrics[limit.metric], None) if limit.metric in metrics else ""
+            if broken and limit.action != "warn":
+                raise ValueError(
+                    f"alignment.guardrails.limits.{at} is broken before alignment: {broken}; there "
+                    "is no policy that keeps it to return to: loosen it, or set action=warn"
+                )
+            alarms.append(self._alarm(f"validation {at}", limit.action, 0, broken))
         self.kept(metrics)
+        return self._raised(alarms)
 
     def kept(self, metrics: Mapping[str, float]) -> bool:
         """Of a policy that broke no limit, by its validation: whether to select it, and to return

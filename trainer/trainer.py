@@ -200,7 +200,9 @@ class Trainer:
                 told = f"at the start: {name} {metrics[name]:.4f}"
                 self.monitor.log_validation(0, metrics, told)
         if self.watch is not None:
-            self.watch.begin(metrics)
+            alarms = self.watch.begin(metrics)
+            if alarms and self.monitor is not None:
+                self.monitor.log_alarm(sentence(alarms, "warn"))
             self._keep_good()
         self.sign(0, "loading")
 
@@ -251,7 +253,7 @@ class Trainer:
             return self.model.train_step(inputs, sample_ids, self.notice.given)
         except NonFiniteLossError as error:
             step = self.model.step + 1
-            sentence = self.left_out.skip(error, self.state.skipped, step, sample_ids)
+            told = self.left_out.skip(error, self.state.skipped, step, sample_ids)
         except Exception as error:
             blamed = blame(error, sample_ids, self.loader.unit)
             if blamed is error:
@@ -259,7 +261,7 @@ class Trainer:
             raise blamed from error
         self.model.skip_step()
         if self.monitor is not None:
-            self.monitor.log_alarm(sentence)
+            self.monitor.log_alarm(told)
         return None
 
     def _judges_after(self, before: int, step: int, epoch_ends: bool) -> bool:

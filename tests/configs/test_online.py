@@ -68,6 +68,11 @@ DIVERGENCE: dict[str, Any] = {"guardrails": {"divergence": {}}}
         ),
         ({"kind": "grpo", "guardrails": {"divergence": {"metric": "ndcg@7"}}}, "mean ndcg@"),
         ({"kind": "grpo", "kl": {"weight": 0.1}, "reference": None}, "needs a reference policy"),
+        ({"kind": "grpo", "reference": {"mixing": 0.5}}, "mixing=0.5 is how far the reference mo"),
+        (
+            {"kind": "grpo", "advantages": {"scaling": "none", "epsilon": 0.1}},
+            "epsilon is added to a std",
+        ),
         ({"kind": "grpo", "prompts": {"per_step": 3}}, "prompts.per_step=3 must be a multiple"),
         ({"kind": "grpo", "rewards": [{"kind": "prefix"}]}, "scores items: use kind=hit"),
         ({"kind": "grpo", "rewards": [{"kind": "hit", "by": "id"}]}, r"rewards\.0\.by=id"),

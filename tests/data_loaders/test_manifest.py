@@ -117,6 +117,14 @@ def test_edited_manifest_is_refused(tmp_path: Path, key: str, value: object, mes
         read_manifest(str(tmp_path))
 
 
+def test_a_manifest_behind_a_link_is_not_read(tmp_path: Path) -> None:
+    write_manifest(str(tmp_path / "elsewhere"), _manifest())
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "manifest.json").symlink_to(tmp_path / "elsewhere" / "manifest.json")
+    with pytest.raises(ValueError, match="is a link to"):
+        read_manifest(str(tmp_path / "data"))
+
+
 def test_truncated_manifest_is_refused(tmp_path: Path) -> None:
     write_manifest(str(tmp_path), _manifest())
     path = tmp_path / "manifest.json"
@@ -125,9 +133,16 @@ def test_truncated_manifest_is_refused(tmp_path: Path) -> None:
         read_manifest(str(tmp_path))
 
 
-@pytest.mark.parametrize("path", ["/etc/passwd", "../x", "a/../../x", "s3://bucket/x"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("/etc/passwd", "../x", "a/../../x", "s3://bucket/x", "%2e%2e/x", "..%2fx", "a\\..\\b"),
+        *("a\0b", "x?y=1", "x#y", ".", "", "a//b", "file:x", "a\n"),
+    ],
+)
 def test_paths_stay_below_the_manifest(path: str) -> None:
-    with pytest.raises(ValidationError, match="leaves"):
+    """Also where a server would read an escape for the character."""
+    with pytest.raises(ValidationError, match="names no file below"):
         FileEntry(path=path, rows=0, bytes=0, sha256="")
 
 

@@ -104,6 +104,19 @@ def test_a_full_disk_is_told_and_the_next_export_is_whole(
             assert (target / name).read_bytes() == (whole / name).read_bytes()
 
 
+def test_tensors_that_a_file_could_not_tell_apart_are_refused() -> None:
+    def exports(*saved: str) -> list[checkpoint_export._Export]:
+        return [checkpoint_export._Export(exported_name(s) or "", s, 1) for s in saved]
+
+    checkpoint_export._refuse_names(exports("dense/x/weight", "dense/y/weight"))
+    for saved, told in (
+        (["dense/loss_module.x/weight", "dense/x/weight"], "of 'dense/loss_module.x/weight', too"),
+        (["dense/__metadata__/weight"], "of the file's own notes, too"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            checkpoint_export._refuse_names(exports(*saved))
+
+
 def test_only_weights_are_exported() -> None:
     names = {
         "tables/item.weight": "tables.item.weight",

@@ -41,6 +41,26 @@ def content(**changes: Any) -> dict[str, Any]:
     return fields | changes
 
 
+def test_no_manifest_is_read_through_a_link_or_without_end(tmp_path: Path) -> None:
+    elsewhere, store = tmp_path / "elsewhere" / NAME, tmp_path / "store"
+    elsewhere.mkdir(parents=True)
+    write_manifest(str(elsewhere), build_manifest(**content()))
+    store.mkdir()
+    (store / NAME).symlink_to(elsewhere)
+    with pytest.raises(ValueError, match="is a link to"):
+        read_manifest(str(store / NAME), NAME)
+    (store / NAME).unlink()
+    (store / NAME).mkdir()
+    manifest = store / NAME / MANIFEST
+    manifest.symlink_to(elsewhere / MANIFEST)
+    with pytest.raises(ValueError, match="is a link to"):
+        read_manifest(str(store / NAME), NAME)
+    manifest.unlink()
+    os.mkfifo(manifest)
+    with pytest.raises(ValueError, match="is no regular file"):
+        read_manifest(str(store / NAME), NAME)
+
+
 @pytest.mark.parametrize("scheme", ["file", "memory"])
 def test_a_manifest_comes_back_as_written(scheme: str, tmp_path: Path) -> None:
     url = str(tmp_path) if scheme == "file" else "memory://checkpoint"
@@ -159,6 +179,12 @@ def test_a_broken_disk_is_damage_and_a_storage_that_refuses_is_none(
     kind = ValueError if number == errno.EIO else StorageError
     with pytest.raises(kind, match=rf"{name} .*{said}"):
         read_verified(str(tmp_path), read_manifest(str(tmp_path), NAME), "__0_0.distcp")
+
+
+@pytest.mark.parametrize("block", [0, 1, 1 << 40])
+def test_blocks_that_cost_more_than_their_bytes_are_refused(block: int) -> None:
+    with pytest.raises(ValidationError, match="block"):
+        CheckpointFile(path="__0_0.distcp", bytes=5, sha256="0" * 64, block=block)
 
 
 @pytest.mark.parametrize("field", ["step", "world_size"])

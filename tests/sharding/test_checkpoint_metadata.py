@@ -190,6 +190,14 @@ def test_what_would_take_forever_is_refused_at_once() -> None:
     assert time.monotonic() - started < 10
 
 
+def test_a_size_that_nothing_can_hold_is_refused() -> None:
+    chunk = ChunkStorageMetadata(torch.Size([0, 0, 0]), torch.Size([1 << 62, 1 << 62, 0]))
+    tensor = TensorStorageMetadata(TensorProperties(dtype=torch.float32), chunk.sizes, [chunk])
+    crafted = metadata(state_dict_metadata={"w": tensor}, storage_data={})
+    with pytest.raises(ValueError, match="larger than any storage"):
+        read_metadata(pickle.dumps(crafted), FILES)
+
+
 def test_pieces_that_overlap_are_no_whole_tensor() -> None:
     """Their sizes add up, and DCP would leave the gap as it was."""
     half = [

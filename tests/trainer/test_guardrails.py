@@ -216,3 +216,17 @@ def test_a_state_that_travelled_decides_alike() -> None:
         assert watch.logged(step, {"kl": 3.0}) == []
     moved = Watch(config, WatchState(**vars(watch.state)))
     assert len(moved.logged(3, {"kl": 3.0})) == 1
+
+
+def test_what_is_broken_before_alignment_is_refused_or_warned_of() -> None:
+    limit = {"metric": "hr@50", "min": 0.9}
+    for action in ("stop", "roll_back"):
+        with pytest.raises(
+            ValueError, match=r"limits\.0 is broken before .*hr@50 is 0\.0500, below"
+        ):
+            watch_of(limits=[limit | {"action": action}]).begin({"hr@50": 0.05})
+    watch = watch_of(limits=[limit | {"action": "warn"}])
+    [alarm] = watch.begin({"hr@50": 0.05})
+    assert (alarm.step, alarm.action) == (0, "warn") and watch.state.alarms == [alarm.to_dict()]
+    assert watch.judged(1, {"hr@50": 0.06}) == []  # it stands
+    assert watch_of(limits=[limit | {"action": "stop"}]).begin({"hr@50": 0.9}) == []
