@@ -346,10 +346,11 @@ def _read_whole(url: str) -> bytes:
     fs, path = filesystem(url)
     if not isinstance(fs, LocalFileSystem):
         return bytes(fs.cat_file(path))
-    mode = os.stat(path).st_mode
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # a pipe keeps waiting, a device has no end
-        raise ValueError(f"{url} is no regular file: put the file itself in its place")
-    with open(path, "rb") as stream:
+    with open(
+        path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)
+    ) as stream:
+        if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):  # a pipe waits, a device has no end
+            raise ValueError(f"{url} is no regular file: put the file itself in its place")
         return stream.read()
 
 

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from configs.base import Config
 
@@ -71,7 +71,8 @@ class TrainingConfig(Config):
     """One training stage."""
 
     epochs: PositiveInt = 20
-    max_steps: PositiveInt | None = None
+    max_steps: NonNegativeInt | None = None
+    """0 trains nothing: what `start` names serves as it is, with new rows for what is new."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Literal["fp32", "bf16"] = "fp32"
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -79,3 +80,12 @@ class TrainingConfig(Config):
     checkpoint: CheckpointConfig = CheckpointConfig()
     log_every_steps: PositiveInt = 20
     start: StartConfig | None = None
+
+    @model_validator(mode="after")
+    def _something_is_served(self) -> "TrainingConfig":
+        if self.max_steps == 0 and self.start is None:
+            raise ValueError(
+                "max_steps=0 trains nothing, and without start there is nothing to serve as it is: "
+                "set start.run or more steps"
+            )
+        return self

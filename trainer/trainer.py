@@ -181,6 +181,9 @@ class Trainer:
             if self.state.unjudged is not None:
                 alarms, self.state.unjudged = self.state.unjudged, None
                 self._settle(alarms, judges=True, saves=True, stop=False)
+            if not self.total_steps and not self.state.finished:
+                self.state.finished = True
+                self._settle([], judges=True, saves=True, stop=False)
             if not self.state.finished:
                 for batches in self.loader:
                     if self._one_step(batches):

@@ -102,6 +102,13 @@ def test_damage_is_found_and_exits_2(run: Path) -> None:
     assert named.exit_code == 2 and "is damaged" in named.stderr
 
 
+def test_a_store_in_which_nothing_is_whole_is_not_fine(run: Path) -> None:
+    for manifest in run.rglob("MANIFEST.json"):
+        manifest.unlink()
+    lost = tandem("verify", str(run))
+    assert lost.exit_code == 2 and "holds no finished checkpoint" in lost.stderr
+
+
 @pytest.mark.parametrize("size", ["inf", "nan", "1e300"])
 def test_a_size_that_no_file_has_is_refused(size: str, run: Path) -> None:
     place = str(run / "checkpoints/train-abc/best")

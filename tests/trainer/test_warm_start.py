@@ -110,6 +110,34 @@ def test_the_grown_run_trains_to_its_end_and_resumes(
     assert again["checkpoint"] == outputs["checkpoint"]  # its own checkpoint, not the start's
 
 
+@pytest.mark.parametrize("validated", [True, False])
+def test_no_step_at_all_serves_the_weights_as_they_are(
+    validated: bool, pretrained: Pretrained, tmp_path: Path
+) -> None:
+    root = tmp_path / "grown"
+    write_synthetic(str(root / "data"), USERS, len(GROWN), 9, 4, rows_per_group=16)
+    names = rename_items(str(root / "data"), GROWN, 1)
+    validation = {} if validated else {"validation": None}
+    settings = grown_settings(pretrained, root, {"training": {"max_steps": 0} | validation})
+    [outputs] = run_ranks(1, train_worker, settings, quiet)
+    assert outputs["steps"] == 0
+    served = CheckpointTensors(outputs["checkpoint"]["url"])
+    before = CheckpointTensors(pretrained.outputs["checkpoint"]["url"])
+    known = torch.tensor([at for at, name in enumerate(names, 1) if name in NAMES])
+    then = torch.tensor([NAMES.index(name) + 1 for name in names if name in NAMES])
+    rows = [
+        each.rows("tables/item.weight", 0, each.shape("tables/item.weight")[0])
+        for each in (served, before)
+    ]
+    assert torch.equal(rows[0][known], rows[1][then])
+    for key in before.saved:
+        if key.startswith("dense/loss_module") and key.endswith("/weight"):
+            count = before.shape(key)[0] if before.shape(key) else 1
+            assert torch.equal(served.rows(key, 0, count), before.rows(key, 0, count)), key
+    [again] = run_ranks(1, train_worker, settings, quiet)
+    assert again["checkpoint"] == outputs["checkpoint"]
+
+
 def add_then_remove(settings: dict[str, Any], root: str) -> None:
     """A table that the other run lacked begins; one that this model lacks is left out."""
     told: list[str] = []

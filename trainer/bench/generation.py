@@ -106,7 +106,9 @@ def bench_generation(
         case = _Case.of(model, rival, each, batch, seed)
         for width in beams:
             rows += case.measured(width, repeats)
-            say(f"  {each:,} items, {width} beams measured")
+            most = case.most_rival_beams
+            alone = f", without T5, which has {most} here at most" if width > most else ""
+            say(f"  {each:,} items, {width} beams measured{alone if rival is not None else ''}")
     setting = {"model": MODEL.model_dump(), "parameters": count, "levels": LEVELS, "codes": CODES}
     setting |= {"batch": batch, "seed": seed, "shared": SHARED, "skew": SKEW, "repeats": repeats}
     result = {
@@ -205,13 +207,18 @@ class _Case:
         )
         return _Case(model, rival, trie, dict_trie, histories)
 
+    @property
+    def most_rival_beams(self) -> int:
+        """Of T5: what it is asked for, and as many as there are first codes."""
+        return min(MOST_RIVAL_BEAMS, self.trie.num_states(1))
+
     def measured(self, width: int, repeats: int) -> list[GenerationRow]:
         """A row each contestant.
 
         T5 is left out of a search that is too wide for it, or that has more beams than first codes:
         it cannot have fewer beams than asked for.
         """
-        fits = width <= min(MOST_RIVAL_BEAMS, self.trie.num_states(1))
+        fits = width <= self.most_rival_beams
         runs: dict[str, Callable[[], object]] = {OURS: partial(self._ours, width)}
         if self.rival is not None and fits:
             assert self.dict_trie is not None and self.histories.item_codes is not None
