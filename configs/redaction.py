@@ -1,9 +1,13 @@
 """Credentials never reach a dump, a record, a report or a sentence: one place knows their looks."""
 
+import base64
+import json
 import logging
 import os
 import re
+from functools import lru_cache
 from typing import Any, TypeVar
+from urllib.parse import quote, quote_plus
 
 T = TypeVar("T")
 HIDDEN = "***"
@@ -52,6 +56,10 @@ _PRIVATE_KEY = re.compile(
     re.DOTALL,
 )
 """As PEM; one that is cut short is hidden to the end."""
+_KNOWN_TOKEN = re.compile(
+    r"\b(?:hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,}|xox[abprs]-[\w-]{10,})"
+)
+"""Of services whose tokens tell by themselves what they are."""
 _SHORTEST = 8
 """Characters of a variable's value that is hidden wherever it stands; shorter ones are words."""
 
@@ -126,14 +134,32 @@ def _redacted_entry(key: Any, value: Any) -> Any:
 
 def _redacted_text(text: str) -> str:
     for secret in _of_environment():
-        text = text.replace(secret, HIDDEN)
-    text = _PRIVATE_KEY.sub(HIDDEN, text)
+        for form in _forms(secret):
+            text = text.replace(form, HIDDEN)
+    text = _KNOWN_TOKEN.sub(HIDDEN, _PRIVATE_KEY.sub(HIDDEN, text))
     text = _WORD.sub(_without_users, text)
     text = _LONE_IN_WEB_URL.sub(rf"\g<kept>{HIDDEN}@", text)
     text = _PARAMETER.sub(_redacted_parameter, text)
     for pattern in (_ASSIGNED, _PASSWORD):
         text = pattern.sub(rf"\g<kept>{HIDDEN}", text)
     return _BEARER.sub(rf"\g<kept>{HIDDEN}", text)
+
+
+@lru_cache
+def _forms(secret: str) -> tuple[str, ...]:
+    """How a value may stand in a text: as it is, in a URL, escaped in JSON or by `repr`, or as the
+    base64 of a header's."""
+    encoded = base64.b64encode(secret.encode(errors="surrogateescape")).decode()
+    forms = (
+        secret,
+        quote(secret, safe="", errors="surrogateescape"),
+        quote_plus(secret, errors="surrogateescape"),
+        quote(secret, errors="surrogateescape"),
+        json.dumps(secret)[1:-1],
+        repr(secret)[1:-1],
+        encoded,
+    )
+    return tuple(dict.fromkeys(forms))
 
 
 def _without_users(word: re.Match[str]) -> str:

@@ -7,9 +7,14 @@ from pathlib import Path
 import pytest
 
 from configs.load import load_recipe, shipped_recipes
-from configs.redaction import redacted, refuse_credentials
+from configs.redaction import HIDDEN, redacted, refuse_credentials
 
 SECRET = "wJalrXUtnFEMI/K7MDENG"
+
+
+@pytest.mark.parametrize("token", ["hf_" + "aB3" * 10, "ghp_" + "aB3" * 12])
+def test_tokens_that_tell_what_they_are_are_hidden(token: str) -> None:
+    assert redacted(f"could not fetch with {token}.") == f"could not fetch with {HIDDEN}."
 
 
 @pytest.mark.parametrize(
@@ -104,6 +109,24 @@ def test_values_of_such_variables_are_hidden(name: str, monkeypatch: pytest.Monk
     assert redacted("ssh_pgpassword: abc") == "ssh_pgpassword: ***"
     monkeypatch.setenv("PWD", "/home/me/password")
     assert redacted("in /home/me/password") == "in /home/me/password"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "GET /x?k=Zx9%2Bab%2Fcd%22e12345",
+        "GET /Zx9%2Bab/cd%22e12345",
+        '{"key": "Zx9+ab/cd\\"e12345"}',
+        "Basic line: Wng5K2FiL2NkImUxMjM0NQ==",
+    ],
+)
+def test_values_are_hidden_however_they_are_written(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert redacted(text) == text
+    monkeypatch.setenv("MY_API_KEY", 'Zx9+ab/cd"e12345')
+    assert "12345" not in redacted(text) and "MTIz" not in redacted(text)
+    assert HIDDEN in redacted(text)
 
 
 def test_a_secret_that_looks_like_a_path_or_like_words_is_hidden(
