@@ -174,14 +174,14 @@ def test_a_roll_back_returns_to_the_reference_of_then(
     free = run(root, "free", started, 1, epochs=2, **more)
     first, second = (free[epoch * STEPS_PER_EPOCH] for epoch in (1, 2))
     assert abs(second[distance]) > 1e-4
-    name = next(
-        name.removeprefix("validation/")
+    limit = next(
+        {"metric": name.removeprefix("validation/"), "action": "roll_back"}
+        | {"max" if second[name] > first[name] else "min": between}
         for name in first
         if name.startswith("validation/") and first[name] != second[name]
+        for between in [(first[name] + second[name]) / 2]
+        if (free[0][name] < between) == (first[name] < between)  # else it is refused at the start
     )
-    values = [row[f"validation/{name}"] for row in (first, second)]
-    bound = {"max" if values[1] > values[0] else "min": sum(values) / 2}
-    limit = {"metric": name, "action": "roll_back"} | bound
     guarded = run(root, "guarded", started, 1, epochs=3, guardrails={"limits": [limit]}, **more)
     assert guarded[2 * STEPS_PER_EPOCH] == second
     assert guarded[2 * STEPS_PER_EPOCH + 1][distance] == pytest.approx(0.0, abs=1e-6)
