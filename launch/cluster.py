@@ -37,7 +37,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from launch.address import make_token, protect_token, refuse_open_embedded
 from launch.console import Console, Line
 from launch.elastic import ElasticGroup, GroupTrainer
-from launch.embedded import ends_with_its_head, leave, off_the_network
+from launch.embedded import ends_with_its_head, handlers_kept, leave, off_the_network
 from launch.failures import (
     Failure,
     Place,
@@ -98,7 +98,7 @@ def connect(cluster: ClusterConfig) -> Iterator[None]:
     try:
         if not embedded and not in_ray_job:  # a job is there already; `submit` checked the door
             check_door(cluster.address)
-        with unheard(), off_the_network(embedded):
+        with unheard(), handlers_kept(), off_the_network(embedded):
             ray.init(
                 address=cluster.address,
                 runtime_env=runtime_env,

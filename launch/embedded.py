@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import ray
 from ray._private import ray_constants
+from ray._private import utils as ray_utils
 from ray._private import worker as ray_worker
 from ray._private.node import Node
 
@@ -15,6 +16,7 @@ from launch.termination import SAYING_S
 from launch.user_errors import BUSY_STATUS
 
 POLL_S = 1.0
+_NEEDED = (ray_constants.PROCESS_TYPE_GCS_SERVER, ray_constants.PROCESS_TYPE_RAYLET)
 
 
 @contextmanager
@@ -33,11 +35,22 @@ def off_the_network(embedded: bool) -> Iterator[None]:
 
 
 @contextmanager
-def ends_with_its_head() -> Iterator[None]:
-    """This process ends with a sentence when the head that it started dies.
+def handlers_kept() -> Iterator[None]:
+    """Ray takes no signal of this process: its handler would end it without a word."""
+    before = ray_utils.set_sigterm_handler
+    ray_utils.set_sigterm_handler = lambda handler: None
+    try:
+        yield
+    finally:
+        ray_utils.set_sigterm_handler = before
 
-    Ray itself waits a minute for it to come back, and then ends with a line of its log. Nothing
-    that asks Ray can be left in an orderly way by then: it would wait as long.
+
+@contextmanager
+def ends_with_its_head() -> Iterator[None]:
+    """This process ends with a sentence when the head that it started dies, or its raylet.
+
+    Ray itself waits a minute for a head to come back, and then ends with a line of its log; without
+    a raylet, what is asked fails. Nothing that asks Ray can be left in an orderly way by then.
     """
     node: Node | None = ray_worker._global_node
     over = threading.Event()
@@ -46,6 +59,10 @@ def ends_with_its_head() -> Iterator[None]:
         watching.start()
     try:
         yield
+    except Exception:
+        if node is not None:
+            _end_if_dead(node)
+        raise
     finally:
         over.set()
         if watching.is_alive():
@@ -53,18 +70,23 @@ def ends_with_its_head() -> Iterator[None]:
 
 
 def _watch(node: Node, over: threading.Event) -> None:
-    head = ray_constants.PROCESS_TYPE_GCS_SERVER
     while not over.wait(POLL_S):
-        status = next((died.returncode for name, died in node.dead_processes() if name == head), 0)
-        if status:
-            how = f"signal {-status}" if status < 0 else f"status {status}"
-            say_aside(
-                f"the head of the embedded Ray died ({head}, {how}), maybe for want of memory; "
-                "what is committed stands: the same command goes on",
-                SAYING_S,
-            )
-            node.kill_all_processes(check_alive=False, allow_graceful=False)
-            os._exit(BUSY_STATUS)
+        _end_if_dead(node)
+
+
+def _end_if_dead(node: Node) -> None:
+    for name, died in node.dead_processes():
+        status = died.returncode
+        if name not in _NEEDED or not status:
+            continue
+        how = f"signal {-status}" if status < 0 else f"status {status}"
+        say_aside(
+            f"the head of the embedded Ray died ({name}, {how}), maybe for want of memory; "
+            "what is committed stands: the same command goes on",
+            SAYING_S,
+        )
+        node.kill_all_processes(check_alive=False, allow_graceful=False)
+        os._exit(BUSY_STATUS)
 
 
 def leave() -> None:

@@ -42,6 +42,21 @@ def note(layout: RunLayout, stage: StageName, fingerprint: str, training: str) -
     storage.write_sealed(layout.goes_on_record(stage, fingerprint), record)
 
 
+def forget(layout: RunLayout, stage: StageName, fingerprint: str) -> list[str]:
+    """Drop what a stage of this fingerprint goes on with, and what goes on with its training, which
+    is discarded; the records of the latter."""
+    storage.remove(layout.goes_on_record(stage, fingerprint))
+    place, first = layout.goes_on_record(stage, fingerprint).rsplit("/", 1)
+    prefix = first.removesuffix(f"{fingerprint[:12]}.json")
+    others = []
+    for name in storage.list_names(place):
+        url = storage.join(place, name)
+        if name.startswith(prefix) and read_record(url)["outputs"]["training"] == fingerprint:
+            storage.remove(url)
+            others.append(name)
+    return others
+
+
 def unfinished(
     layout: RunLayout, stage: StageName, recipe: Recipe, fingerprint_of: Callable[[Recipe], str]
 ) -> tuple[str, str] | None:

@@ -11,7 +11,7 @@ from configs.recipe import Recipe, StageName
 from configs.redaction import refuse_credentials
 from configs.terminal import say
 from data_loaders.matching import NoSuchFileError
-from launch.going_on import Done, meant, note, prepared_before, pretrained, unfinished
+from launch.going_on import Done, forget, meant, note, prepared_before, pretrained, unfinished
 from launch.other_trainings import other_trainings
 from launch.output_lock import OutputLock
 from launch.reward_checks import check_functions, check_models
@@ -171,18 +171,24 @@ class _Run:
     def _goes_on_with_training(self, label: str, fingerprint: str) -> bool:
         """Whether the training is one placed otherwise, as its alignment was interrupted."""
 
-        def fingerprint_of(name: StageName, recipe: Recipe, done: Done) -> str:
-            return _fingerprint(GRAPH[name], recipe, self._done | done)
-
-        if self._recipe.alignment is None:
-            return False
-        found = pretrained(self._layout, self._recipe, fingerprint_of)
-        if found is None or self._current_record(GRAPH["train"], found[0]["fingerprint"]) is None:
+        found = self._pretrained(self._done)
+        if found is None:
             return False
         say(f"{label}: {found[1]}")
         note(self._layout, "train", fingerprint, found[0]["fingerprint"])
         self._finished(GRAPH["train"], found[0]["outputs"])
         return True
+
+    def _pretrained(self, done: Done) -> tuple[dict[str, Any], str] | None:
+        def fingerprint_of(name: StageName, recipe: Recipe, more: Done) -> str:
+            return _fingerprint(GRAPH[name], recipe, done | more)
+
+        if self._recipe.alignment is None:
+            return None
+        found = pretrained(self._layout, self._recipe, fingerprint_of)
+        if found is None or self._current_record(GRAPH["train"], found[0]["fingerprint"]) is None:
+            return None
+        return found
 
     def _interrupted(self, prepared: Outputs) -> bool:
         """Whether this command, or an interrupted training of this recipe, has begun with them."""
@@ -193,6 +199,8 @@ class _Run:
             if name in ("tokenize", "train", "align"):
                 fingerprint = _fingerprint(GRAPH[name], self._recipe, done)
                 record = self._current_record(GRAPH[name], fingerprint)
+                if record is None and name == "train":
+                    record, _ = self._pretrained(done) or (None, "")
                 if record is None:
                     return self._begun_before(GRAPH[name], fingerprint, done)
                 done[name] = record["outputs"]
@@ -272,9 +280,10 @@ class _Run:
         return record
 
     def _discard(self, name: StageName, fingerprint: str) -> None:
+        if forget(self._layout, name, fingerprint):
+            say(f"{name}: what had gone on with it under another placement is discarded with it")
         for url in (
             self._layout.stage_record(name),
-            self._layout.goes_on_record(name, fingerprint),
             self._layout.checkpoints(name, fingerprint),
             self._layout.best(name, fingerprint),
             self._layout.good(name, fingerprint),

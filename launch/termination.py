@@ -139,6 +139,10 @@ def unheard() -> Iterator[None]:
     """
     main = threading.current_thread() is threading.main_thread()
     handlers = {number: signal.getsignal(number) for number in ENDINGS} if main else {}
+    told: list[int] = []
+    for number, handler in handlers.items():
+        if handler != signal.SIG_IGN:  # another thread, which does not block it, may be told
+            signal.signal(number, lambda number, frame: told.append(number))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDINGS)
     try:
         yield
@@ -146,3 +150,5 @@ def unheard() -> Iterator[None]:
         for number, handler in handlers.items():
             signal.signal(number, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for each in told[:1]:
+            signal.raise_signal(each)

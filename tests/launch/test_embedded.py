@@ -17,7 +17,7 @@ from configs.cluster import ClusterConfig
 from launch.cluster import connect
 with connect(ClusterConfig()):
     below = psutil.Process().children(recursive=True)
-    [head] = [p.pid for p in below if p.name() == "gcs_server"]
+    [head] = [p.pid for p in below if p.name() == PROCESS]
     print("others", *(p.pid for p in below if not p.name().endswith("Agent")), flush=True)
     print("killed at", time.time(), flush=True)
     os.kill(head, signal.SIGKILL)
@@ -28,13 +28,13 @@ with connect(ClusterConfig()):
 
 
 @pytest.mark.slow
-def test_a_run_whose_head_dies_says_so_and_ends() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", LOSES_ITS_HEAD], cwd=ROOT, capture_output=True, text=True
-    )
+@pytest.mark.parametrize("process", ["gcs_server", "raylet"])
+def test_a_run_whose_head_dies_says_so_and_ends(process: str) -> None:
+    code = LOSES_ITS_HEAD.replace("PROCESS", repr(process))
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     ended, told = time.time(), done.stdout + done.stderr
     assert done.returncode == BUSY_STATUS and "went on" not in told, told
-    assert "the head of the embedded Ray died (gcs_server, signal 9)" in done.stdout
+    assert f"the head of the embedded Ray died ({process}, signal 9)" in done.stdout
     assert "the same command goes on" in done.stdout and "Failed to connect to GCS" not in told
     [killed] = re.findall(r"killed at (\S+)", told)
     assert ended - float(killed) < 30

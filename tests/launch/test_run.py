@@ -365,6 +365,29 @@ def test_an_interrupted_alignment_goes_on_under_another_placement(stubbed: Job) 
     assert told not in stubbed.run(moved, "seed=99", until="train")
 
 
+@pytest.mark.parametrize("stage", ["train", "align"])
+def test_what_was_interrupted_goes_on_moved_and_with_its_data_after_the_log_grew(
+    stage: str, stubbed: Job
+) -> None:
+    ended = ["train", "align"][["train", "align"].index(stage) :]
+    stubbed.run("sharding.default=row_wise")
+    for _ in range(2):  # and so again, when its newest checkpoint is of this placement
+        interrupt(stubbed, *ended)
+        grow(stubbed)
+        assert stages_run(stubbed.run("sharding.default=column_wise"))[0] == stage
+
+
+@pytest.mark.parametrize("stage", ["train", "align"])
+def test_what_went_on_with_a_training_is_forgotten_with_it(stage: str, stubbed: Job) -> None:
+    first, second = "sharding.default=row_wise", "sharding.default=column_wise"
+    stubbed.run(first, until=stage)
+    interrupt(stubbed, stage)
+    stubbed.run(second, until=stage)
+    printed = stubbed.run(first, until=stage, from_="train", force=True)
+    assert "under another placement is discarded with it" in printed
+    assert "train" in stages_run(stubbed.run(second, until=stage))  # nothing is left of it
+
+
 def test_a_finished_alignment_under_another_placement_is_another_experiment(stubbed: Job) -> None:
     stubbed.run("sharding.default=row_wise")
     moved = "sharding.default=column_wise"

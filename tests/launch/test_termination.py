@@ -100,6 +100,24 @@ def test_what_is_started_unheard_is_told_nothing() -> None:
     assert done.stdout == "here\n"
 
 
+def test_what_another_thread_hears_meanwhile_is_heard_afterwards() -> None:
+    told: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
+    over = threading.Event()
+    waiting = threading.Thread(target=over.wait)
+    waiting.start()
+    try:
+        with unheard():
+            terminate()
+            time.sleep(0.1)
+            assert told == []
+        assert told == [signal.SIGTERM]
+    finally:
+        over.set()
+        waiting.join()
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_a_run_that_shall_not_hear_of_ctrl_c_does_not() -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
