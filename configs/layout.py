@@ -19,7 +19,7 @@ def read_record(url: str) -> dict[str, Any]:
 
 
 def read_checkpoint_reference(url: str) -> dict[str, Any]:
-    """URL and hash of the checkpoint that the record of a training stage names.
+    """URL and hashes of the checkpoint that the record of a training stage names.
 
     Raises:
         ValueError: as `read_record`, or it names none.
@@ -34,6 +34,12 @@ def read_checkpoint_reference(url: str) -> dict[str, Any]:
             "stage again"
         )
     return dict(checkpoint)
+
+
+def weights_hash(reference: dict[str, Any]) -> str:
+    """Keys what is computed from the weights of a checkpoint, whichever whole copy of them it is;
+    the hash of the copy where the reference is of before, and does not tell."""
+    return str(reference.get("weights", reference["hash"]))
 
 
 @dataclass(frozen=True)
@@ -102,9 +108,9 @@ class RunLayout:
         """Preference pairs."""
         return storage.join(self.root, "preferences", f"pairs-{fingerprint[:12]}")
 
-    def reference(self, pairs_fingerprint: str, checkpoint_hash: str) -> str:
+    def reference(self, pairs_fingerprint: str, weights: str) -> str:
         """Reference log-probabilities of the pairs under one checkpoint."""
-        name = f"reference-{pairs_fingerprint[:12]}-{checkpoint_hash[:12]}"
+        name = f"reference-{pairs_fingerprint[:12]}-{weights[:12]}"
         return storage.join(self.root, "preferences", name)
 
     @property

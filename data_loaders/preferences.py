@@ -198,7 +198,7 @@ def commit_reference(url: str, world_size: int, policy_hash: str) -> ReferenceMa
     """Seal the parts of all ranks; call it on one rank, after all have written.
 
     Args:
-        policy_hash: hash of the checkpoint whose log-probabilities they are.
+        policy_hash: hash of the weights whose log-probabilities they are.
     """
     parts, expected = [], 0
     for rank in range(world_size):

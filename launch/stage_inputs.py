@@ -8,7 +8,7 @@ from typing import Any
 from configs import storage
 from configs.alignment import rewards_of
 from configs.base import Config
-from configs.layout import RunLayout, read_checkpoint_reference
+from configs.layout import RunLayout, read_checkpoint_reference, weights_hash
 from configs.recipe import Recipe
 from configs.rewards import FunctionReward, ModelReward
 from configs.sharding import Placement, ShardingConfig
@@ -82,7 +82,7 @@ def train_inputs(recipe: Recipe, done: dict[str, Outputs]) -> dict[str, Any]:
 
 def _start(recipe: Recipe) -> dict[str, Any]:
     reference = start_checkpoint(recipe)
-    return {} if reference is None else {"start": reference["hash"]}
+    return {} if reference is None else {"start": weights_hash(reference)}
 
 
 def start_checkpoint(recipe: Recipe) -> dict[str, Any] | None:
@@ -191,7 +191,7 @@ def _measuring(recipe: Recipe) -> tuple[Any, ...]:
 def align_inputs(recipe: Recipe, done: dict[str, Outputs]) -> dict[str, Any]:
     """Of `align`."""
     return {
-        "start": done["train"]["checkpoint"]["hash"],
+        "start": weights_hash(done["train"]["checkpoint"]),
         "data": done["prepare"]["data"],
         "settings": _alignment_settings(recipe),
         "train": train_inputs(recipe, done),
@@ -217,7 +217,7 @@ def _reward_models(recipe: Recipe) -> dict[str, Any]:
     for run in sorted(runs):
         record = RunLayout(storage.absolute(run)).stage_record("train")
         there = storage.exists(record)
-        found[run] = read_checkpoint_reference(record)["hash"] if there else None
+        found[run] = weights_hash(read_checkpoint_reference(record)) if there else None
     return {"reward_models": found} if found else {}
 
 

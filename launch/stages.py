@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from configs import storage
 from configs.alignment import AlignmentBase, GBPOConfig, OfflineBase
 from configs.decoders import FeatureInputs
-from configs.layout import RunLayout
+from configs.layout import RunLayout, weights_hash
 from configs.recipe import Recipe, StageName
 from configs.terminal import say
 from launch.stage_inputs import (
@@ -184,7 +184,9 @@ def _align(context: StageContext) -> Outputs:
         "trainer.align:align_worker",
         start=start,
         pairs=None if pairs is None else pairs["url"],
-        reference=None if pairs is None else layout.reference(pairs["fingerprint"], start["hash"]),
+        reference=None
+        if pairs is None
+        else layout.reference(pairs["fingerprint"], weights_hash(start)),
     )
     return {
         **outputs,

@@ -65,7 +65,9 @@ class CheckpointInfo:
     url: str
     step: int
     hash: str
-    """Changes with any byte of any file; keys what is computed from the weights."""
+    """Changes with any byte of any file, its name and its time."""
+    weights: str
+    """Changes with any tensor: two saves of one step have it in common."""
     world_size: int
     """Ranks that wrote it."""
     created: float
@@ -83,6 +85,9 @@ def info_of(url: str, manifest: CheckpointManifest) -> CheckpointInfo:
         url=url,
         step=manifest.step,
         hash=manifest.fingerprint,
+        weights=storage.fingerprint(
+            [[each.path, each.sha256] for each in manifest.files if not each.path.endswith(".json")]
+        ),
         world_size=manifest.world_size,
         created=manifest.created,
         versions=manifest.versions,

@@ -16,6 +16,7 @@ from configs.alignment import (
     OnlineAlignment,
     OnlineBase,
 )
+from configs.layout import weights_hash
 from configs.policy_gradient import ReferenceConfig
 from data_loaders.loader import LoaderState
 from data_loaders.preferences import (
@@ -193,7 +194,7 @@ def shared_settings(
         "sparse_lr": worker.recipe.sharding.optimizer.lr * config.sparse_lr_ratio,
         "validator": validator,
         "measure_start": True,
-        "hashes": {"start": settings["start"]["hash"]},
+        "hashes": {"start": weights_hash(settings["start"])},
     }
 
 
@@ -294,5 +295,5 @@ def write_reference_once(worker: Worker, policy: ParallelModel, settings: dict[s
     write_reference(url, worker.ctx.rank, torch.cat(ids).numpy(), both[:, 0], both[:, 1:])
     worker.ctx.barrier()
     if worker.ctx.rank == 0:
-        commit_reference(url, worker.ctx.world_size, settings["start"]["hash"])
+        commit_reference(url, worker.ctx.world_size, weights_hash(settings["start"]))
     worker.ctx.barrier()

@@ -188,7 +188,7 @@ def refuse_other_meanings(worker: Worker, info: CheckpointInfo) -> None:
 
 def checkpoint_reference(info: CheckpointInfo) -> dict[str, Any]:
     """How a stage's outputs name a checkpoint."""
-    return {"url": info.url, "hash": info.hash, "step": info.step}
+    return {"url": info.url, "hash": info.hash, "weights": info.weights, "step": info.step}
 
 
 def open_checkpoint(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from configs import storage
+from configs.layout import weights_hash
 from configs.policy_gradient import ReferenceConfig
 from sharding.checkpoint import CheckpointStore
 from sharding.parallelize import ParallelModel, parallelize
@@ -106,7 +107,7 @@ class ReferencePolicy:
     def save(self, beside: CheckpointStore, name: str, step: int) -> None:
         """Save what belongs to the policy's checkpoint of that name in `beside`. Collective."""
         if self._config.sync_every_steps is not None:
-            start = {"start": self._start["hash"]}
+            start = {"start": weights_hash(self._start)}
             self._store(beside).save(self.policy, step, {}, {}, start, name)
 
     def _store(self, beside: CheckpointStore) -> CheckpointStore:

@@ -8,7 +8,13 @@ import pytest
 from configs import storage
 from configs.layout import RunLayout
 from configs.load import load_recipe
-from launch.stage_inputs import note_start, tokenize_inputs, train_inputs, trained_checkpoint
+from launch.stage_inputs import (
+    align_inputs,
+    note_start,
+    tokenize_inputs,
+    train_inputs,
+    trained_checkpoint,
+)
 
 DONE = {"prepare": {"data": "d"}}
 
@@ -81,6 +87,19 @@ def test_a_training_that_began_with_a_run_goes_on_when_that_run_is_gone(tmp_path
         inputs(recipe[0], f"training.start.run={tmp_path / 'other'}")
     storage.write_sealed(record, {"outputs": {"checkpoint": there | {"hash": "i"}}})
     assert inputs(*recipe)["start"] == "i"  # another training lies there now
+
+
+def test_alignment_goes_on_from_any_whole_copy_of_the_weights() -> None:
+    recipe = load_recipe("quickstart", ["alignment={kind: dpo}"]).recipe
+    before = {"url": "best", "hash": "h"}  # a record of before does not tell the weights
+    saved = before | {"weights": "w"}
+
+    def begun(checkpoint: dict[str, str]) -> dict[str, Any]:
+        return align_inputs(recipe, DONE | {"train": {"checkpoint": checkpoint}})
+
+    assert begun(saved | {"url": "newest", "hash": "i"}) == begun(saved)
+    assert begun(saved | {"weights": "v"}) != begun(saved)
+    assert begun(before)["start"] == "h"
 
 
 def test_another_runs_training_is_named_by_a_whole_record_alone(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from configs import storage
-from configs.layout import RunLayout
+from configs.layout import RunLayout, weights_hash
 from sharding.checkpoint import CheckpointStore
 from sharding.checkpoint_manifest import MANIFEST
 from sharding.process_group import current_context
@@ -83,7 +83,9 @@ def outcomes(root: str) -> tuple[dict[str, dict[str, Any]], list[str], list[str]
     ctx, layout = current_context("cpu"), RunLayout(root)
     stores = StageStores.below(layout, "train", "f", 2, ctx)
     names = {
-        (kind, step): CheckpointStore(url, 3, ctx).write(step, {"w": torch.ones(8)}, {}, {}).name
+        (kind, step): CheckpointStore(url, 3, ctx)
+        .write(step, {"w": torch.full((8,), float(step))}, {"state.json": {"of": kind}}, {})
+        .name
         for kind, url, steps in (
             ("best", stores.best.root, (2, 4)),
             ("good", stores.good.root, (1, 5, 9)),  # the last by a run that was cut off
@@ -143,5 +145,8 @@ def test_a_stage_ends_with_the_best_that_is_whole(tmp_path: Path) -> None:
     assert [found[case]["best_epoch"] for case in ends] == [4, 4, 2, None, None, 6]
     assert len(told) == 4 and all("__0_0.distcp has 1 bytes" in sentence for sentence in told)
     assert found["twin"]["checkpoint"]["url"] in told[0]
+    whole, twin = found["whole"]["checkpoint"], found["twin"]["checkpoint"]
+    assert whole["hash"] != twin["hash"] and weights_hash(whole) == weights_hash(twin)
+    assert weights_hash(found["last"]["checkpoint"]) != weights_hash(whole)
     assert "nothing else that the stage could end with is whole: restore its files" in refused[0]
     assert refused[1].endswith("run the same command again") and len(refused) == 2
