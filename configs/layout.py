@@ -9,13 +9,29 @@ from configs import storage
 def read_record(url: str) -> dict[str, Any]:
     """What a stage that finished says of itself (`RunLayout.stage_record`).
 
+    Of a run that was moved or copied since, URLs below its output name what lies there now.
+
     Raises:
         ValueError: it is damaged, or something else lies there; the sentence names the mend.
     """
     record = storage.read_sealed(url)
     if not isinstance(record.get("outputs"), dict):
         raise ValueError(f"{url} is no record of a stage; delete it, and the stage runs again")
+    then, now = record.get("root"), url.rpartition("/stages/")[0]
+    if isinstance(then, str) and now and then != now:
+        record["outputs"] = _moved(record["outputs"], then, now)
     return record
+
+
+def _moved(value: Any, then: str, now: str) -> Any:
+    """A JSON value whose URLs of `then`, and below it, are those of `now`."""
+    if isinstance(value, dict):
+        return {key: _moved(entry, then, now) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_moved(entry, then, now) for entry in value]
+    if isinstance(value, str) and (value == then or value.startswith(f"{then}/")):
+        return now + value[len(then) :]
+    return value
 
 
 def read_checkpoint_reference(url: str) -> dict[str, Any]:

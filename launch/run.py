@@ -239,6 +239,7 @@ class _Run:
         record = {
             "format": RECORD_FORMAT,
             "stage": stage.name,
+            "root": self._layout.root,
             "fingerprint": fingerprint,
             "outputs": outputs,
             "seconds": round(seconds, 3),

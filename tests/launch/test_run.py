@@ -1,5 +1,6 @@
 """What of a recipe's stages is run, skipped, refused, resumed or discarded; with real stages."""
 
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -234,6 +235,19 @@ def test_a_training_whose_checkpoint_is_not_whole_runs_again(stubbed: Job) -> No
         printed = stubbed.run()
         assert stages_run(printed)[0] == "train" and told in printed, printed
         assert kept.exists()  # it goes on; nothing is discarded
+
+
+def test_a_run_that_was_moved_or_copied_is_its_own(stubbed: Job, tmp_path: Path) -> None:
+    stubbed.run()
+    moved, copied = tmp_path / "moved", tmp_path / "copied"
+    Path(stubbed.layout.root).rename(moved)
+    assert not set(stages_run(stubbed.run(f"output={moved}"))) - {"report"}
+    shutil.copytree(moved, copied)
+    shutil.rmtree(moved / "checkpoints")  # the copy needs nothing of it
+    assert not set(stages_run(stubbed.run(f"output={copied}"))) - {"report"}
+    for stage in ("train", "align"):
+        outputs = read_record(RunLayout(str(copied)).stage_record(stage))["outputs"]
+        assert outputs["checkpoint"]["url"].startswith(f"{copied}/checkpoints/{stage}-")
 
 
 def test_an_alignment_whose_pairs_were_deleted_writes_them_again(stubbed: Job) -> None:
