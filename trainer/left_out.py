@@ -75,7 +75,7 @@ class LeftOut:
         skipped.append({"step": step, "samples": sum(map(len, by_rank))})
         url = storage.join(self._failures, f"skipped-{self._stage}-step-{step:08d}.json")
         if self._ctx.rank == 0:
-            storage.write_json(url, entry)
+            storage.write_sealed(url, entry)
         return (
             f"step {step:,} is left out: its loss or gradient is not finite ({len(skipped)} of "
             f"{limit} that may be; samples in {url})"

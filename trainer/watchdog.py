@@ -162,7 +162,7 @@ class Watchdog:
             other_threads=others,
         )
         name = f"hang-{self._stage}-{time.time_ns():x}-rank-{self._rank}.json"
-        storage.write_json(storage.join(self._failures, name), report.model_dump())
+        storage.write_sealed(storage.join(self._failures, name), report.model_dump())
 
 
 def _in_code(frame: FrameType | None, name: str) -> bool:
@@ -227,7 +227,7 @@ def _read_report(url: str) -> HangReport | None:
     """What a rank wrote; of a report that is damaged or cannot be read, nothing: it is no reason to
     hide what happened now."""
     try:
-        return HangReport.model_validate(storage.read_json(url))
+        return HangReport.model_validate(storage.read_sealed(url))
     except (StorageError, ValueError):
         return None
 

@@ -1,6 +1,5 @@
 """When the watchdog barks, and whom the reports of a group accuse."""
 
-import json
 import threading
 import time
 from pathlib import Path
@@ -53,7 +52,7 @@ def report(tmp_path: Path, rank: int, waits: bool, step: int = 3) -> None:
     content = {"rank": rank, "step": step, "phase": "updating", "seconds": 9.0, "time": 100.0}
     content |= {"stage": "train", "other_threads": {}}
     content |= {"waits_for_others": waits, "host": "h", "process": 1, "stack": "  at x\n    x()\n"}
-    (tmp_path / f"hang-train-{rank}-rank-{rank}.json").write_text(json.dumps(content))
+    storage.write_sealed(str(tmp_path / f"hang-train-{rank}-rank-{rank}.json"), content)
 
 
 def test_the_accused_are_those_that_wait_for_nobody(tmp_path: Path) -> None:
@@ -69,6 +68,10 @@ def test_the_accused_are_those_that_wait_for_nobody(tmp_path: Path) -> None:
     sentence = diagnose_hang(str(tmp_path), 0.0, 3)
     assert sentence is not None and sentence.startswith("rank 1 (host h, process 1) made no")
     assert diagnose_hang(str(tmp_path), 101.0, 3) is None
+    changed = tmp_path / "hang-train-1-rank-1.json"  # it accuses nobody of what it did not write
+    changed.write_text(changed.read_text().replace("at x", "at y"))
+    sentence = diagnose_hang(str(tmp_path), 0.0, 3)
+    assert sentence is not None and sentence.startswith("rank 1 gave no sign of life")
 
 
 def test_a_report_that_cannot_be_read_hides_nothing(
