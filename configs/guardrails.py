@@ -27,6 +27,11 @@ class LimitConfig(Config):
     metric: str
     max_drop: float | None = Field(None, ge=0, lt=1)
     """Share of the value before alignment that may be lost; validation metrics only."""
+    confidence: float | None = Field(None, gt=0.5, lt=1)
+    """With which a drop must be known to be larger for the action, and not to be larger for the
+    policy to be selected or returned to; in between, alignment goes on. Of `hr`, `ndcg` and `mrr`:
+    one-sided, paired over groups of the users of validation, at each validation by itself. Null:
+    what is measured counts, however few the users are."""
     min: float | None = None
     max: float | None = None
     action: Action = "roll_back"
@@ -35,6 +40,12 @@ class LimitConfig(Config):
     def _bounds_something(self) -> "LimitConfig":
         if self.max_drop is None and self.min is None and self.max is None:
             raise ValueError(f"the limit of {self.metric!r} needs max_drop, min or max")
+        if self.confidence is not None and (self.max_drop is None or self.action == "warn"):
+            raise ValueError(
+                f"confidence={self.confidence:g} of the limit of {self.metric!r} decides what is "
+                "selected by its max_drop: give it one, and the action roll_back or stop, or leave "
+                "confidence out"
+            )
         if self.min is not None and self.max is not None and self.min > self.max:
             raise ValueError(
                 f"nothing keeps the limit of {self.metric!r}: min={self.min:g} is above "

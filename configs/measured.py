@@ -139,6 +139,12 @@ def _check_limits(
     for at, limit in enumerate(limits):
         path, metric = f"alignment.guardrails.limits.{at}.metric", limit.metric
         known = [*validation, *training]
+        if limit.confidence is not None and not _is_of_users(metric):
+            raise ValueError(
+                f"{path}={metric!r} has a confidence, which is told from what each user adds to a "
+                "metric, and nobody adds to this one by himself: name an hr, an ndcg or mrr, or "
+                "leave confidence out"
+            )
         if limit.max_drop is None or metric not in known:
             _require(path, metric, known, validation)
         elif metric not in validation:
@@ -146,6 +152,11 @@ def _check_limits(
                 f"{path}={metric!r} has a max_drop, which is relative to validation before "
                 "alignment, and no validation measures it: give it min or max instead"
             )
+
+
+def _is_of_users(metric: str) -> bool:
+    """Whether it is a mean over users, as ranking metrics of items are."""
+    return metric.startswith(("hr@", "ndcg@", "mrr")) and not metric.endswith("/id")
 
 
 def _check_divergence(

@@ -240,11 +240,20 @@ def policies_of(done: dict[str, Outputs]) -> dict[str, Any]:
     return policies
 
 
+def measured_policies(done: dict[str, Outputs]) -> dict[str, Any]:
+    """As `policies_of`, and what alignment ended with where guardrails let none of it be handed on:
+    what they spared the user is told, too."""
+    policies, aligned = policies_of(done), done.get("align")
+    if aligned is None or aligned["checkpoint"]["step"] or not aligned["last_checkpoint"]["step"]:
+        return policies
+    return policies | {"not handed on": aligned["last_checkpoint"]}
+
+
 def evaluate_inputs(recipe: Recipe, done: dict[str, Outputs]) -> dict[str, Any]:
     """Of `evaluate`."""
     return {
         **_meanings(done),
-        "policies": {name: entry["hash"] for name, entry in policies_of(done).items()},
+        "policies": {name: entry["hash"] for name, entry in measured_policies(done).items()},
         "settings": [
             *dump(*_measuring(recipe), recipe.data.split),
             recipe.data.loader.max_length,

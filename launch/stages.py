@@ -15,6 +15,7 @@ from launch.stage_inputs import (
     align_inputs,
     dump,
     evaluate_inputs,
+    measured_policies,
     note_start,
     policies_of,
     prepare_inputs,
@@ -261,7 +262,7 @@ def _evaluate(context: StageContext) -> Outputs:
     module = "reward_model" if context.recipe.ranks_candidates else "evaluate"
     measured = context.run_workers(
         f"trainer.{module}:evaluate_worker",
-        policies=policies_of(done),
+        policies=measured_policies(done),
         pairs=None if pairs is None else pairs["url"],
     )
     write_results(context.layout.results, context.recipe, measured, aligned)

@@ -34,6 +34,7 @@ from trainer.align_online import OnlineUpdates, prompt_loader
 from trainer.evaluate import load_policy, preference_accuracy, validation_ranker
 from trainer.left_out import left_out_samples
 from trainer.logged_steps import LoggedSteps
+from trainer.metrics import Measured
 from trainer.objectives.dpo import PreferenceInputs, PreferenceLoss
 from trainer.objectives.logged import LoggedLoss
 from trainer.objectives.online import OnlineLoss
@@ -177,13 +178,19 @@ def shared_settings(
 ) -> dict[str, Any]:
     """What all alignment stages are told alike."""
 
-    def validator(policy: ParallelModel) -> Callable[[], dict[str, float]]:
+    def validator(policy: ParallelModel) -> Callable[[], Measured]:
         max_users = config.validation.max_users if config.validation is not None else None
         pairs = settings["pairs"]
         if pairs is None:
             return validation_ranker(worker, policy, max_users)
         rank = validation_ranker(worker, policy, max_users, config.rule)
-        return lambda: rank() | {"preference_accuracy": preference_accuracy(worker, policy, pairs)}
+
+        def measure() -> Measured:
+            found = rank()
+            found.metrics["preference_accuracy"] = preference_accuracy(worker, policy, pairs)
+            return found
+
+        return measure
 
     return {
         "worker": worker,

@@ -21,7 +21,7 @@ from sharding.retrieval import Catalogue
 from trainer.generate import GenerationMetrics, ItemGenerator
 from trainer.left_out import left_out_samples, users_left_out
 from trainer.losses import pretraining_loss
-from trainer.metrics import Popularity, RankingMetrics
+from trainer.metrics import Measured, Popularity, RankingMetrics
 from trainer.monitor.results import protocol
 from trainer.objectives.dpo import pairs_won
 from trainer.policy import (
@@ -73,7 +73,9 @@ def evaluate_worker(settings: dict[str, Any], say: Say) -> dict[str, Any]:
     policy = evaluation_policy(worker)
     for name, reference in settings["policies"].items():
         load_policy(worker, policy, reference)
-        models[name] = {each.part: rank_policy(worker, policy, counts, each) for each in targets}
+        models[name] = {
+            each.part: rank_policy(worker, policy, counts, each).metrics for each in targets
+        }
         if settings["pairs"] is not None:
             models[name]["preference_accuracy"] = preference_accuracy(
                 worker, policy, settings["pairs"]
@@ -115,7 +117,7 @@ def judging_rule(recipe: Recipe) -> PreferenceRule | None:
 
 def rank_policy(
     worker: Worker, policy: ParallelModel, counts: Tensor, targets: Targets
-) -> dict[str, float]:
+) -> Measured:
     """Ranking metrics of a policy. Collective; equal on all ranks."""
     config = worker.recipe.evaluation
     if worker.recipe.writes_codes:
@@ -142,7 +144,7 @@ def popularity(worker: Worker, counts: Tensor, targets: Sequence[Targets]) -> di
     def query(users: EvaluationBatch) -> Tensor:
         return torch.ones(users.target_ids.numel(), 1, device=worker.ctx.device)
 
-    return {each.part: _rank(worker, catalogue, query, counts, each) for each in targets}
+    return {each.part: _rank(worker, catalogue, query, counts, each).metrics for each in targets}
 
 
 def _rank(
@@ -151,7 +153,7 @@ def _rank(
     query: Query,
     counts: Tensor,
     targets: Targets,
-) -> dict[str, float]:
+) -> Measured:
     config, ctx = worker.recipe.evaluation, worker.ctx
     metrics = RankingMetrics(config.ks, Popularity.of(counts, config.head_share).to(ctx.device))
     for users in _batches(worker, targets):
@@ -160,10 +162,11 @@ def _rank(
         seen = _seen(users, config)
         ranks = catalogue.ranks(queries, users.target_ids, *seen)
         top_ids, _ = catalogue.top_k(queries, max(config.ks), *seen)
-        metrics.update(ranks, users.target_ids, top_ids, users.liked)
+        metrics.update(users.batch.sample_ids, ranks, users.target_ids, top_ids, users.liked)
     covered = ctx.all_reduce_max(metrics.covered())
-    found = metrics.result(ctx.all_reduce_sum(metrics.sums()), covered)
-    return found | users_left_out(worker, targets.max_users)
+    sums = ctx.all_reduce_sum(metrics.sums())
+    found = metrics.result(sums, covered) | users_left_out(worker, targets.max_users)
+    return Measured(found, metrics.shares(sums))
 
 
 def _rank_generated(
@@ -171,7 +174,7 @@ def _rank_generated(
     policy: ParallelModel,
     counts: Tensor,
     targets: Targets,
-) -> dict[str, float]:
+) -> Measured:
     """Metrics of a policy that writes ids: a target is found within the beams, or missed."""
     config = worker.recipe.evaluation
     generator = ItemGenerator(worker, policy)
@@ -181,7 +184,9 @@ def _rank_generated(
         users = users.to(worker.ctx.device)
         offer = generator.offer(users, max(config.ks), filter_seen=config.filter_seen)
         metrics.update(generator, offer, users)
-    return metrics.result(worker) | users_left_out(worker, targets.max_users)
+    found = metrics.result(worker)
+    found.metrics.update(users_left_out(worker, targets.max_users))
+    return found
 
 
 def _batches(worker: Worker, targets: Targets) -> Iterator[EvaluationBatch]:
@@ -249,7 +254,7 @@ def validation_ranker(
     policy: ParallelModel,
     max_users: int | None,
     rule: PreferenceRule | None = None,
-) -> Callable[[], dict[str, float]]:
+) -> Callable[[], Measured]:
     """Function that measures a policy on validation as it is now; `rule` as in `Targets`."""
     counts = train_counts(worker.layout.data)
     targets = Targets("validation", rule, max_users)

@@ -18,7 +18,7 @@ from models.generation.session import distinct_ids, generate_sessions
 from models.ops.jagged import jagged_to_padded
 from sharding.parallelize import ParallelModel
 from trainer.codes import last_requests, with_codes
-from trainer.metrics import Popularity, RankingMetrics
+from trainer.metrics import Measured, Popularity, RankingMetrics
 from trainer.policy import Worker
 
 NOT_FOUND = 1 << 40
@@ -148,25 +148,25 @@ class GenerationMetrics:
         generated, targets, liked = offer.generated, users.target_ids, users.liked
         leaves, _ = generator.trie.probe(generator.codes_of(targets))
         wanted = leaves.unsqueeze(1) == generated.states
-        self.items.update(_rank(offer.items == targets.unsqueeze(1)), targets, offer.items, liked)
-        self.ids.update(_rank(wanted & generated.valid), targets, offer.items[:, :0])
+        who, found = users.batch.sample_ids, _rank(offer.items == targets.unsqueeze(1))
+        self.items.update(who, found, targets, offer.items, liked)
+        self.ids.update(who, _rank(wanted & generated.valid), targets, offer.items[:, :0])
         written = generated.codes[generated.valid]
         _, legal = generator.trie.probe(written)
         self.legal += torch.stack([legal.sum(), torch.tensor(len(written), device=legal.device)])
 
-    def result(self, worker: Worker) -> dict[str, float]:
-        """Metrics over all ranks; those of ids end with `/id`. Collective."""
+    def result(self, worker: Worker) -> Measured:
+        """Metrics over all ranks; those of ids end with `/id`, and have no shares. Collective."""
         ctx = worker.ctx
         covered = ctx.all_reduce_max(self.items.covered())
-        result = self.items.result(ctx.all_reduce_sum(self.items.sums()), covered)
+        sums = ctx.all_reduce_sum(self.items.sums())
+        result = self.items.result(sums, covered)
         by_id = self.ids.result(ctx.all_reduce_sum(self.ids.sums()), covered)
         plain = [name for name in by_id if "/" not in name and name.startswith(("hr", "ndcg"))]
         legal, written = ctx.all_reduce_sum(self.legal).tolist()
-        return (
-            result
-            | {f"{name}/id": by_id[name] for name in plain}
-            | {"legality": legal / max(written, 1.0)}
-        )
+        result |= {f"{name}/id": by_id[name] for name in plain}
+        result |= {"legality": legal / max(written, 1.0)}
+        return Measured(result, self.items.shares(sums))
 
 
 def _rank(hits: Tensor) -> Tensor:

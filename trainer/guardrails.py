@@ -4,8 +4,11 @@ The watch itself decides; the training loop carries out. All its numbers are equ
 that every rank decides alike, and its state travels with the checkpoints.
 """
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from statistics import NormalDist
+from types import MappingProxyType
 from typing import Any
 
 from configs.guardrails import Action, DivergenceConfig, GuardrailsConfig, LimitConfig
@@ -17,6 +20,9 @@ FOLLOWS: dict[Action, str] = {
 }
 ROUNDING = 1e-9
 """What a share of two metrics may be off by."""
+Shares = Mapping[str, list[float]]
+"""Metric → what each group of users adds to it."""
+NO_SHARES: Shares = MappingProxyType({})
 SEVERITY: dict[Action, int] = {"warn": 0, "roll_back": 1, "stop": 2}
 
 
@@ -50,6 +56,8 @@ class WatchState:
 
     start: dict[str, float] = field(default_factory=dict)
     """Validation metrics before the first step."""
+    start_shares: dict[str, list[float]] = field(default_factory=dict)
+    """What each group of users added to those whose limits ask for confidence."""
     recent: dict[str, list[float]] = field(default_factory=dict)
     """Training metric → its last logged values, none of before the last judgement."""
     standing: list[str] = field(default_factory=list)
@@ -80,8 +88,12 @@ class Watch:
             actions.append(self.config.divergence.action)
         return any(action != "warn" for action in actions)
 
-    def begin(self, metrics: Mapping[str, float]) -> list[Alarm]:
+    def begin(self, metrics: Mapping[str, float], shares: Shares = NO_SHARES) -> list[Alarm]:
         """Validation before the first step, which drops are relative to; empty without one.
+
+        Args:
+            metrics: what it measured.
+            shares: what each group of users adds to ranking metrics.
 
         Returns:
             What is broken already, of limits that only warn.
@@ -91,6 +103,8 @@ class Watch:
         """
         state, alarms = self.state, []
         state.start = dict(metrics)
+        sure = [limit.metric for limit in self.config.limits if limit.confidence is not None]
+        state.start_shares = {name: shares[name] for name in sure if name in shares}
         for at, limit in enumerate(self.config.limits):
             broken = _broken(limit, metrics[limit.metric], None) if limit.metric in metrics else ""
             if broken and limit.action != "warn":
@@ -102,13 +116,18 @@ class Watch:
         self.kept(metrics)
         return self._raised(alarms)
 
-    def kept(self, metrics: Mapping[str, float]) -> bool:
+    def kept(self, metrics: Mapping[str, float], shares: Shares = NO_SHARES) -> bool:
         """Of a policy that broke no limit, by its validation: whether to select it, and to return
         to it later.
 
         Not while divergence is suspected, where that would act: a return must leave the whole
-        course, not the end of it, and so must what a stop ends with.
+        course, not the end of it, and so must what a stop ends with. Nor where a limit's confidence
+        is wanting. `shares` as of `begin`.
         """
+        for limit in self.config.limits:
+            slack = self._slack(limit, shares)
+            if slack is not None and slack[0] < -ROUNDING:
+                return False
         divergence = self.config.divergence
         if divergence is None:
             return True
@@ -144,13 +163,16 @@ class Watch:
                 alarms.append(self._alarm(place, limit.action, step, broken, settled=False))
         return self._raised(alarms)
 
-    def judged(self, step: int, validated: Mapping[str, float]) -> list[Alarm]:
+    def judged(
+        self, step: int, validated: Mapping[str, float], shares: Shares = NO_SHARES
+    ) -> list[Alarm]:
         """Of a policy that is kept if it breaks no limit; its alarms.
 
         Args:
             step: which made the policy.
             validated: its validation; empty without one. Training metrics are held to what was
                 logged since the judgement before, however little.
+            shares: as of `begin`.
         """
         state, alarms = self.state, []
         for at, limit in enumerate(self.config.limits):
@@ -160,7 +182,8 @@ class Watch:
                 if not broken or not self._is_full(name):  # else it was said as it was logged
                     alarms.append(self._alarm(f"training {at}", limit.action, step, broken))
             if name in validated:
-                broken = _broken(limit, validated[name], state.start.get(name))
+                slack = self._slack(limit, shares)
+                broken = _broken(limit, validated[name], state.start.get(name), slack)
                 alarms.append(self._alarm(f"validation {at}", limit.action, step, broken))
         divergence = self.config.divergence
         if divergence is not None:
@@ -168,6 +191,14 @@ class Watch:
             alarms.append(self._alarm("divergence", divergence.action, step, broken))
         state.recent = {}
         return self._raised(alarms)
+
+    def _slack(self, limit: LimitConfig, shares: Shares) -> tuple[float, float] | None:
+        """Between which bounds the metric is above the least allowed, where confidence is asked."""
+        start, now = self.state.start_shares.get(limit.metric), shares.get(limit.metric)
+        if limit.confidence is None or limit.max_drop is None or start is None or now is None:
+            return None
+        least = [(1 - limit.max_drop) * share for share in start]
+        return bounds([a - b for a, b in zip(now, least, strict=True)], limit.confidence)
 
     def _refuse_unknown(self, logged: set[str]) -> None:
         validated = set(self.state.start)
@@ -256,10 +287,28 @@ def _suspected(course: list[list[float]]) -> bool:
     return any(course[-1][0] > reward and course[-1][1] < metric for reward, metric in earlier)
 
 
-def _broken(limit: LimitConfig, value: float, start: float | None) -> str:
-    """How `value` breaks a limit, in a sentence; empty where it keeps it."""
+def bounds(shares: Sequence[float], confidence: float) -> tuple[float, float]:
+    """Below and above which the sum over all users is, each with this confidence.
+
+    The groups are alike and drawn from one population, so that the spread over them tells that of
+    their sum. There are enough of them to take Student's distribution for the normal one.
+    """
+    number, total = len(shares), sum(shares)
+    variance = sum((share - total / number) ** 2 for share in shares) * number / (number - 1)
+    margin = NormalDist().inv_cdf(confidence) * math.sqrt(variance)
+    return total - margin, total + margin
+
+
+def _broken(
+    limit: LimitConfig,
+    value: float,
+    start: float | None,
+    slack: tuple[float, float] | None = None,
+) -> str:
+    """How `value` breaks a limit, in a sentence; empty where it keeps it, or may well keep it."""
     name, broken, drop = limit.metric, "", limit.max_drop
-    if drop is not None and start is not None:
+    may_keep = slack is not None and slack[1] >= 0
+    if drop is not None and start is not None and not may_keep:
         # Both are rounded already: a drop of exactly what is allowed must not miss by that.
         fell = 1.0 - value / start if start else 0.0
         if not fell <= drop + ROUNDING:
@@ -267,6 +316,7 @@ def _broken(limit: LimitConfig, value: float, start: float | None) -> str:
                 f"{name} fell from {start:.4f} to {value:.4f}, by {fell:.3%}: more than the "
                 f"{100 * drop:g}% allowed"
             )
+            broken += f", with {limit.confidence:.4g} confidence" if slack is not None else ""
     if limit.min is not None and not value >= limit.min:
         broken = f"{name} is {value:.4f}, below its limit of {limit.min:g}"
     if limit.max is not None and not value <= limit.max:

@@ -7,12 +7,26 @@ Shape legend: B users of a batch, K recommended items a user, V items of the cat
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from configs.measured import GROUPS
+
+BUCKETS = 128
+"""Groups of users, by id, that sums are kept of: what they add to a metric before and after tells
+how sure a change is, in numbers that grow neither with users nor with ranks."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What validation found."""
+
+    metrics: dict[str, float]
+    shares: dict[str, list[float]] = field(default_factory=dict)
+    """What each of `BUCKETS` groups of users adds to a ranking metric."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +88,7 @@ class RankingMetrics:
         device = popularity.is_head.device
         self._cutoffs = torch.tensor(self.ks, device=device)
         columns = 2 + 2 * len(self.ks)  # users, 1/rank, hits per k, gains per k
-        self._sums = torch.zeros(len(GROUPS), columns, dtype=torch.float64, device=device)
+        self._sums = torch.zeros(BUCKETS, len(GROUPS), columns, dtype=torch.float64, device=device)
         self._covered = torch.zeros(popularity.is_head.numel(), dtype=torch.uint8, device=device)
 
     @property
@@ -83,11 +97,17 @@ class RankingMetrics:
         return self._popularity.is_head.numel() - 1
 
     def update(
-        self, ranks: Tensor, target_ids: Tensor, top_ids: Tensor, liked: Tensor | None = None
+        self,
+        user_ids: Tensor,
+        ranks: Tensor,
+        target_ids: Tensor,
+        top_ids: Tensor,
+        liked: Tensor | None = None,
     ) -> None:
         """Add users.
 
         Args:
+            user_ids: [B] int64, the same of a user in every validation.
             ranks: [B] int64, place of the target among the user's candidates, 1 = first.
             target_ids: [B] int64, held-out item, 1…V.
             top_ids: [B, K] int64, recommended items, best first; 0 = none left. Where K is below
@@ -96,6 +116,7 @@ class RankingMetrics:
         """
         device = self._sums.device
         ranks, target_ids, top_ids = (x.to(device) for x in (ranks, target_ids, top_ids))
+        bucket = F.one_hot(user_ids.to(device) % BUCKETS, BUCKETS).to(torch.float64)  # [B, 128]
         place = ranks.to(torch.float64).unsqueeze(1)  # [B, 1]
         hits = (place <= self._cutoffs).to(torch.float64)  # [B, len(ks)]
         gains = hits / torch.log2(place + 1)
@@ -104,7 +125,7 @@ class RankingMetrics:
         cold = self._popularity.is_cold[target_ids].to(torch.float64)
         wanted = torch.zeros_like(head) if liked is None else liked.to(head)
         groups = torch.stack([torch.ones_like(head), head, 1 - head, cold, wanted])  # [5, B]
-        self._sums += groups @ terms
+        self._sums += torch.einsum("bu,gb,bt->ugt", bucket, groups, terms)
         self._cover(top_ids[:, : self.ks[-1]])
 
     def _cover(self, top_ids: Tensor) -> None:
@@ -117,7 +138,7 @@ class RankingMetrics:
         )
 
     def sums(self) -> Tensor:
-        """Copy of this rank's sums, [5, 2 + 2·len(ks)] float64; add over ranks."""
+        """Copy of this rank's sums, [128, 5, 2 + 2·len(ks)] float64; add over ranks."""
         return self._sums.clone()
 
     def covered(self) -> Tensor:
@@ -134,21 +155,35 @@ class RankingMetrics:
         Raises:
             ValueError: no user was measured.
         """
-        table = (self._sums if sums is None else sums).tolist()
+        table = (self._sums if sums is None else sums).sum(0).tolist()
         if table[0][0] == 0:
             raise ValueError(
                 "no user was measured: the split leaves no target in this part of the data; "
                 "check data.split, or evaluate another part"
             )
-        names = ["mrr", *(f"hr@{k}" for k in self.ks), *(f"ndcg@{k}" for k in self.ks)]
         result: dict[str, float] = {}
         for suffix, (users, *totals) in zip(GROUPS, table, strict=True):
             result[f"users{suffix}"] = users
             if users:
-                means = {f"{n}{suffix}": t / users for n, t in zip(names, totals, strict=True)}
+                named = zip(self._names, totals, strict=True)
+                means = {f"{name}{suffix}": total / users for name, total in named}
                 result.update(means)
         levels = (self._covered if covered is None else covered)[1:]
         for index, k in enumerate(self.ks):
             distinct = int((levels >= len(self.ks) - index).sum())
             result[f"coverage@{k}"] = distinct / self.num_items
         return result
+
+    def shares(self, sums: Tensor) -> dict[str, list[float]]:
+        """What each bucket of users adds to each ranking metric of the reduced sums."""
+        means = sums[..., 1:] / sums[..., :1].sum(0)  # [128, 5, T]; of a group without users, NaN
+        return {
+            f"{name}{suffix}": means[:, group, column].tolist()
+            for group, suffix in enumerate(GROUPS)
+            for column, name in enumerate(self._names)
+        }
+
+    @property
+    def _names(self) -> list[str]:
+        """Of the columns after the users."""
+        return ["mrr", *(f"hr@{k}" for k in self.ks), *(f"ndcg@{k}" for k in self.ks)]

@@ -16,6 +16,7 @@ from trainer.codes import NextCodeInputsMaker
 from trainer.evaluate import uses_validation, validation_ranker
 from trainer.in_batch import gather_positives
 from trainer.losses import pretraining_loss
+from trainer.metrics import Measured
 from trainer.objectives.multi_task import MultiTaskLoss
 from trainer.objectives.negatives import draw_negatives
 from trainer.objectives.next_code import NextCodeLoss
@@ -94,7 +95,7 @@ def fit_from_start(
     loss: NextItemLoss | NextCodeLoss | MultiTaskLoss,
     make_inputs: Callable[[Sequence[JaggedBatch], int], Sequence[Any]],
     loader_at: Callable[[TrainerState], TrainingLoader | HistoryLoader],
-    validator: Callable[[ParallelModel, int | None], Callable[[], dict[str, float]]],
+    validator: Callable[[ParallelModel, int | None], Callable[[], Measured]],
 ) -> dict[str, Any]:
     """Train a model that no earlier stage of the recipe trained, by the block `training`.
 

@@ -14,6 +14,7 @@ from models.batch import JaggedBatch
 from models.ops.windows import latest_events
 from sharding.parallelize import ParallelModel
 from trainer.evaluate import load_policy, uses_validation
+from trainer.metrics import Measured
 from trainer.monitor.results import protocol
 from trainer.monitor.reward_report import BASELINE, REWARD_MODEL
 from trainer.objectives.multi_task import MultiTaskLoss, TaskTargets
@@ -46,7 +47,7 @@ def train_worker(settings: dict[str, Any], say: Say) -> dict[str, Any]:
         RankingInputsMaker(worker, loss.targets),
         loader_at=lambda state: _loader(worker, state),
         validator=lambda policy, users: (
-            lambda: measure(worker, policy, loss.targets, "validation", users).metrics
+            lambda: Measured(measure(worker, policy, loss.targets, "validation", users).metrics)
         ),
     )
 

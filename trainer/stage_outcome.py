@@ -51,7 +51,7 @@ def stage_outcome(
         stores_of_it = (stores.best,) if acted else (stores.best, stores.newest)
         selected = _selected(state.best, stores_of_it, values.get, ctx, tell)
         selected_on, validated = "validation", by_step[selected.step]
-    elif acted:
+    elif acted or metric is not None:  # of what was validated, nothing kept the guardrails
         assert state.good is not None, "the start was kept"
         selected_on = "guardrails"
         selected = _selected(state.good, (stores.good,), _later(last.step), ctx, tell)

@@ -18,6 +18,7 @@ from sharding.step_result import StepResult
 from trainer.guardrails import Alarm, Watch, WatchState, sentence, severest
 from trainer.left_out import LeftOut, blame
 from trainer.logged_steps import LoggedSteps
+from trainer.metrics import Measured
 from trainer.monitor.stage_monitor import StageMonitor
 from trainer.stop_notice import AbandonedError, StoppedError
 from trainer.watchdog import Phase
@@ -149,7 +150,7 @@ class Trainer:
     restore: Callable[[CheckpointStore, str], None]
     """Brings back what was saved beside a store's checkpoint of a name. Collective."""
     validation: ValidationConfig | None
-    validate: Callable[[], dict[str, float]]
+    validate: Callable[[], Measured]
     measure_start: bool
     """Validate before the first step; that value is shown and never selected."""
     watch: Watch | None
@@ -194,16 +195,16 @@ class Trainer:
 
     def _begin(self) -> None:
         """Measure the policy that training begins with, and keep it. Collective."""
-        metrics: dict[str, float] = {}
+        found = Measured({})
         if self.validation is not None:
             self.sign(0, "validating")
-            metrics, name = self.validate(), self.validation.metric
-            self.state.start_value = metrics[name]
+            found, name = self.validate(), self.validation.metric
+            self.state.start_value = found.metrics[name]
             if self.monitor is not None:
-                told = f"at the start: {name} {metrics[name]:.4f}"
-                self.monitor.log_validation(0, metrics, told)
+                told = f"at the start: {name} {found.metrics[name]:.4f}"
+                self.monitor.log_validation(0, found.metrics, told)
         if self.watch is not None:
-            alarms = self.watch.begin(metrics)
+            alarms = self.watch.begin(found.metrics, found.shares)
             if alarms and self.monitor is not None:
                 self.monitor.log_alarm(sentence(alarms, "warn"))
             self._keep_good()
@@ -309,17 +310,16 @@ class Trainer:
         Returns:
             `alarms`, which its training steps raised, and those of validation. Collective.
         """
-        metrics: dict[str, float] = {}
-        validation = self.validation
+        found, validation, watch = Measured({}), self.validation, self.watch
         if validation is not None:
             self.sign(step, "validating")
-            metrics = self.validate()
-        if self.watch is not None:
-            alarms = alarms + self.watch.judged(step, metrics)
+            found = self.validate()
+        if watch is not None:
+            alarms = alarms + watch.judged(step, found.metrics, found.shares)
         sound = severest(alarms) in (None, "warn")
-        kept = sound and (self.watch is None or self.watch.kept(metrics))
+        kept = sound and (watch is None or watch.kept(found.metrics, found.shares))
         if validation is not None:
-            self._select(step, metrics, kept, validation)
+            self._select(step, found.metrics, kept, validation)
         if kept:
             self._keep_good()
         return alarms
@@ -352,7 +352,7 @@ class Trainer:
         """How a validation compares with all before it, that before training included."""
         best, start = self.state.best_value, self.state.start_value
         if best is None:
-            return "none kept the guardrails yet"
+            return "none is known to keep the guardrails yet"
         if start is not None and start >= best:
             return f"best {start:.4f}, before training"
         return "best so far" if improved else f"best {best:.4f}"

@@ -14,6 +14,7 @@ from sharding.parallelize import ParallelModel
 from trainer.guardrails import Watch
 from trainer.left_out import LeftOut, left_out_samples
 from trainer.logged_steps import LoggedSteps
+from trainer.metrics import Measured
 from trainer.monitor.stage_monitor import StageMonitor
 from trainer.objectives.dpo import PreferenceLoss
 from trainer.objectives.logged import LoggedLoss
@@ -92,7 +93,7 @@ class TrainingStage:
     loader_at: Callable[[TrainerState], StepLoader]
     """The stage's loader at the position of a state."""
     updates: Updates
-    validator: Callable[[ParallelModel], Callable[[], dict[str, float]]]
+    validator: Callable[[ParallelModel], Callable[[], Measured]]
     before: Callable[[ParallelModel, bool], None] | None = None
     """Called with the policy, and whether it starts afresh, before a checkpoint is loaded."""
     measure_start: bool = False

@@ -62,6 +62,15 @@ DIVERGENCE: dict[str, Any] = {"guardrails": {"divergence": {}}}
         ),
         ({"kind": "grpo", "reference": None} | limit(metric="kl", max=1), "'kl' is not measured"),
         ({"kind": "grpo"} | limit(metric="kl", max_drop=0.1), "'kl' has a max_drop, which is rela"),
+        ({"kind": "grpo"} | limit(metric="mrr", min=0.1, confidence=0.9), "selected by its max_dr"),
+        (
+            {"kind": "grpo"} | limit(metric="mrr", max_drop=0, confidence=0.9, action="warn"),
+            "the action roll_back or stop",
+        ),
+        (
+            {"kind": "grpo"} | limit(metric="coverage@10", max_drop=0, confidence=0.9),
+            "limits.1.metric='coverage@10' has a confidence, which is told from what each user",
+        ),
         (
             {"kind": "grpo", "epochs": 1} | DIVERGENCE,
             "validations=2 can never be reached: there are 1 after the start",

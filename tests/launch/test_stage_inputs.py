@@ -10,6 +10,7 @@ from configs.layout import RunLayout
 from configs.load import load_recipe
 from launch.stage_inputs import (
     align_inputs,
+    measured_policies,
     note_start,
     tokenize_inputs,
     train_inputs,
@@ -100,6 +101,16 @@ def test_alignment_goes_on_from_any_whole_copy_of_the_weights() -> None:
     assert begun(saved | {"url": "newest", "hash": "i"}) == begun(saved)
     assert begun(saved | {"weights": "v"}) != begun(saved)
     assert begun(before)["start"] == "h"
+
+
+def test_what_guardrails_kept_back_is_measured_beside_what_is_handed_on() -> None:
+    def measured(selected: int, last: int) -> list[str]:
+        ends = {"checkpoint": {"step": selected}, "last_checkpoint": {"step": last}}
+        return list(measured_policies({"train": {"checkpoint": {}}, "align": ends}))
+
+    assert measured(0, 7) == ["pretrained", "aligned", "not handed on"]
+    assert measured(3, 7) == measured(7, 7) == measured(0, 0) == ["pretrained", "aligned"]
+    assert list(measured_policies({"train": {"checkpoint": {}}})) == ["pretrained"]
 
 
 def test_another_runs_training_is_named_by_a_whole_record_alone(tmp_path: Path) -> None:

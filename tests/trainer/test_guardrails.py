@@ -1,11 +1,15 @@
 """The watch's decisions, without a training loop."""
 
+import json
+from dataclasses import asdict
+
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.guardrails import DivergenceConfig, GuardrailsConfig, LimitConfig
-from trainer.guardrails import Watch, WatchState, sentence, severest
+from trainer.guardrails import Watch, WatchState, bounds, sentence, severest
 
 
 def watch_of(**config: object) -> Watch:
@@ -230,3 +234,50 @@ def test_what_is_broken_before_alignment_is_refused_or_warned_of() -> None:
     assert (alarm.step, alarm.action) == (0, "warn") and watch.state.alarms == [alarm.to_dict()]
     assert watch.judged(1, {"hr@50": 0.06}) == []  # it stands
     assert watch_of(limits=[limit | {"action": "stop"}]).begin({"hr@50": 0.9}) == []
+
+
+def users_of(mean: float, spread: float, seed: int = 0) -> dict[str, list[float]]:
+    """What 128 groups of users add to a metric: on average, and how differently."""
+    drawn = np.random.default_rng(seed).normal(size=128)
+    return {"ndcg@10": ((mean + spread * (drawn - drawn.mean())) / 128).tolist()}
+
+
+SURE = {"metric": "ndcg@10", "max_drop": 0.1, "confidence": 0.95}
+
+
+@pytest.mark.parametrize(
+    ("value", "spread", "alarmed", "kept"),
+    [
+        (0.5, 0.0, False, True),  # nothing has changed
+        (0.48, 0.1, False, True),  # 0.03 above the least allowed, one standard error is 0.009
+        (0.46, 0.1, False, False),  # above it, and maybe below
+        (0.44, 0.1, False, False),  # below it, and maybe above
+        (0.44, 0.0, True, False),
+        (0.42, 0.1, True, False),
+        (0.3, 10.0, False, False),  # far below, of users who tell nothing
+    ],
+)
+def test_a_limit_with_confidence_takes_no_chance_for_a_drop_nor_for_none(
+    value: float, spread: float, alarmed: bool, kept: bool
+) -> None:
+    watch = watch_of(limits=[SURE])
+    watch.begin({"ndcg@10": 0.5}, users_of(0.5, 0.0))
+    watch = Watch(watch.config, WatchState(**json.loads(json.dumps(asdict(watch.state)))))
+    found, shares = {"ndcg@10": value}, users_of(value, spread)
+    alarms = watch.judged(1, found, shares)
+    assert [alarm.reason.endswith("allowed, with 0.95 confidence") for alarm in alarms] == (
+        [True] * alarmed
+    )
+    assert (not alarms and watch.kept(found, shares)) == kept
+
+
+def test_bounds_are_missed_as_seldom_as_their_confidence_says() -> None:
+    """Users in groups of unequal sizes, each with a change that is mostly none; the truth is 0."""
+    random = np.random.default_rng(3)
+    low, high, runs, users = 0, 0, 2000, 1500
+    group = random.integers(0, 128, users)
+    for _ in range(runs):
+        changes = random.choice([-1.0, 0.0, 1.0], p=[0.1, 0.8, 0.1], size=users) / users
+        below, above = bounds(np.bincount(group, changes, 128).tolist(), 0.95)
+        low, high = low + (below > 0), high + (above < 0)
+    assert 0.03 < low / runs < 0.07 and 0.03 < high / runs < 0.07

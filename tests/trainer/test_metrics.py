@@ -81,6 +81,7 @@ def measure(
     for start in range(0, len(users), batch):
         part = users[start : start + batch]
         metrics.update(
+            torch.arange(start, start + len(part)),
             torch.tensor([u.rank for u in part]),
             torch.tensor([u.target for u in part]),
             torch.tensor([u.top for u in part]),
@@ -110,6 +111,22 @@ def test_two_reductions_merge_ranks(
         assert rank.result(sums, covered) == pytest.approx(loop(*population), abs=1e-12)
 
 
+@settings(max_examples=40, deadline=None)
+@given(populations(), st.integers(1, 5))
+def test_shares_of_groups_of_users_add_up_to_the_metrics(
+    population: tuple[int, list[int], set[int], list[User]], batch: int
+) -> None:
+    metrics, expected = measure(*population, batch), loop(*population)
+    shares = metrics.shares(metrics.sums())
+    ranking = [name for name in expected if name.startswith(("hr", "ndcg", "mrr"))]
+    assert {name: sum(shares[name]) for name in ranking} == pytest.approx(
+        {name: expected[name] for name in ranking}, abs=1e-12
+    )
+    users, k = population[3], population[1][0]  # user i is in group i, as they are few
+    hits = [float(user.rank <= k) / len(users) for user in users]
+    assert shares[f"hr@{k}"][: len(users)] == pytest.approx(hits, abs=1e-12)
+
+
 def test_reading_does_not_change_what_is_read() -> None:
     metrics = measure(4, [2], {1}, [User(1, 1, [1, 2])], 1)
     metrics.sums().zero_()
@@ -128,6 +145,7 @@ def test_padding_of_short_recommendations_covers_nothing() -> None:
 def test_empty_batches_are_welcome_and_no_user_is_a_sentence() -> None:
     metrics = RankingMetrics([10], Popularity.of(torch.ones(4), 0.5))
     metrics.update(
+        torch.empty(0, dtype=torch.int64),
         torch.empty(0, dtype=torch.int64),
         torch.empty(0, dtype=torch.int64),
         torch.empty(0, 10, dtype=torch.int64),

@@ -23,7 +23,8 @@ from tests.trainer.runs import (
 )
 from tests.trainer.test_evaluate import FINAL
 from trainer import pretrain
-from trainer.evaluate import Targets, evaluation_policy, load_policy, rank_policy
+from trainer.evaluate import Part, Targets, evaluation_policy, load_policy, rank_policy
+from trainer.metrics import Measured
 from trainer.policy import Worker, start_worker
 from trainer.pretrain import train_worker, training_loader
 from trainer.trainer import TrainerState
@@ -38,11 +39,11 @@ def train_on_script(settings: dict[str, Any], fail_after: int | None = None) -> 
     """`train_worker` whose validation says CURVE; a failure in the validation after that epoch."""
 
     def scripted(worker: Worker, policy: ParallelModel, max_users: int | None) -> Any:
-        def validate() -> dict[str, float]:
+        def validate() -> Measured:
             epoch = policy.step // STEPS_PER_EPOCH
             if epoch == fail_after:
                 raise InterruptedError
-            return {"ndcg@10": CURVE[epoch]}
+            return Measured({"ndcg@10": CURVE[epoch]})
 
         return validate
 
@@ -84,7 +85,8 @@ def measured(settings: dict[str, Any], reference: dict[str, Any], counts: Any) -
     worker = start_worker(settings, quiet)
     policy = evaluation_policy(worker)
     load_policy(worker, policy, reference)
-    return {p: rank_policy(worker, policy, counts, Targets(p)) for p in ("validation", "test")}
+    parts: tuple[Part, ...] = ("validation", "test")
+    return {part: rank_policy(worker, policy, counts, Targets(part)).metrics for part in parts}
 
 
 def test_selection_measures_validation_and_the_world_changes_nothing(

@@ -29,6 +29,7 @@ from tests.sharding.policies import Settings, make_batch, make_policy
 from trainer.guardrails import Alarm, Watch, WatchState
 from trainer.left_out import LeftOut
 from trainer.logged_steps import LoggedSteps
+from trainer.metrics import Measured
 from trainer.objectives.next_item import NextItemInputs
 from trainer.stage_stores import StageStores
 from trainer.stop_notice import AbandonedError, StopNotice, StoppedError
@@ -154,13 +155,13 @@ def run(
         state = TrainerState.from_dict(stores.newest.load(policy, found))
     calls: list[int] = []
 
-    def validate() -> dict[str, float]:
+    def validate() -> Measured:
         calls.append(policy.step)
         weights.append(hash_of(policy))
         value = values[len(calls) - 1]
         if value is None:
             raise AbandonedError
-        return {"ndcg@10": value, "other": 1 - value}
+        return Measured({"ndcg@10": value, "other": 1 - value})
 
     def batch_of(step: int, empty: bool) -> JaggedBatch:
         batch = make_batch(step, ctx)

@@ -118,6 +118,7 @@ def outcomes(root: str) -> tuple[dict[str, dict[str, Any]], list[str], list[str]
         "twin": outcome(plain, ("best", 4)),
         "after a guardrail": outcome(acted),
         "good": outcome(replace(acted, best=None)),
+        "nothing known": outcome(replace(plain, best=None)),
         "earlier good": outcome(replace(acted, best=None), ("good", 5)),
         "last": outcome(plain, ("newest", 4)),
         "none": outcome(acted, ("best", 2)),
@@ -138,11 +139,12 @@ def test_a_stage_ends_with_the_best_that_is_whole(tmp_path: Path) -> None:
         "twin": ("newest", 4),
         "after a guardrail": ("best", 2),
         "good": ("good", 5),
+        "nothing known": ("good", 5),
         "earlier good": ("good", 1),
         "last": ("newest", 6),
     }
-    assert [found[case]["best_value"] for case in ends] == [0.3, 0.3, 0.1, None, None, 0.2]
-    assert [found[case]["best_epoch"] for case in ends] == [4, 4, 2, None, None, 6]
+    assert [found[case]["best_value"] for case in ends] == [0.3, 0.3, 0.1, None, None, None, 0.2]
+    assert [found[case]["best_epoch"] for case in ends] == [4, 4, 2, None, None, None, 6]
     assert len(told) == 4 and all("__0_0.distcp has 1 bytes" in sentence for sentence in told)
     assert found["twin"]["checkpoint"]["url"] in told[0]
     whole, twin = found["whole"]["checkpoint"], found["twin"]["checkpoint"]

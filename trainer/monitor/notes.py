@@ -27,7 +27,7 @@ def nothing_kept(results: Results) -> str | None:
     """A sentence where `aligned` is the policy that alignment began with."""
     if results.selected is None or results.selected.step > 0:
         return None
-    return "No aligned policy kept the limits: 'aligned' is the pretrained one."
+    return "No aligned policy is known to keep the limits: 'aligned' is the pretrained one."
 
 
 def sampling_note(results: Results, part: Part) -> str | None:

@@ -170,7 +170,7 @@ def test_the_pretrained_policy_is_not_passed_off_as_an_aligned_one() -> None:
         policy = SelectedPolicy(step=step, selected_on="guardrails")
         return results().model_copy(update={"alarms": (alarm,), "selected": policy})
 
-    nothing = "No aligned policy kept the limits: 'aligned' is the pretrained one."
+    nothing = "No aligned policy is known to keep the limits: 'aligned' is the pretrained one."
     assert alarm_sentences(selected(0))[1:] == (nothing,)
     assert render_table(selected(0)).endswith(nothing)
     assert len(alarm_sentences(selected(6))) == 1 and nothing not in render_table(selected(6))
