@@ -47,8 +47,10 @@ def matching_files(url: str, place: str) -> list[tuple[Any, str, str]]:
 
 def _named(fs: Any, path: str) -> tuple[list[str], str, bool]:
     """Paths of files, the directory that their names are relative to, and whether many may be."""
-    if any(sign in path for sign in GLOB_SIGNS):
-        root = path[: min(path.find(sign) for sign in GLOB_SIGNS if sign in path)]
+    web = path.startswith(("http:", "https:"))  # where ? begins a query: of a signed link, say
+    pattern = path.partition("?")[0] if web else path
+    if any(sign in pattern for sign in GLOB_SIGNS):
+        root = path[: min(pattern.find(sign) for sign in GLOB_SIGNS if sign in pattern)]
         return globbed(fs, path), root.rpartition("/")[0] + "/", True
     try:
         # Not `isdir`, to which a request that failed is a no.

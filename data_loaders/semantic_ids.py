@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
@@ -105,12 +106,20 @@ def read_semantic_ids(url: str, *, data_fingerprint: str) -> SemanticIds:
             f"{data_fingerprint[:12]}…, so their codes would mean other items; run `tandem "
             "tokenize RECIPE` on this data set (tokenizer.frozen keeps the codes of known items)"
         )
-    codes = np.zeros((manifest.num_items + 1, len(manifest.codebook_sizes)), np.int32)
+    try:
+        codes = np.zeros((manifest.num_items + 1, len(manifest.codebook_sizes)), np.int32)
+    except MemoryError as error:
+        raise ValueError(
+            f"the semantic ids of {manifest.num_items:,} items in {url} do not fit into memory"
+        ) from error
     first = 1
     for entry in manifest.parts:
         verify_shard(url, entry, MEND)
         if entry.rows:
-            codes[first : first + entry.rows] = read_codes(storage.join(url, entry.path))
+            place = storage.join(url, entry.path)
+            codes[first : first + entry.rows] = _read_part(
+                place, first, entry.rows, manifest.codebook_sizes
+            )
             first += entry.rows
     assert first == manifest.num_items + 1, "parts hold all items: the manifest was checked"
     return SemanticIds(
@@ -226,6 +235,25 @@ def codes_of(lists: pa.ChunkedArray) -> np.ndarray:
     """list<int32> [n ≥ 1] of equal lengths as int32 [n, L]."""
     values = lists.combine_chunks()
     return values.flatten().to_numpy().reshape(len(values), -1)
+
+
+def _read_part(url: str, first: int, rows: int, sizes: tuple[int, ...]) -> np.ndarray:
+    """Codes of the items `first`…, int32 [rows, L].
+
+    Raises:
+        ValueError: the part holds other items, or codes that are none.
+    """
+    table = read_table(url, ["item_id", "codes"])
+    lists = table["codes"]
+    whole = pa.types.is_list(lists.type) and lists.type.value_type == pa.int32()
+    if not whole or pc.unique(pc.list_value_length(lists)).to_pylist() != [len(sizes)]:
+        raise ValueError(f"{url} is damaged (its codes are no {len(sizes)} int32 an item); {MEND}")
+    if not np.array_equal(table["item_id"].to_numpy(), np.arange(first, first + rows)):
+        raise ValueError(f"{url} is damaged (it holds other items than {first:,} and on); {MEND}")
+    codes = codes_of(lists)
+    if (codes < 0).any() or (codes >= np.array(sizes)).any():
+        raise ValueError(f"{url} is damaged (codes outside codebooks of {list(sizes)}); {MEND}")
+    return codes
 
 
 def read_codes(url: str) -> np.ndarray:

@@ -27,7 +27,7 @@ from configs.tokenize import (
     VectorEmbedding,
 )
 from data_loaders.cold_start import known_codes
-from data_loaders.exchange import Progress, Report, map_parts
+from data_loaders.exchange import PARTITION, Progress, Report, map_parts
 from data_loaders.item_tables import (
     FLOAT_BYTES,
     TextTable,
@@ -286,12 +286,17 @@ class _Staging:
         return Block(embedding, width, 0, url, found)
 
     def _once(self, name: str, stage: Callable[[], Report]) -> Report:
-        """What staging reported; it is not done again where it had finished."""
+        """What staging reported; it is not done again where it had finished, and all is there."""
         url = storage.join(self.staging_url, f"{name}.json")
-        if not storage.exists(url):
-            storage.write_sealed(url, stage())
-        report: Report = storage.read_sealed(url)
-        return report
+        if storage.exists(url):
+            report: Report = storage.read_sealed(url)
+            places = [
+                storage.join(self.staging_url, staged(name, part)) for part in report["parts"]
+            ]
+            if all(map(storage.exists, places)):
+                return report
+        storage.write_sealed(url, stage())
+        return dict(storage.read_sealed(url))
 
     def _stage_vectors(self, name: str, embedding: VectorEmbedding) -> Report:
         table = vector_table(embedding, self.place)
@@ -301,13 +306,13 @@ class _Staging:
             widths = sorted(size // FLOAT_BYTES for size in sizes)
             raise ValueError(f"{self.place}.url={embedding.url!r} has vectors of widths {widths}")
         width = sizes.pop() // FLOAT_BYTES if sizes else 0
-        return {"rows": sum(report["rows"] for report in reports), "width": width}
+        return {**_found(reports), "width": width}
 
     def _stage_texts(self, name: str, embedding: TextEmbedding) -> Report:
         assert embedding.table is not None
         table = TextTable.open(embedding.table, embedding.columns, self.place)
         reports = stage_by_part(name, table, self.parts, self.staging_url, self.progress)
-        return {"rows": sum(report["rows"] for report in reports)}
+        return _found(reports)
 
     def _of_file(self, url: str) -> Any:
         return files_signature(url, f"{self.place}.url")
@@ -382,3 +387,9 @@ def _texts(
     titles = part.column("title").to_pylist()
     ids = part.first_id + np.flatnonzero([bool(title) for title in titles])
     return ids, [title for title in titles if title]
+
+
+def _found(reports: Sequence[Report]) -> Report:
+    """How many items have a value, and of which parts they are."""
+    parts = [report[PARTITION] for report in reports if report["rows"]]
+    return {"rows": sum(report["rows"] for report in reports), "parts": parts}

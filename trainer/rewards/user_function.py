@@ -71,11 +71,11 @@ def _imported(place: str, module_name: str) -> Any:
             f"{place} cannot be imported ({error}): install its package on every node, or, with "
             f"cluster.address=local, start tandem where the module lies (this is {here})"
         ) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script exits when it is imported
         raise _unimportable(place, error) from error
 
 
-def _unimportable(place: str, error: Exception) -> ValueError:
+def _unimportable(place: str, error: BaseException) -> ValueError:
     if isinstance(error, SyntaxError):
         where = f"{error.filename}:{error.lineno}"
     else:
@@ -114,7 +114,7 @@ def _checked(place: str, function: UserReward, file: str | None) -> UserReward:
                 result = function(group.clone())
         except ITS_OWN:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ValueError(
                 f"{place} raised {reason_of(error)} ({_line_of(error, file)}); mend it there"
             ) from error
@@ -143,7 +143,7 @@ def _result(place: str, result: object, group: Group) -> Tensor:
     return rewards
 
 
-def _line_of(error: Exception, file: str | None) -> str:
+def _line_of(error: BaseException, file: str | None) -> str:
     """`file:line` of the deepest call in a file, or of the deepest of all."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if file is not None and frame.filename == file]
