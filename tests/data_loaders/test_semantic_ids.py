@@ -1,18 +1,21 @@
 """The semantic-id table as an artifact: whole or refused."""
 
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
-from data_loaders.manifest import read_manifest
+from data_loaders.manifest import read_manifest, seal, write_manifest
 from data_loaders.semantic_ids import (
     SemanticIdManifest,
     read_semantic_id_manifest,
     read_semantic_ids,
     write_semantic_ids,
 )
+from data_loaders.shards import write_table
 from data_loaders.synthetic import write_synthetic
 
 ITEMS, SIZES = 30, (4, 4, 3)
@@ -73,6 +76,41 @@ def test_damage_is_named(data: str, tmp_path: Path) -> None:
     (tmp_path / "ids" / "manifest.json").unlink()
     with pytest.raises(ValueError, match="no semantic ids were written there"):
         read_semantic_id_manifest(str(tmp_path / "ids"))
+
+
+def crafted(codes: Any = None, ids: Any = None, kind: pa.DataType | None = None) -> pa.Table:
+    """A part whose hash will be right; of the rows as they were where nothing is given."""
+    lists = table()[1:].tolist() if codes is None else codes
+    ids = range(1, ITEMS + 1) if ids is None else ids
+    columns = {"item_id": pa.array(ids, pa.int64()), "item": [f"item-{i}" for i in ids]}
+    return pa.table(columns | {"codes": pa.array(lists, kind or pa.list_(pa.int32()))})
+
+
+@pytest.mark.parametrize(
+    ("part", "told"),
+    [
+        (crafted(codes=[[0, 0, -5]] * ITEMS), "codes outside codebooks of"),
+        (crafted(codes=[[0, 4, 0]] * ITEMS), "codes outside codebooks of"),
+        (crafted(codes=[[0]] * ITEMS), "its codes are no 3 int32 an item"),
+        (crafted(codes=[[0, 0, 0]] * (ITEMS - 1) + [[0, 0]]), "its codes are no 3 int32"),
+        (crafted(codes=[[0, 0, 0]] * (ITEMS - 1) + [None]), "its codes are no 3 int32"),
+        (crafted(kind=pa.list_(pa.float64())), "its codes are no 3 int32"),
+        (crafted(ids=range(2, ITEMS + 2)), "it holds other items than 1 and on"),
+        (crafted(codes=[[0, 0, 0]] * 3, ids=[1, 2, 3]), "it holds other items than 1 and on"),
+    ],
+)
+def test_a_table_is_what_its_manifest_describes(
+    part: pa.Table, told: str, data: str, tmp_path: Path
+) -> None:
+    """Also one that somebody made, with hashes that are right."""
+    manifest = write(data, tmp_path / "ids", table())
+    [entry] = manifest.parts
+    written = write_table(str(tmp_path / "ids"), entry.path, part)
+    content = dict(manifest) | {"parts": (written.model_copy(update={"rows": ITEMS}),)}
+    content.pop("fingerprint")
+    write_manifest(str(tmp_path / "ids"), seal(SemanticIdManifest, **content))
+    with pytest.raises(ValueError, match=rf"part-00000.parquet is damaged .*{told}.*tandem tokeni"):
+        read_semantic_ids(str(tmp_path / "ids"), data_fingerprint=manifest.data)
 
 
 def test_codes_must_fit(data: str, tmp_path: Path) -> None:

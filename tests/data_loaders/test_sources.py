@@ -3,7 +3,10 @@
 import gzip
 import json
 from datetime import time, timedelta
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import fsspec
 import pyarrow as pa
@@ -173,6 +176,18 @@ def test_a_file_named_outright_is_not_hidden_but_what_a_glob_finds_is(
     for url in (tmp_path / "logs", tmp_path / "logs" / f"{name[0]}*.csv"):
         with pytest.raises(ValueError, match=rf"only hidden files such as '{name}'.*rename"):
             plan(_files(url, "csv"))
+
+
+def test_a_signed_link_names_its_file(tmp_path: Path) -> None:
+    """What follows ? is a query of the web, and no pattern."""
+    (tmp_path / "log.csv").write_text("user,item\nu,1\n")
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/log.csv?signature=a%2Fb&expires=9"
+        rows = _read(_files(url, "csv"))[0]
+        server.shutdown()
+    assert [row[:2] for row in rows] == [("u", "1")]
 
 
 def test_empty_files_are_no_rows(tmp_path: Path) -> None:

@@ -150,6 +150,24 @@ def tables(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Tables:
     return Tables(vectors, raw, (one, several), urls, manifests)
 
 
+def test_what_was_staged_and_is_gone_is_staged_anew(
+    tables: Tables, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run was interrupted behind staging; a part that is lost would pass for no vectors."""
+    url = tmp_path / "ids"
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise InterruptedError
+
+    with monkeypatch.context() as patched, pytest.raises(InterruptedError):
+        patched.setattr("trainer.tokenize.fit_and_stage", interrupted)
+        run(config(tables.vectors, reserve=NEW), tables.data[1], url)
+    [lost, *_] = sorted(url.glob("staging-*/vectors-0/part-*.parquet"))
+    lost.unlink()
+    again = run(config(tables.vectors, reserve=NEW), tables.data[1], url)
+    assert again.fingerprint == tables.manifests[1].fingerprint
+
+
 def test_parts_and_workers_do_not_matter(tables: Tables) -> None:
     (one, several), (url, other), (first, second) = tables.data, tables.urls, tables.manifests
     codes = codes_by_name(url, one)

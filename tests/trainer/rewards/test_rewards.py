@@ -267,6 +267,10 @@ def raises(found: Group) -> Tensor:
     raise KeyError("my lookup")
 
 
+def quits(found: Group) -> Tensor:
+    sys.exit(0)
+
+
 def starved(found: Group) -> Tensor:
     raise MemoryError("no room")
 
@@ -307,6 +311,7 @@ def test_a_function_of_the_users() -> None:
     ("name", "sentence"),
     [
         ("raises", r":raises' raised KeyError: 'my lookup' \(.*test_rewards.py:\d+\); mend it"),
+        ("quits", r":quits' raised SystemExit: 0 \(.*test_rewards.py:\d+\); mend it"),
         ("infinite", ":infinite' returned inf for 2 of 3 candidates, .* item 4 for user 1 "),
         ("too_large", ":too_large' returned inf for 3 of 3"),
         ("complex_numbers", ":complex_numbers' returned complex numbers; it must return one"),
@@ -339,6 +344,7 @@ def test_modules_of_the_working_directory(tmp_path: Path, monkeypatch: pytest.Mo
         "reward_of_mine": "def one(group):\n    return group.log_probs.exp()\n",
         "reward_broken": "\nraise RuntimeError('no table')\n",
         "reward_wrong": "def f(:\n",
+        "reward_script": "import sys\nsys.exit(0)\n",
         "reward_needs": "import no_such_package_of_mine\n",
     }.items():
         (tmp_path / f"{name}.py").write_text(text)
@@ -346,6 +352,7 @@ def test_modules_of_the_working_directory(tmp_path: Path, monkeypatch: pytest.Mo
     for name, sentence in {
         "reward_broken": r"raises RuntimeError: no table \(.*reward_broken.py:2\); mend it there",
         "reward_wrong": r"raises SyntaxError: .* \(.*reward_wrong.py:1\)",
+        "reward_script": r"raises SystemExit: 0 \(.*reward_script.py:2\)",
         "reward_needs": r"raises ModuleNotFoundError: .*of_mine' \(.*reward_needs.py:1\)",
     }.items():
         with pytest.raises(ValueError, match=sentence):
