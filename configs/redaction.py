@@ -23,7 +23,7 @@ _SURE = rf"(?:{_START}(?:{_WORDS})|{_PASSWORDS})"
 _SCHEMES = r"(?:Bearer|Basic|Token|ApiKey|Digest|Negotiate)"
 """Of an `Authorization` header."""
 _NAMED = rf"(?:{_SURE}|{_START}(?:{{words}}))(?:$|[^A-Za-z])"
-SECRET_NAME = re.compile(_NAMED.format(words="key|pass|pat|pwd|sig"), re.IGNORECASE)
+SECRET_NAME = re.compile(_NAMED.format(words="auth|jwt|key|pass|pat|pwd|sig"), re.IGNORECASE)
 """Of settings, variables and parameters that hold credentials."""
 _SURE_NAME = re.compile(_NAMED.format(words="pass|pwd"), re.IGNORECASE)
 """Of variables that hold nothing else; many a `key` is the name of something."""

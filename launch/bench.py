@@ -25,7 +25,10 @@ def add_commands(group: click.Group) -> None:
 def _add_beam(group: click.Group) -> None:
     @group.command("beam")
     @click.option(
-        "--output", required=True, help="Directory (any URL) for beam.json and generation.json."
+        "--output",
+        default="runs/bench",
+        show_default=True,
+        help="Directory (any URL) for beam.json and generation.json.",
     )
     @click.option(
         "--part",
@@ -70,7 +73,12 @@ def _add_beam(group: click.Group) -> None:
 
 def _add_decoders(group: click.Group) -> None:
     @group.command("decoders")
-    @click.option("--output", required=True, help="Directory (any URL) for decoders.json.")
+    @click.option(
+        "--output",
+        default="runs/bench",
+        show_default=True,
+        help="Directory (any URL) for decoders.json.",
+    )
     @click.option("--width", type=click.IntRange(min=8), default=256, show_default=True)
     @click.option("--layers", type=click.IntRange(min=2), default=8, show_default=True)
     @click.option("--heads", type=click.IntRange(min=1), default=4, show_default=True)
@@ -90,7 +98,12 @@ def _add_decoders(group: click.Group) -> None:
 
 def _add_rollout(group: click.Group) -> None:
     @group.command("rollout")
-    @click.option("--output", required=True, help="Directory (any URL) for data and rollout.json.")
+    @click.option(
+        "--output",
+        default="runs/bench",
+        show_default=True,
+        help="Directory (any URL) for data and rollout.json.",
+    )
     @click.option("--items", type=click.IntRange(min=2), default=12_101, show_default=True)
     @click.option("--prompts", type=click.IntRange(min=1), default=64, show_default=True)
     @click.option("--group", type=click.IntRange(min=2), default=16, show_default=True)
@@ -108,7 +121,12 @@ def _add_rollout(group: click.Group) -> None:
 
 def _add_checkpoint(group: click.Group) -> None:
     @group.command("checkpoint")
-    @click.option("--output", required=True, help="Directory (any URL) for checkpoint.json.")
+    @click.option(
+        "--output",
+        default="runs/bench",
+        show_default=True,
+        help="Directory (any URL) for checkpoint.json.",
+    )
     @click.option("--items", type=click.IntRange(min=100), default=400_000, show_default=True)
     @click.option("--width", type=click.IntRange(min=8), default=256, show_default=True)
     @click.option("--batch", type=click.IntRange(min=1), default=256, show_default=True)

@@ -81,6 +81,12 @@ def load_quantizer(url: str) -> Quantizer:
         config = adapter.validate_json(json.dumps(description["config"]))
         model = build_quantizer(config, int(description["width"]))
         model.load_state_dict(safetensors.torch.load(tensors))
-    except (ValidationError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
+    except (
+        ValidationError,
+        KeyError,
+        RuntimeError,
+        TypeError,
+        safetensors.SafetensorError,
+    ) as error:
         raise ValueError(f"{place} does not describe its tensors; {MEND}") from error
     return model.eval().requires_grad_(False)

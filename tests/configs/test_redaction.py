@@ -27,6 +27,8 @@ def test_tokens_that_tell_what_they_are_are_hidden(token: str) -> None:
         f"Authorization: token {SECRET}",
         f"https://{SECRET.replace('/', '')}@github.com/x",
         f"https://host/data.csv?sv=1&sig={SECRET}&x=2",
+        f"https://host/data.csv?auth={SECRET}",
+        f"https://host/data.csv?x=2&jwt={SECRET}",
         f"https://b.s3.amazonaws.com/k?X-Amz-Credential=a&X-Amz-Signature={SECRET}",
         f"https://host/x?api_key={SECRET}",
         f"aws_secret_access_key={SECRET}",
