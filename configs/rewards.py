@@ -3,15 +3,23 @@
 Formulas: algorithms reference §7. The functions are in `trainer/rewards/`.
 """
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from pydantic import Field, FiniteFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    FiniteFloat,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from configs.base import Config
 
-_DOTTED = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$"
+_DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
 class RewardTerm(Config):
@@ -111,9 +119,16 @@ class FunctionReward(RewardTerm):
     """A function of the user's own, called with a `trainer.rewards.group.Group`."""
 
     kind: Literal["function"] = "function"
-    path: str = Field(pattern=_DOTTED)
+    path: str
     """`package.module:function`, importable on every node; with cluster.address=local also from the
     directory where tandem is started."""
+
+    @field_validator("path")
+    @classmethod
+    def _names_a_function(cls, path: str) -> str:
+        if not _DOTTED.fullmatch(path):
+            raise ValueError(f"{path!r} names no function: write it `package.module:function`")
+        return path
 
 
 Reward = Annotated[

@@ -392,6 +392,11 @@ def test_what_a_recipe_may_not_say(block: dict[str, object]) -> None:
         TypeAdapter(kinds.Reward).validate_python(block)
 
 
+def test_a_path_without_its_function_is_told_how_to_write_it() -> None:
+    with pytest.raises(ValidationError, match=r"'ok.good' names no function: write it `package\."):
+        TypeAdapter(kinds.Reward).validate_python({"kind": "function", "path": "ok.good"})
+
+
 async def awaited(found: Group) -> Tensor:
     return torch.zeros(found.items.shape)
 
