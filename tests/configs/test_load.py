@@ -93,7 +93,7 @@ def test_there_are_shipped_recipes() -> None:
     [
         (
             ["alignment={kind: grpo, rewards: [{kind: function, path: a.b}]}"],
-            "alignment.rewards.0.path=[{kind: function, path: a.b}] (override) String should match",
+            "alignment.rewards.0.path=[{kind: function, path: a.b}] (override) 'a.b' names no f",
         ),
         (
             ["alignment={kind: grpo, rewards: []}"],
