@@ -254,8 +254,3 @@ def _read_part(url: str, first: int, rows: int, sizes: tuple[int, ...]) -> np.nd
     if (codes < 0).any() or (codes >= np.array(sizes)).any():
         raise ValueError(f"{url} is damaged (codes outside codebooks of {list(sizes)}); {MEND}")
     return codes
-
-
-def read_codes(url: str) -> np.ndarray:
-    """Codes of a part that has rows, int32 [n, L] in the order of ids."""
-    return codes_of(read_table(url, ["codes"])["codes"])

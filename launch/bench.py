@@ -1,8 +1,10 @@
 """`tandem bench`: measurements that the README quotes, each against how others do it."""
 
+from collections.abc import Callable
 from typing import Any
 
 import click
+from click.decorators import FC
 
 from configs.terminal import say
 
@@ -22,14 +24,14 @@ def add_commands(group: click.Group) -> None:
     _add_checkpoint(group)
 
 
+def _output(files: str) -> Callable[[FC], FC]:
+    told = f"Directory (any URL) for {files}."
+    return click.option("--output", default="runs/bench", show_default=True, help=told)
+
+
 def _add_beam(group: click.Group) -> None:
     @group.command("beam")
-    @click.option(
-        "--output",
-        default="runs/bench",
-        show_default=True,
-        help="Directory (any URL) for beam.json and generation.json.",
-    )
+    @_output("beam.json and generation.json")
     @click.option(
         "--part",
         type=click.Choice(["all", "constraint", "generation"]),
@@ -73,12 +75,7 @@ def _add_beam(group: click.Group) -> None:
 
 def _add_decoders(group: click.Group) -> None:
     @group.command("decoders")
-    @click.option(
-        "--output",
-        default="runs/bench",
-        show_default=True,
-        help="Directory (any URL) for decoders.json.",
-    )
+    @_output("decoders.json")
     @click.option("--width", type=click.IntRange(min=8), default=256, show_default=True)
     @click.option("--layers", type=click.IntRange(min=2), default=8, show_default=True)
     @click.option("--heads", type=click.IntRange(min=1), default=4, show_default=True)
@@ -98,12 +95,7 @@ def _add_decoders(group: click.Group) -> None:
 
 def _add_rollout(group: click.Group) -> None:
     @group.command("rollout")
-    @click.option(
-        "--output",
-        default="runs/bench",
-        show_default=True,
-        help="Directory (any URL) for data and rollout.json.",
-    )
+    @_output("data and rollout.json")
     @click.option("--items", type=click.IntRange(min=2), default=12_101, show_default=True)
     @click.option("--prompts", type=click.IntRange(min=1), default=64, show_default=True)
     @click.option("--group", type=click.IntRange(min=2), default=16, show_default=True)
@@ -121,12 +113,7 @@ def _add_rollout(group: click.Group) -> None:
 
 def _add_checkpoint(group: click.Group) -> None:
     @group.command("checkpoint")
-    @click.option(
-        "--output",
-        default="runs/bench",
-        show_default=True,
-        help="Directory (any URL) for checkpoint.json.",
-    )
+    @_output("checkpoint.json")
     @click.option("--items", type=click.IntRange(min=100), default=400_000, show_default=True)
     @click.option("--width", type=click.IntRange(min=8), default=256, show_default=True)
     @click.option("--batch", type=click.IntRange(min=1), default=256, show_default=True)

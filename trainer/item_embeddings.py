@@ -290,10 +290,9 @@ class _Staging:
         url = storage.join(self.staging_url, f"{name}.json")
         if storage.exists(url):
             report: Report = storage.read_sealed(url)
-            places = [
-                storage.join(self.staging_url, staged(name, part)) for part in report["parts"]
-            ]
-            if all(map(storage.exists, places)):
+            parts = report.get("parts")  # a report of before does not tell
+            places = [storage.join(self.staging_url, staged(name, part)) for part in parts or ()]
+            if parts is not None and all(map(storage.exists, places)):
                 return report
         storage.write_sealed(url, stage())
         return dict(storage.read_sealed(url))

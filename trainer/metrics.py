@@ -176,7 +176,8 @@ class RankingMetrics:
 
     def shares(self, sums: Tensor) -> dict[str, list[float]]:
         """What each bucket of users adds to each ranking metric of the reduced sums."""
-        means = sums[..., 1:] / sums[..., :1].sum(0)  # [128, 5, T]; of a group without users, NaN
+        # [128, 5, T], to the host at once; of a group without users, NaN
+        means = (sums[..., 1:] / sums[..., :1].sum(0)).cpu()
         return {
             f"{name}{suffix}": means[:, group, column].tolist()
             for group, suffix in enumerate(GROUPS)
