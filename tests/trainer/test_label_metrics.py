@@ -59,6 +59,18 @@ def test_auc_is_the_share_of_pairs_in_the_right_order(
         assert "auc/a" not in found
 
 
+@pytest.mark.parametrize("scale, shift", [(0.02, 0.0), (1.0, -9.0), (4.0, -12.0), (30.0, 0.0)])
+def test_the_bins_tell_scores_apart_whatever_their_scale(scale: float, shift: float) -> None:
+    rng = torch.Generator().manual_seed(3)
+    scores = torch.randn(3000, generator=rng)
+    truth = (torch.rand(3000, generator=rng) < torch.sigmoid(scores - 1)).long()
+    logits = scores.double() * scale + shift
+    found = measured(logits.float(), truth, torch.arange(3000))
+    there, absent = logits[truth == 1], logits[truth == 0]
+    share = (there[:, None] > absent[None, :]).double().mean().item()
+    assert found["auc/a"] == pytest.approx(share, abs=5e-4)
+
+
 def test_a_calibrated_score_has_no_error_and_a_shifted_one_has_its_shift() -> None:
     torch.manual_seed(0)
     probability = torch.rand(200_000) * 0.8 + 0.1
