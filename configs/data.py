@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from configs.base import Config
+from configs.locations import Location
 
 PublicName = Literal[
     "ml-100k",
@@ -69,7 +70,7 @@ class ColumnMap(Config):
 class ItemText(Config):
     """A file that says of items what they are called, for printing recommendations, and more."""
 
-    url: str = Field(pattern=r"\S")
+    url: Location = Field(pattern=r"\S")
     format: Literal["csv", "jsonl", "parquet"] = "parquet"
     separator: str = ","
     quoted_newlines: bool = False
@@ -84,7 +85,7 @@ class ItemText(Config):
 class UserTable(Config):
     """A file of user attributes; each named column becomes a dense categorical feature."""
 
-    url: str = Field(pattern=r"\S")
+    url: Location = Field(pattern=r"\S")
     format: Literal["csv", "jsonl", "parquet"] = "parquet"
     separator: str = ","
     quoted_newlines: bool = False
@@ -98,14 +99,14 @@ class PublicSource(Config):
 
     kind: Literal["public"] = "public"
     name: PublicName
-    url: str | None = None
+    url: Location | None = None
     """Directory (any fsspec URL) of the downloaded copy; default: <output>/raw/<name>."""
 
 
 class LogSource(Config):
     """One's own log on any fsspec URL; a glob or a directory names many files."""
 
-    url: str = Field(pattern=r"\S")
+    url: Location = Field(pattern=r"\S")
     columns: ColumnMap = ColumnMap()
     timestamp_unit: TimestampUnit = "s"
     dwell_unit: DwellUnit = "s"

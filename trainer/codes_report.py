@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from data_loaders.semantic_ids import SemanticIdManifest
-from models.tokenizers.quality import level_use
+from models.tokenizers.quality import QUERIES, level_use
 
 POINTS = 128
 """Most points that the sizes of a level's codes are kept with."""
@@ -65,8 +65,9 @@ def summarize_codes(manifest: SemanticIdManifest) -> str:
         errors = ", ".join(f"{error:.4f}" for error in sample["reconstruction"])
         near, chance = (sample["neighbours"][k] for k in ("first_code", "random_first_code"))
         lines.append(
-            f"  reconstruction error over variance {errors}; {near:.1%} of nearest neighbours "
-            f"share the first code ({chance:.1%} by chance); {sample['items']:,} items measured"
+            f"  reconstruction error over variance {errors}, of {sample['items']:,} items; "
+            f"{near:.1%} of the nearest neighbours of {min(sample['items'], QUERIES):,} share the "
+            f"first code ({chance:.1%} by chance)"
         )
     if manifest.cold_start is not None:
         cold = manifest.cold_start

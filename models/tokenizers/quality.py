@@ -15,6 +15,8 @@ from models.ops.hashing import GOLDEN_64, as_signed, mix64
 from models.tokenizers.nearest import BLOCK_ROWS, costs
 
 MOST_KEY = 1 << 62
+QUERIES = 2000
+"""Most items whose neighbours are looked for."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,7 @@ def _closest(far: Tensor, places: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def neighbour_agreement(
-    rows: Tensor, codes: Tensor, *, neighbours: int = 10, queries: int = 2000, seed: int = 0
+    rows: Tensor, codes: Tensor, *, neighbours: int = 10, queries: int = QUERIES, seed: int = 0
 ) -> NeighbourAgreement:
     """Compare codes of sampled items with those of their nearest neighbours in embedding space.
 

@@ -42,6 +42,26 @@ def test_what_travels_is_our_packages_and_the_resolved_recipe(
     assert there.data.source.item_text.url == str(tmp_path / "titles.csv")
 
 
+def test_the_places_of_other_runs_and_files_travel_absolute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    vectors = "{kind: vectors, url: vectors.npy, format: npy, first_id: 1}"
+    overrides = ["training.start={run: yesterday}", "tokenizer.frozen=earlier"]
+    overrides += [f"tokenizer.embeddings=[{vectors}]"]
+    rewards = "[{kind: model, run: judge, tasks: {p_score: 1.0}}]"
+    overrides.append(f"alignment.rewards={rewards}")
+    there = submit.on_cluster(load_recipe("beauty/hstu_grpo", overrides).recipe)
+    assert there.training.start is not None and there.tokenizer is not None
+    assert there.training.start.run == str(tmp_path / "yesterday")
+    assert there.tokenizer.frozen == str(tmp_path / "earlier")
+    (embedding,) = there.tokenizer.embeddings
+    assert embedding.kind == "vectors" and embedding.url == str(tmp_path / "vectors.npy")
+    assert there.alignment is not None and there.alignment.kind == "grpo"
+    (reward,) = there.alignment.rewards
+    assert reward.kind == "model" and reward.run == str(tmp_path / "judge")
+
+
 def test_urls_travel_as_they_are() -> None:
     overrides = ["output=memory://bucket/run", "data.source.url=memory://bucket/raw"]
     there = submit.on_cluster(load_recipe("quickstart", overrides).recipe)

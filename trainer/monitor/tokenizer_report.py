@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from data_loaders.semantic_ids import SemanticIdManifest
+from models.tokenizers.quality import QUERIES
 from trainer.monitor.figures import LegendKey, ReportFigure
 from trainer.monitor.plots import INK, MODEL_COLOURS, OTHER_MODEL, VARIABLES, draw_bars, svg_figure
 
@@ -137,7 +138,8 @@ def _neighbours(sample: Mapping[str, Any]) -> ReportFigure:
     near = sample["neighbours"]
     shares = {"nearest": near["first_code"], "by chance": near["random_first_code"]}
     caption = (
-        f"{near['first_code']:.1%} of an item's nearest neighbours have its first code, "
+        f"{near['first_code']:.1%} of the nearest neighbours of "
+        f"{min(sample['items'], QUERIES):,} items have their first code, "
         f"{near['random_first_code']:.1%} of items taken at random; neighbours share "
         f"{near['prefix_length']:.2f} leading codes."
     )
