@@ -9,7 +9,9 @@ from typing import assert_never
 
 import safetensors
 import safetensors.torch
-from pydantic import TypeAdapter, ValidationError
+import torch
+from pydantic import TypeAdapter
+from torch import Tensor
 
 from configs import storage
 from configs.tokenizers import (
@@ -79,14 +81,30 @@ def load_quantizer(url: str) -> Quantizer:
     adapter: TypeAdapter[QuantizerConfig] = TypeAdapter(QuantizerConfig)
     try:
         config = adapter.validate_json(json.dumps(description["config"]))
-        model = build_quantizer(config, int(description["width"]))
-        model.load_state_dict(safetensors.torch.load(tensors))
+        model = _with_tensors(config, description["width"], safetensors.torch.load(tensors))
     except (
-        ValidationError,
         KeyError,
         RuntimeError,
         TypeError,
+        ValueError,  # pydantic's too
         safetensors.SafetensorError,
     ) as error:
         raise ValueError(f"{place} does not describe its tensors; {MEND}") from error
     return model.eval().requires_grad_(False)
+
+
+def _with_tensors(config: QuantizerConfig, width: object, tensors: dict[str, Tensor]) -> Quantizer:
+    """Raises ValueError before anything is allocated that the tensors do not have."""
+    if type(width) is not int or width < 1:
+        raise ValueError(f"width {width!r} is no number of columns")
+    with torch.device("meta"):
+        expected = build_quantizer(config, width).state_dict()
+    if {name: (t.shape, t.dtype) for name, t in expected.items()} != {
+        name: (t.shape, t.dtype) for name, t in tensors.items()
+    }:
+        raise ValueError("names, shapes or types differ")
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+        raise ValueError("not all numbers are finite")
+    model = build_quantizer(config, width)
+    model.load_state_dict(tensors)
+    return model

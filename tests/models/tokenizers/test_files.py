@@ -1,8 +1,11 @@
 """Quantizers on disk, and settings that are refused."""
 
+import hashlib
+import json
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from pydantic import TypeAdapter, ValidationError
 
@@ -67,12 +70,37 @@ def test_damage_is_said(tmp_path: Path) -> None:
     description.write_text(text.replace('"width": 8', '"width": 9'))
     with pytest.raises(ValueError, match="does not describe its tensors"):
         load_quantizer(url)
+    for width in ('"abc"', '"8"', "1e400", "-1", "8.0", "null", "1000000000000000"):
+        description.write_text(text.replace('"width": 8', f'"width": {width}'))
+        with pytest.raises(ValueError, match="does not describe its tensors"):
+            load_quantizer(url)
     description.write_text(text.replace('"format": 1', '"format": 2'))
     with pytest.raises(ValueError, match="not a tokenizer of format 1"):
         load_quantizer(url)
     description.write_text("{")
     with pytest.raises(ValueError, match="not valid JSON"):
         load_quantizer(url)
+
+
+@pytest.mark.parametrize("change", ["infinite", "double", "missing"])
+def test_tensors_that_fitting_cannot_have_left_are_refused(change: str, tmp_path: Path) -> None:
+    model = fit_quantizer(LocalShards.of(clouds(50, 8, 9, seed=1)), 8, CONFIGS[1])
+    save_quantizer(model, str(tmp_path))
+    tensors, description = tmp_path / "quantizer.safetensors", tmp_path / "quantizer.json"
+    state = safetensors.torch.load(tensors.read_bytes())
+    name = next(iter(state))
+    if change == "infinite":
+        state[name][0, 0] = float("inf")
+    elif change == "double":
+        state[name] = state[name].double()
+    else:
+        del state[name]
+    tensors.write_bytes(safetensors.torch.save(state))
+    told = json.loads(description.read_text())
+    told["sha256"] = hashlib.sha256(tensors.read_bytes()).hexdigest()
+    description.write_text(json.dumps(told))
+    with pytest.raises(ValueError, match=r"does not describe its tensors.*--force"):
+        load_quantizer(str(tmp_path))
 
 
 @pytest.mark.parametrize(
