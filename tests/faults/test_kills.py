@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from configs.storage_faults import StorageError
 from sharding.checkpoint import CheckpointError
 from tests.faults.conftest import EPOCHS
 from tests.faults.trainings import (
@@ -82,9 +83,12 @@ def test_a_disk_that_others_fill_costs_nothing_that_was_committed(
         write_data(disk)
         told = settings(disk, EPOCHS)
         outcomes = attempt(told, Fault("disk that others fill", 0, 7))
-        assert all(isinstance(outcome, CheckpointError) for outcome in outcomes), outcomes
-        assert re.search("could not be written to .*[Nn]o space", str(outcomes[0]))
-        assert str(outcomes[0]) == str(outcomes[1])
+        # While the save, which runs behind training, has taken the rest, a row of metrics may be
+        # what finds no room first: rank 0 says that, and rank 1 loses its peer.
+        assert isinstance(outcomes[0], CheckpointError | StorageError), outcomes
+        assert re.search("(could not|cannot) be written .*[Nn]o space", str(outcomes[0]))
+        if isinstance(outcomes[0], CheckpointError):
+            assert str(outcomes[0]) == str(outcomes[1])
         assert saved_steps(disk) in ([3], [3, 6])
         (disk / FILLER).unlink()
         assert course(disk, attempt(told)) == calm
