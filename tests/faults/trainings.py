@@ -94,7 +94,7 @@ def small_disk(place: Path, size: str) -> Iterator[Path]:
 
 FILLER = "of-others"
 LESS_THAN_A_SAVE = 40 * 1024
-"""Bytes; enough for the records of some steps."""
+"""Bytes; enough for the metrics of some steps, unless a save is under way."""
 
 
 def fill(file: Path, leave: int) -> None:
@@ -114,9 +114,9 @@ def train(settings: dict[str, Any], fault: Fault | None = None) -> dict[str, str
     """On one rank: the stage's own worker; what became of the model, hashed by tensor."""
     rank = int(os.environ["RANK"])
     trained: list[ParallelModel] = []
-    record = steps_of(Path(settings["output"]), rank)
-    record.mkdir(exist_ok=True)
-    _record(trained, record, fault if fault is not None and fault.rank == rank else None)
+    root = Path(settings["output"])
+    steps_of(root, rank).mkdir(exist_ok=True)
+    _record(trained, root, fault if fault is not None and fault.rank == rank else None)
     if fault is not None and fault.rank == rank and "save" in fault.kind:
         _break_save(fault)
     train_worker(settings, quiet)
@@ -126,8 +126,9 @@ def train(settings: dict[str, Any], fault: Fault | None = None) -> dict[str, str
     return {name: sha256(value.numpy().tobytes()).hexdigest() for name, value in state.items()}
 
 
-def _record(trained: list[ParallelModel], record: Path, fault: Fault | None) -> None:
+def _record(trained: list[ParallelModel], root: Path, fault: Fault | None) -> None:
     """Write down every step's samples and loss; bring about a fault of a step."""
+    record = steps_of(root, int(os.environ["RANK"]))
     train_step = ParallelModel.train_step
 
     def recorded(
@@ -135,7 +136,7 @@ def _record(trained: list[ParallelModel], record: Path, fault: Fault | None) -> 
     ) -> StepResult:
         trained[:] = [self]
         if fault is not None and self.step + 1 == fault.step:
-            _bring_about(fault, self, record.parent)
+            _bring_about(fault, self, root)
         result = train_step(self, inputs, sample_ids, stop)
         line = {"step": self.step, "loss": result.loss, "samples": [int(s) for s in sample_ids]}
         # A file a step: small enough for a disk that is full.
@@ -267,8 +268,11 @@ def course(root: Path, outcomes: list[dict[str, str]]) -> Course:
 
 
 def steps_of(root: Path, rank: int) -> Path:
-    """The directory of a rank's records, one file for each time that it did a step."""
-    return root / f"steps-{rank}"
+    """The directory of a rank's records, one file for each time that it did a step.
+
+    It is beside the run and not on its disk, which may be full while a step is written down.
+    """
+    return root.parent / f"{root.name}-steps-{rank}"
 
 
 def saved_steps(root: Path) -> list[int]:
