@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
+from configs.memory_faults import is_of_memory
+
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -41,6 +43,7 @@ _NAMELESS = frozenset(
 )  # fmt: skip
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _FORBIDDEN = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
+_NO_HANDLES = frozenset({errno.EMFILE, errno.ENFILE})
 
 
 class StorageError(OSError):
@@ -84,12 +87,15 @@ def explained(url: str, done: str) -> Iterator[None]:
 
     Raises:
         StorageError: in place of a driver's own error; all others pass as they are.
+        MemoryError: this machine has no memory for it, which says nothing of the storage.
     """
     try:
         yield
     except StorageError:
         raise
     except Exception as error:
+        if isinstance(error, OSError) and is_of_memory(error):
+            raise MemoryError(f"{url} cannot be {done} ({first_line(error)})") from error
         sentence = _sentence(url, done, error)
         if sentence is None:
             raise
@@ -114,6 +120,11 @@ def _sentence(url: str, done: str, error: BaseException) -> str | None:
         if number in _FULL or status == 507:
             return (
                 f"{url} cannot be {done} ({reason}); free space there, or put `output` elsewhere, "
+                "and run the same command again"
+            )
+        if number in _NO_HANDLES:
+            return (
+                f"{url} cannot be {done} ({reason}); raise the limit of open files (ulimit -n), "
                 "and run the same command again"
             )
         if isinstance(each, PermissionError) or number in _FORBIDDEN or status == 403:

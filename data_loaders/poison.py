@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from configs import storage
+from configs.memory_faults import is_of_memory
 
 Unit = Literal["user", "pair"]
 """What a sample is: a user's sequence, or a preference pair. A stage may read both."""
@@ -59,7 +60,9 @@ def find_poisoned(
             collate(np.array([sample]))
         except NOT_THE_SAMPLES:
             raise
-        except Exception:  # noqa: BLE001 - whatever else it raises, it is not to be trained on
+        except Exception as met:  # whatever else it raises, it is not to be trained on
+            if is_of_memory(met):
+                raise
             guilty.append(int(sample))
     if not guilty:
         return None

@@ -14,7 +14,7 @@ from configs.redaction import hide_in_logs
 from configs.terminal import say
 from launch.bench import add_commands
 from launch.reward_checks import check_functions
-from launch.user_errors import BUSY_STATUS, USER_ERRORS, BusyError
+from launch.user_errors import BUSY_STATUS, USER_ERRORS, BusyError, GaveUpError
 
 RECIPE_HELP = "RECIPE is the path of a .yaml file or a shipped name; KEY=VALUE overrides a setting."
 
@@ -23,8 +23,8 @@ FORCE_HELP = "Discard stages and their checkpoints, interrupted ones too: all, o
 
 
 class _Command(click.Command):
-    """Reports a user's mistake as its sentence (exit 2), as it does what may succeed later (75);
-    anything else is a traceback (exit 1)."""
+    """Reports a user's mistake as its sentence (exit 2), as it does what may succeed later (75) and
+    what failed too often (1); anything else is a traceback (1)."""
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
@@ -35,11 +35,21 @@ class _Command(click.Command):
         debug = ctx.params.pop("debug")
         try:
             return super().invoke(ctx)
-        except (*USER_ERRORS, BusyError) as error:
+        except (*USER_ERRORS, BusyError, GaveUpError) as error:
             if debug:
                 raise
             say(f"error: {error}", error=True, style="red")
-            ctx.exit(BUSY_STATUS if isinstance(error, BusyError) else 2)
+            ctx.exit(_status(error))
+
+
+def _status(error: BaseException) -> int:
+    match error:
+        case BusyError():
+            return BUSY_STATUS
+        case GaveUpError():
+            return 1
+        case _:
+            return 2
 
 
 class _Group(click.Group):

@@ -5,7 +5,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
@@ -32,7 +32,6 @@ from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from launch.address import make_token, protect_token, refuse_open_embedded
 from launch.console import Console, Line
@@ -40,6 +39,7 @@ from launch.elastic import ElasticGroup, GroupTrainer
 from launch.embedded import ends_with_its_head, handlers_kept, leave, off_the_network
 from launch.failures import (
     Failure,
+    Losses,
     Place,
     Restarts,
     diagnose,
@@ -47,6 +47,7 @@ from launch.failures import (
     summary,
 )
 from launch.joining import check_door, why_not
+from launch.nodes import ask
 from launch.rendezvous import GroupConfig, loopback_interface
 from launch.termination import current_termination, unheard
 from launch.user_errors import BusyError
@@ -56,7 +57,6 @@ PROJECT_ROOT = Path(__file__).resolve().parent.parent
 SHIPPED_EXCLUDES = [
     ".git", ".venv", "runs", "tests", ".cache", "**/__pycache__", ".mypy_cache", ".ruff_cache",
 ]  # fmt: skip
-PROBE_S = 5.0
 DRAIN_POLL_S = 2.0
 """Between two looks at whether a node of the group is about to be taken away."""
 START_ATTEMPTS = 3
@@ -159,7 +159,7 @@ def run_workers(
     Raises:
         ValueError: the worker's own sentence, when the mistake is the user's; or that the recipe
             says to stop.
-        RuntimeError: the group failed more often than allowed.
+        GaveUpError: the group failed more often than allowed.
         SystemExit: the run was asked to end, and is saved where it was.
     """
     _check_group(cluster)
@@ -195,28 +195,17 @@ def _diagnose(
             + ", or ".join(["see `ray status`", *_smaller(cluster)])
         ) from error
     placed, ranks = console.placed()
-    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-    lost = [node for node in placed if node not in alive]
-    return diagnose(
-        _causes(error),
-        place,
-        since,
-        ranks or cluster.num_workers,
-        lost_memory=lambda: any(
-            _killed_for_memory(node) > count for node, count in placed.items() if node in alive
-        ),
-        lost_node=f"node {lost[0]}" if lost else None,
+    size = ranks or cluster.num_workers
+    return diagnose(_causes(error), place, since, size, losses=partial(_losses, placed))
+
+
+def _losses(placed: Mapping[str, int]) -> Losses:
+    """Of a group's nodes, and how many processes the kernel had killed there when it began."""
+    asked = ask(placed, processes_killed_for_memory)
+    return Losses(
+        node=f"node {asked.lost[0]}" if asked.lost else None,
+        memory=any(count > placed[node] for node, count in asked.answers.items()),
     )
-
-
-def _killed_for_memory(node: str) -> int:
-    """What `processes_killed_for_memory` says on a node now; 0 if it does not answer."""
-    there = NodeAffinitySchedulingStrategy(node, soft=False)
-    probe = ray.remote(num_cpus=0)(processes_killed_for_memory)
-    try:
-        return int(ray.get(probe.options(scheduling_strategy=there).remote(), timeout=PROBE_S))
-    except (RayError, TimeoutError):
-        return 0
 
 
 def check_resources(

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import ray
 from ray._private.state import available_resources_per_node
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
@@ -24,13 +23,13 @@ from ray.train.v2._internal.execution.scaling_policy import (
 )
 from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus, WorkerGroupState
 from ray.train.v2.api.config import ScalingConfig
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from launch.nodes import alive_nodes, ask
 
 SETTLE_S = 10.0
 """How long a start waits for the whole group's room: what the last group held is freed late."""
-ANSWER_S = 30.0
-"""A node that runs no empty task within this is taken for dead, whatever Ray still believes (a node
-that was killed is listed for some 15 s more)."""
+UNIT = 10_000
+"""Ray counts resources in parts of this."""
 POLL_S = 1.0
 Free = Mapping[str, Mapping[str, float]]
 """Node id → resource → what is free."""
@@ -56,7 +55,8 @@ class ElasticGroup:
         """The largest size that the cluster has room for; `held` are workers that run, by node."""
         places = free_places(_free(), self.needed, held)
         if fitting(self.sizes, places, self.placement) > held.total():
-            answering = _answering([node for node, count in places.items() if count > held[node]])
+            more = [node for node, count in places.items() if count > held[node]]
+            answering = ask(more, _nothing).answers
             places = {node: n if node in answering else held[node] for node, n in places.items()}
         return fitting(self.sizes, places, self.placement)
 
@@ -112,9 +112,10 @@ class GroupPolicy(ElasticScalingPolicy):
 
 def free_places(free: Free, needed: Mapping[str, float], held: Mapping[str, int]) -> dict[str, int]:
     """Workers that each node could have: those that it has, and those that its free rest holds."""
+    wants = {name: round(count * UNIT) for name, count in needed.items() if count}
     return {
         node: held.get(node, 0)
-        + min((int(has.get(name, 0.0) // n) for name, n in needed.items() if n), default=0)
+        + min((round(has.get(name, 0.0) * UNIT) // n for name, n in wants.items()), default=0)
         for node, has in free.items()
     }
 
@@ -133,31 +134,9 @@ def fitting(sizes: tuple[int, ...], places: Mapping[str, int], strategy: str) ->
 
 def _free() -> Free:
     """What is free on every node that Ray believes alive."""
-    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    alive = alive_nodes()
     return {node: has for node, has in available_resources_per_node().items() if node in alive}
 
 
-@ray.remote(num_cpus=0, max_retries=0)
-def _answer() -> None:
+def _nothing() -> None:
     """Run on a node to see that it is there."""
-
-
-def _answering(nodes: list[str]) -> set[str]:
-    """Those of the nodes that run an empty task in time."""
-    asked = {
-        _answer.options(
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
-        ).remote(): node
-        for node in nodes
-    }
-    ready, late = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_S)
-    for ref in late:
-        ray.cancel(ref)  # not by force: a process that starts slowly answers the next time
-    answered = set()
-    for ref in ready:
-        try:
-            ray.get(ref)
-        except ray.exceptions.RayError:  # its node died, or took nothing any more
-            continue
-        answered.add(asked[ref])
-    return answered

@@ -10,8 +10,9 @@ from ray.train.v2.api.exceptions import PreemptionError
 
 from configs.failures import FailuresConfig
 from configs.layout import RunLayout
+from configs.memory_faults import is_of_device_memory, is_of_memory
 from data_loaders.poison import PoisonedSampleError, quarantine, read_quarantined
-from launch.user_errors import USER_ERRORS
+from launch.user_errors import USER_ERRORS, GaveUpError
 from sharding.checkpoint_directory import CheckpointDirectory
 from trainer.stop_notice import AbandonedError, StoppedError
 from trainer.watchdog import diagnose_hang
@@ -25,15 +26,6 @@ NAMES: dict[Kind, str] = {
     "out_of_memory": "out of memory",
     "poisoned_sample": "a sample raised",
 }
-_HOST_MEMORY = (
-    "can't allocate memory",
-    "Unable to allocate",
-    "NODE_OUT_OF_MEMORY",
-    "low on memory",
-    "memory pressure",
-)
-"""In messages of torch, numpy and Ray."""
-
 _OF_A_PEER = ("closed by peer", "reset by peer", "Broken pipe", "gloo/transport")
 
 
@@ -45,6 +37,16 @@ class Failure:
     sentence: str
     error: BaseException
     """The cause that says most."""
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What a group's nodes have lost since it began."""
+
+    node: str | None = None
+    """One that is no longer there."""
+    memory: bool = False
+    """Whether the kernel killed a process of one for memory."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,7 @@ def diagnose(
     since: float,
     ranks: int,
     *,
-    lost_memory: Callable[[], bool],
-    lost_node: str | None,
+    losses: Callable[[], Losses],
 ) -> Failure:
     """What these causes and traces mean.
 
@@ -84,8 +85,7 @@ def diagnose(
         place: where reports of hangs lie.
         since: seconds since the epoch when the group was started; older reports are not its own.
         ranks: size of the group.
-        lost_memory: whether the kernel killed a process of the group's nodes for memory since.
-        lost_node: a node of the group that is no longer there.
+        losses: asks the group's nodes, where the causes themselves do not say enough.
 
     Raises:
         ValueError: the user's mistake, in the worker's own sentence.
@@ -104,9 +104,10 @@ def diagnose(
     for cause in causes:
         if isinstance(cause, USER_ERRORS):
             raise ValueError(str(cause)) from None
-    if lost_node is not None:
-        return Failure("node", f"{lost_node}: {summary(causes)}", causes[-1])
-    if lost_memory():
+    lost = losses()
+    if lost.node is not None:
+        return Failure("node", f"{lost.node}: {summary(causes)}", causes[-1])
+    if lost.memory:
         sentence = f"the kernel killed a process of a worker's node for memory; {_HOST_MEND}"
         return Failure("out_of_memory", sentence, causes[-1])
     return Failure("worker", summary(causes), causes[-1])
@@ -114,14 +115,14 @@ def diagnose(
 
 def _memory(causes: list[BaseException]) -> str | None:
     for cause in causes:
-        text = str(cause)
-        if type(cause).__name__ == "OutOfMemoryError" and "CUDA" in text:
+        first = _first_line(str(cause))
+        if is_of_device_memory(cause):
             return (
-                f"{_first_line(text)}; lower data.loader.tokens_per_micro_batch or "
+                f"{first}; lower data.loader.tokens_per_micro_batch or "
                 "data.loader.max_length, or raise training.zero_stage"
             )
-        if isinstance(cause, MemoryError) or any(sign in text for sign in _HOST_MEMORY):
-            return f"the host had no memory left ({_first_line(text)}); {_HOST_MEND}"
+        if is_of_memory(cause):
+            return f"the host had no memory left ({first}); {_HOST_MEND}"
     return None
 
 
@@ -190,7 +191,7 @@ class Restarts:
 
         Raises:
             ValueError: the recipe says to stop, or leaves nothing more out; how to mend it.
-            RuntimeError: the group failed more often in a row than allowed.
+            GaveUpError: the group failed more often in a row than allowed.
         """
         if failure.kind == "poisoned_sample":
             self._leave_out(failure)
@@ -200,10 +201,11 @@ class Restarts:
             self._counts, self._progress = {}, progress
         done, allowed = self._counts.get(failure.kind, 0), self._allowed(failure)
         if done >= allowed:
-            raise RuntimeError(
-                f"{NAMES[failure.kind]} {done + 1} times in a row without a new checkpoint "
-                f"(failures.{failure.kind}.max_restarts={allowed}): {failure.sentence}; last "
-                f"error:\n{failure.error}"
+            often = f" {done + 1} times in a row without a new checkpoint" if done else ""
+            raise GaveUpError(
+                f"{NAMES[failure.kind]}{often} "
+                f"(failures.{failure.kind}.max_restarts={allowed}): {failure.sentence}; the same "
+                f"command goes on from the newest checkpoint; last error:\n{failure.error}"
             ) from failure.error
         self._counts[failure.kind] = done + 1
         self.say(

@@ -2,9 +2,10 @@
 
 import logging
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar, assert_never
 
-from configs.storage_faults import StorageError, first_line
+from configs.memory_faults import is_of_memory
+from configs.storage_faults import first_line
 from sharding.process_group import DistributedContext
 
 _log = logging.getLogger(__name__)
@@ -16,23 +17,40 @@ class CheckpointError(ValueError):
 
 
 class UnreadableError(CheckpointError):
-    """The storage refuses or does not answer: whether the checkpoint is whole is not known."""
+    """Storage or driver refuses, or does not answer: whether the checkpoint is whole is unknown."""
 
 
 class Failure(NamedTuple):
     """What went wrong on a rank."""
 
     sentence: str
-    of_storage: bool = False
+    kind: Literal["memory", "unknown", "judged"]
+    """Memory ran out; what lies there could not be judged; it was, and is wrong."""
 
-    def error(self, prefix: str = "") -> CheckpointError:
+    @classmethod
+    def of(cls, error: BaseException) -> "Failure":
+        """Our readers judge by a ValueError; whatever else is raised says nothing of the content,
+        and must cost no checkpoint that may be whole."""
+        if is_of_memory(error):
+            return cls(first_line(error), "memory")
+        return cls(first_line(error), "judged" if isinstance(error, ValueError) else "unknown")
+
+    def error(self, prefix: str = "") -> CheckpointError | MemoryError:
         """What all ranks raise."""
-        kind = UnreadableError if self.of_storage else CheckpointError
-        return kind(prefix + self.sentence)
+        sentence = prefix + self.sentence
+        match self.kind:
+            case "memory":
+                return MemoryError(sentence)
+            case "unknown":
+                return UnreadableError(sentence)
+            case "judged":
+                return CheckpointError(sentence)
+        assert_never(self.kind)
 
 
 class Agreement:
-    """Every method is collective: all ranks call it, and raise together."""
+    """Every method is collective: all ranks call it, and raise together: a CheckpointError, or the
+    MemoryError of a rank whose memory ran out."""
 
     def __init__(self, ctx: DistributedContext) -> None:
         self._ctx = ctx
@@ -54,10 +72,10 @@ class Agreement:
         return value  # type: ignore[return-value]
 
     def raise_together(self, failure: Failure | None) -> None:
-        """Raise the first rank's failure on every rank; one of storage before others."""
+        """Raise the first rank's failure on every rank; one that judges nothing before others."""
         failures = self._ctx.all_gather_object(failure)
         found = [(rank, each) for rank, each in enumerate(failures) if each is not None]
-        for rank, each in sorted(found, key=lambda entry: not entry[1].of_storage):
+        for rank, each in sorted(found, key=lambda entry: entry[1].kind == "judged"):
             raise each.error(f"rank {rank}: " if len(failures) > 1 else "")
 
 
@@ -67,4 +85,4 @@ def _attempt(function: Callable[[], T]) -> tuple[T | None, Failure | None]:
         return function(), None
     except Exception as error:  # noqa: BLE001 - each storage back end raises its own kinds
         _log.debug("attempt failed", exc_info=True)
-        return None, Failure(first_line(error), isinstance(error, StorageError))
+        return None, Failure.of(error)

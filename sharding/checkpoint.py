@@ -17,7 +17,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
 from configs import storage
-from configs.storage_faults import StorageError, first_line
 from sharding import checkpoint_state
 from sharding.agreement import Agreement, CheckpointError, Failure, UnreadableError
 from sharding.checkpoint_directory import CHECKPOINT_NAME, CheckpointDirectory
@@ -106,6 +105,7 @@ class CheckpointStore:
         Raises:
             CheckpointError: a rank could not write (a full disk, say). Earlier checkpoints are
                 intact, and nothing of this one is left.
+            MemoryError: the same, where a rank's memory ran out.
         """
         tensors = checkpoint_state.training_state(model) | checkpoint_state.random_state(self._ctx)
         documents = {STATE: state, "recipe.json": recipe_json}
@@ -128,12 +128,13 @@ class CheckpointStore:
             manifest = self._agree.on_first_rank(
                 lambda: self._commit(name, step, files, documents, fingerprints)
             )
-        except CheckpointError as error:
+        except (CheckpointError, MemoryError) as error:
             self._agree.on_first_rank(self._directory.remove_debris)
-            raise CheckpointError(
-                f"checkpoint of step {step} could not be written to {self.root} ({error}); "
-                "earlier ones are intact: check space and permissions there, then run it again"
-            ) from error
+            told = f"checkpoint of step {step} could not be written to {self.root} ({error})"
+            if isinstance(error, MemoryError):
+                raise MemoryError(f"{told}; earlier ones are intact") from error
+            mend = "check space and permissions there, then run it again"
+            raise CheckpointError(f"{told}; earlier ones are intact: {mend}") from error
         self._agree.on_first_rank(lambda: self._directory.remember(name))
         self._agree.on_first_rank(lambda: self._prune(name))
         return info_of(url, manifest)
@@ -388,6 +389,5 @@ def _manifest(info: CheckpointInfo) -> CheckpointManifest:
 def _reason(error: CheckpointException, ctx: DistributedContext) -> Failure | None:
     """What this rank, or for all of them rank 0, knows about a failure in DCP."""
     if ctx.rank in error.failures:
-        cause = error.failures[ctx.rank][0]
-        return Failure(first_line(cause), isinstance(cause, StorageError))
+        return Failure.of(error.failures[ctx.rank][0])
     return None

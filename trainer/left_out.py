@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from configs import storage
 from configs.failures import NonFiniteConfig
 from configs.measured import LEFT_OUT
+from configs.memory_faults import is_of_memory
 from data_loaders.poison import PoisonedSampleError, Unit, read_quarantined, reason_of
 from sharding.loss_module import NonFiniteLossError
 from sharding.process_group import DistributedContext
@@ -24,7 +24,6 @@ _NOT_THE_SAMPLES = (
     "ProcessGroup",
     "Timed out waiting",
     "CUDA error",
-    "allocate memory",
 )
 """In errors of a step that another rank or the machine caused."""
 
@@ -88,8 +87,7 @@ def blame(error: Exception, sample_ids: Sequence[int], unit: Unit) -> Exception:
     A ValueError says already what is wrong, and an assertion that we are.
     """
     text = str(error)
-    of_others = (ValueError, AssertionError, OSError, MemoryError, torch.OutOfMemoryError)
-    if isinstance(error, of_others):
+    if isinstance(error, ValueError | AssertionError | OSError) or is_of_memory(error):
         return error
     if any(sign in text for sign in _NOT_THE_SAMPLES):
         return error

@@ -43,7 +43,11 @@ def test_nodes_leave_and_join_and_the_training_stays_the_same(tmp_path: Path) ->
     run = tmp_path / "run"
     elastic = {"num_workers": 2, "min_workers": 1, "address": "auto", "resize_check_s": 1}
     elastic["start_timeout_s"] = 300  # a machine that tests something else as well is slow
-    recipe = write_recipe(tmp_path, cluster=elastic, training=TRAINING, alignment=None)
+    # A node that is lost is no worker's failure, although Ray lists it for a while.
+    failures = {"worker": {"max_restarts": 0}, "node": {"max_restarts": 1}}
+    recipe = write_recipe(
+        tmp_path, cluster=elastic, training=TRAINING, alignment=None, failures=failures
+    )
     with cluster(token, tmp_path) as nodes:
         first = nodes.add(tmp_path)
         inside = {**token, "RAY_ADDRESS": nodes.address}
@@ -58,6 +62,7 @@ def test_nodes_leave_and_join_and_the_training_stays_the_same(tmp_path: Path) ->
         wait_for(lambda: newest(run)[0] > again + 3, job=job)
         output = kill_everything(job)
         wait_for(lambda: not nodes.workers())
+    assert "a node was lost (node " in output, output
     assert "1 workers on 1 node" in output and output.count("2 workers on 2 nodes") == 2, output
     assert "there is room for 2 workers instead of 1" in output, output
 

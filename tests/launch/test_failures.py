@@ -1,5 +1,6 @@
 """What a worker group's failure is taken for, and what each answer of the recipe does about it."""
 
+import errno
 import os
 import re
 import subprocess
@@ -16,7 +17,8 @@ from configs.failures import FailuresConfig
 from configs.layout import RunLayout
 from configs.load import load_recipe
 from data_loaders.poison import PoisonedSampleError, read_quarantined
-from launch.failures import Failure, Place, Restarts, diagnose
+from launch.failures import Failure, Losses, Place, Restarts, diagnose
+from launch.user_errors import GaveUpError
 from sharding.loss_module import NonFiniteLossError
 from tests.integration.jobs import ROOT
 from trainer.stop_notice import AbandonedError, StoppedError
@@ -30,8 +32,7 @@ def place_of(tmp_path: Path) -> Place:
 
 
 def told(causes: list[BaseException], tmp_path: Path, **more: Any) -> Failure:
-    found = {"lost_memory": lambda: False, "lost_node": None} | more
-    return diagnose(causes, place_of(tmp_path), 0.0, 2, **found)
+    return diagnose(causes, place_of(tmp_path), 0.0, 2, losses=lambda: Losses(**more))
 
 
 def host_memory_error() -> BaseException:
@@ -44,7 +45,7 @@ def host_memory_error() -> BaseException:
 def test_each_cause_has_its_kind(tmp_path: Path) -> None:
     killed = RuntimeError("The actor died unexpectedly before finishing this task.")
     assert told([killed], tmp_path).kind == "worker"
-    assert told([killed], tmp_path, lost_node="node ab12").kind == "node"
+    assert told([killed], tmp_path, node="node ab12").kind == "node"
     assert told([PEER, StoppedError("train", 7)], tmp_path).kind == "preemption"
     assert told([PEER, AbandonedError()], tmp_path).kind == "preemption"
     assert told([PoisonedSampleError([3], "x", "y"), PEER], tmp_path).kind == "poisoned_sample"
@@ -70,8 +71,13 @@ def test_memory_is_told_apart_and_its_mend_named(tmp_path: Path) -> None:
     device = told([cuda], tmp_path)
     assert device.kind == "out_of_memory"
     assert "lower data.loader.tokens_per_micro_batch" in device.sentence
+    blas = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`")
+    assert "tokens_per_micro_batch" in told([blas], tmp_path).sentence
     for error in (
         host_memory_error(),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        RuntimeError("std::bad_alloc"),
+        RuntimeError("unable to mmap 64 bytes from file <x>: Cannot allocate memory (12)"),
         MemoryError("Unable to allocate 4 TiB"),
         RuntimeError("Worker exit type: NODE_OUT_OF_MEMORY Worker exit detail: ..."),
     ):
@@ -82,7 +88,7 @@ def test_memory_is_told_apart_and_its_mend_named(tmp_path: Path) -> None:
         for key in keys:  # every one is a setting, and one that may be lowered alone
             whole = 64 if key.startswith("data") else "false"
             load_recipe("quickstart", [f"{key}={whole}"])
-    killed = told([RuntimeError("died")], tmp_path, lost_memory=lambda: True)
+    killed = told([RuntimeError("died")], tmp_path, memory=True)
     assert killed.kind == "out_of_memory" and "the kernel killed a process" in killed.sentence
 
 
@@ -146,7 +152,7 @@ def test_restarts_in_a_row_are_counted_by_kind_until_a_checkpoint(tmp_path: Path
     policy.decide(Failure("node", "node ab", RuntimeError("died")))  # a count of its own
     commit_checkpoint(tmp_path, 4)
     policy.decide(worker)  # weeks later
-    with pytest.raises(RuntimeError, match=r"2 times in a row .*failures.worker.max_restarts=1"):
+    with pytest.raises(GaveUpError, match=r"2 times in a row .*failures.worker.max_restarts=1"):
         policy.decide(worker)
 
 
@@ -168,7 +174,7 @@ def test_stop_and_restart_are_honoured(kind: Any, tmp_path: Path) -> None:
     policy, said = restarts(tmp_path, **{kind: {"action": "restart", "max_restarts": 1}})
     policy.decide(failure)
     assert "it is so" in said[0]
-    with pytest.raises(RuntimeError, match=f"failures.{kind}.max_restarts=1"):
+    with pytest.raises(GaveUpError, match=f"failures.{kind}.max_restarts=1"):
         policy.decide(failure)
 
 

@@ -24,6 +24,7 @@ from launch.cluster import connect, run_workers
 from launch.failures import Place
 from launch.stages import GRAPH, StageContext
 from launch.termination import Termination
+from launch.user_errors import GaveUpError
 from tests.integration.jobs import wait_for
 from trainer.stop_notice import StoppedError
 from trainer.watchdog import Watchdog
@@ -209,6 +210,6 @@ def test_a_group_that_keeps_dying_ends_the_stage(embedded: None, tmp_path: Path)
     count_and_cause = (
         r"(?s)failed 2 times in a row .*\(failures.worker.max_restarts=1\).*; last error:.*died"
     )
-    with pytest.raises(RuntimeError, match=count_and_cause):
+    with pytest.raises(GaveUpError, match=count_and_cause):
         run(settings)
     assert (tmp_path / "attempts").read_text() == "xx"

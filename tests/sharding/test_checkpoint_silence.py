@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from configs import storage, storage_faults
 from launch import cli
-from sharding import checkpoint_manifest
+from sharding import block_file, checkpoint_manifest
 from sharding.agreement import UnreadableError
 from sharding.checkpoint import CheckpointStore
 from sharding.checkpoint_manifest import MANIFEST
@@ -22,7 +22,7 @@ from tests.sharding.policies import Settings, make_policy, train
 class Sick:
     """Has looks at some paths fail, a number of times."""
 
-    def __init__(self, error: OSError, ending: str, times: int) -> None:
+    def __init__(self, error: Exception, ending: str, times: int) -> None:
         self._error, self._ending, self.left = error, ending, times
         self._stat, self._open = os.stat, storage.open_to_read
 
@@ -44,14 +44,19 @@ class Sick:
 
 
 STALE = OSError(errno.ESTALE, "Stale file handle")
+NO_HANDLES = OSError(errno.EMFILE, "Too many open files")
+NO_MEMORY = OSError(errno.ENOMEM, "Cannot allocate memory")
+NO_ANSWER = RuntimeError("An error occurred (Teapot) when calling the GetObject operation")
+"""Of a driver that raises its own kinds."""
 
 
 def steps(store: CheckpointStore) -> list[int]:
     return sorted(int(name.split("-")[1]) for name in store._directory.committed())
 
 
-def save_beside_silence(root: str) -> tuple[list[list[int]], str]:
-    """Steps that are kept after a short silence and after a long one; what resuming then says."""
+def save_beside_silence(root: str) -> tuple[list[list[int]], list[str]]:
+    """Steps that are kept after a short silence and after a long one; what resuming then says of
+    that and of other wants."""
     storage_faults.WAITS_S = (0.01,) * 3  # type: ignore[assignment]
     policy = make_policy(current_context("cpu"), Settings())
     store = CheckpointStore(root, 4, policy.ctx)
@@ -65,22 +70,61 @@ def save_beside_silence(root: str) -> tuple[list[list[int]], str]:
             store.save(policy, policy.step, {}, {}, {})
         assert sick.left < times or policy.ctx.rank
         kept.append(steps(store))
-    with (
-        Sick(STALE, ".distcp", 100 if policy.ctx.rank == 1 else 0),
-        pytest.raises(UnreadableError) as told,
-    ):
-        CheckpointStore(root, 4, policy.ctx).newest()
-    newest = CheckpointStore(root, 4, policy.ctx).newest()
-    assert newest is not None and newest.step == 4
-    return kept, str(told.value)
+    sentences = []
+    for error in (STALE, NO_HANDLES, NO_ANSWER, NO_MEMORY):
+        store = CheckpointStore(root, 4, policy.ctx)
+        kind = MemoryError if error is NO_MEMORY else UnreadableError
+        with (
+            Sick(error, ".distcp", 100 if policy.ctx.rank == 1 else 0),
+            pytest.raises(kind) as told,
+        ):
+            store.newest()
+        newest = store.newest()
+        assert newest is not None and newest.step == 4 and store.skipped == ()
+        sentences.append(str(told.value))
+    return kept, sentences
 
 
 def test_silence_costs_no_checkpoint(tmp_path: Path) -> None:
     answers = run_ranks(2, save_beside_silence, str(tmp_path / "store"))
     assert answers[0] == answers[1]
-    kept, sentence = answers[0]
+    kept, sentences = answers[0]
     assert kept == [[1, 2, 3], [1, 2, 3, 4]]
-    assert "is left as it is: rank 1: " in sentence and "did not answer" in sentence
+    assert all("rank 1: " in sentence for sentence in sentences)
+    assert all("is left as it is: " in sentence for sentence in sentences[:3])
+    for sentence, said in zip(
+        sentences, ("did not answer", "ulimit -n", "Teapot", "Cannot allocate memory"), strict=True
+    ):
+        assert said in sentence
+
+
+def save_without_memory(root: str) -> str:
+    """What every rank is told where one has no memory to write with."""
+    policy = make_policy(current_context("cpu"), Settings())
+    store = CheckpointStore(root, 2, policy.ctx)
+    train(policy, 1)
+    store.save(policy, 1, {}, {}, {})
+    write = block_file.BlockWriter.write
+
+    def starving(self: block_file.BlockWriter, data: Any) -> int:
+        if policy.ctx.rank == 1:
+            raise NO_MEMORY
+        return write(self, data)
+
+    block_file.BlockWriter.write = starving  # type: ignore[method-assign]
+    with pytest.raises(MemoryError) as told:
+        store.save(policy, 2, {}, {}, {})
+    assert len(storage.list_names(root)) == 1, "nothing of the failed save is left"
+    block_file.BlockWriter.write = write  # type: ignore[method-assign]
+    assert store.save(policy, 2, {}, {}, {}) == store.newest()
+    return str(told.value)
+
+
+def test_a_save_without_memory_is_no_full_disk(tmp_path: Path) -> None:
+    sentences = run_ranks(2, save_without_memory, str(tmp_path / "store"))
+    assert sentences[0] == sentences[1]
+    assert "rank 1: " in sentences[0] and "earlier ones are intact" in sentences[0]
+    assert "Cannot allocate memory" in sentences[0] and "space" not in sentences[0]
 
 
 def save_one(root: str) -> None:
