@@ -11,6 +11,7 @@ from configs.load import load_recipe
 from configs.recipe import STAGES
 from launch import cli
 from launch import run as stages
+from launch.user_errors import BusyError, GaveUpError
 
 
 def tandem(*arguments: str) -> Result:
@@ -53,6 +54,20 @@ def test_the_unexpected_is_a_traceback_and_exit_1(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(stages, "run", fail)
     result = tandem("run", "quickstart")
     assert result.exit_code == 1 and isinstance(result.exception, RuntimeError)
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(GaveUpError("it died 3 times"), 1), (BusyError("it is busy"), 75)]
+)
+def test_what_may_succeed_later_or_failed_too_often_is_a_sentence(
+    error: Exception, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object, **settings: object) -> None:
+        raise error
+
+    monkeypatch.setattr(stages, "run", fail)
+    result = tandem("run", "quickstart")
+    assert result.exit_code == status and result.stderr == f"error: {error}\n"
 
 
 def test_arguments_reach_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
