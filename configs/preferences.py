@@ -72,14 +72,16 @@ class WatchTimeRule(PairRule):
 
     Events of a user fall into buckets ⌊log_b(duration + ε)⌋. Liked are those of the top share of
     their bucket by dwell time, disliked those of the bottom share; ties at the edge count as
-    within, and where that makes an event both it is neither. Buckets of fewer events than make one
-    of each share say nothing, nor do events without duration or dwell time.
+    within, and where that puts an event into both shares it is neither: a tie from the longest to
+    the shortest, such as a bucket of which hardly anything was watched. Buckets of fewer events
+    than make one of each share say nothing, nor do events without duration or dwell time.
     """
 
     kind: Literal["watch_time"] = "watch_time"
     liked_share: float = Field(0.25, gt=0, lt=1)
     disliked_share: float = Field(0.25, ge=0, lt=1)
-    """0: short views are no dislike, only negative feedback is (the rule of GBPO)."""
+    """0: short views are no dislike, only negative feedback is (the rule of GBPO). What is in the
+    bottom `liked_share`, too, is still not liked."""
     negative: tuple[LabelName, ...] = ()
     """Negative feedback: an event with one of these labels is disliked, however long it was."""
     duration_base: float = Field(2.0, gt=1)

@@ -133,31 +133,32 @@ def select_pairs(
     later = earlier + lags
     chosen = np.where(liked[earlier], earlier, later)
     rejected = np.where(liked[earlier], later, earlier)
-    if rule.rejected_per_chosen > 1:
-        distinct = _distinct(chosen, items[rejected], keys)
+    if rule.rejected_per_chosen > 1:  # an item twice in a list would count as two negatives
+        distinct = _distinct([chosen, items[rejected]], keys)
         chosen, rejected, keys = chosen[distinct], rejected[distinct], keys[distinct]
     first, losers = _lists(chosen, rejected, keys, rule.rejected_per_chosen)
-    owner = user[chosen[first]]
-    order = np.lexsort((keys[first], owner))
-    kept = order[_place_in_group(owner[order]) < rule.pairs_per_user]
-    winners, losers = chosen[first][kept], losers[kept]
+    winners, keys = chosen[first], keys[first]
+    begin = np.minimum(winners, np.where(losers < 0, winners[:, None], losers).min(axis=1))
+    lost = np.sort(np.where(losers < 0, 0, items[losers]), axis=1)
+    # The same choice in the same context, as when an item is liked twice, is one pair.
+    distinct = _distinct([begin, items[winners], *lost.T], keys)
+    order = distinct[np.lexsort((keys[distinct], user[winners[distinct]]))]
+    kept = order[_place_in_group(user[winners[order]]) < rule.pairs_per_user]
     return Pairs(
-        user=user[winners],
-        earlier=np.minimum(winners, np.where(losers < 0, winners[:, None], losers).min(axis=1)),
-        chosen=winners,
-        rejected=losers,
+        user=user[winners[kept]],
+        earlier=begin[kept],
+        chosen=winners[kept],
+        rejected=losers[kept],
         candidates=len(earlier),
         outcomes=said.counts(),
     )
 
 
-def _distinct(chosen: np.ndarray, items: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """Indices of candidates [C] that lose to a winner as different items, those of least key: an
-    item twice in a list would count as two negatives."""
-    order = np.lexsort((keys, items, chosen))
-    winners, losers = chosen[order], items[order]
+def _distinct(columns: Sequence[np.ndarray], keys: np.ndarray) -> np.ndarray:
+    """Indices of rows [C] that differ in some column, of alike ones that of least key."""
+    order = np.lexsort((keys, *columns))
     first = np.ones(len(order), bool)
-    first[1:] = (winners[1:] != winners[:-1]) | (losers[1:] != losers[:-1])
+    first[1:] = np.any([column[order][1:] != column[order][:-1] for column in columns], axis=0)
     return order[first]
 
 

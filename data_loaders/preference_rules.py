@@ -129,12 +129,14 @@ def _by_watch_time(slices: Slices, rule: WatchTimeRule, labels: Sequence[str]) -
         user[known], duration_buckets(duration[known], rule), dwell[known]
     )
     smallest = min(rule.liked_share, rule.disliked_share or rule.liked_share)
+    # Without short views that are disliked, too, a tie from the longest to the shortest is no like.
+    lowest = rule.disliked_share or min(rule.liked_share, 1 - rule.liked_share)
     # Quotients are rounded once, as the shares were: equal ones are equal. Products miss the edge.
     enough = 1 / size <= smallest
-    top, bottom = more / size < rule.liked_share, less / size < rule.disliked_share
+    top, bottom = more / size < rule.liked_share, less / size < lowest
     liked, disliked = np.zeros((2, len(dwell)), bool)
     liked[known] = enough & top & ~bottom
-    disliked[known] = enough & bottom & ~top
+    disliked[known] = enough & bottom & ~top & (rule.disliked_share > 0)
     if rule.negative:
         hated = (slices.events["labels"] & bits_of(rule.negative, labels)) != 0
         liked, disliked = liked & ~hated, disliked | hated

@@ -124,24 +124,27 @@ class GeneratedPairs:
 def extreme_pairs(
     candidates: Candidates, group: Group, rewards: Tensor
 ) -> tuple[Candidates, dict[str, Tensor]]:
-    """The candidate of highest reward against the one of lowest; nobody loses where all are equal.
+    """The candidate of highest reward against the one of lowest among those that are something
+    else; nobody loses where all are equal.
 
     Args:
         candidates: [N, G].
         group: the same, as rewards see it.
         rewards: [N, G] float32.
     """
-    infinity = torch.inf
-    best = rewards.masked_fill(~group.legal, -infinity)
-    worst = rewards.masked_fill(~group.legal, infinity)
-    (high, winner), (low, loser) = best.max(dim=1), worst.min(dim=1)
+    best = rewards.masked_fill(~group.legal, -torch.inf)
+    worst = rewards.masked_fill(~group.legal, torch.inf)
+    high, winner = best.max(dim=1)
+    # A reward may depend on more than the item, which may have been drawn twice.
+    same = group.alike[torch.arange(len(winner), device=winner.device), winner]
+    low, loser = worst.masked_fill(same, torch.inf).min(dim=1)
     places = torch.stack([winner, loser], dim=1)
     there = (high > low)[:, None]
     pairs = _taken(candidates, places, there.expand_as(places))
     told = high.isfinite()
     measures = _measures(group, rewards) | {
         "reward_best": high.where(told, 0.0),
-        "reward_worst": low.where(told, 0.0),
+        "reward_worst": worst.amin(dim=1).where(told, 0.0),
         "tied": 1.0 - there.squeeze(1).float(),
     }
     return pairs, measures

@@ -253,10 +253,11 @@ class Watch:
         reward, metric = course[-1]
         lower = [place for place in range(number) if course[place][0] < reward]
         since = max(lower, key=lambda place: course[place][1])
+        lasted = number - 1 - since
         return (
-            f"the reward may be hacked: in {number - 1 - since} validations {config.reward} rose "
-            f"from {course[since][0]:.4f} to {reward:.4f} while {config.metric} fell from "
-            f"{course[since][1]:.4f} to {metric:.4f}"
+            f"the reward may be hacked: in {lasted} validation{'s' if lasted > 1 else ''} "
+            f"{config.reward} rose from {course[since][0]:.4f} to {reward:.4f} "
+            f"while {config.metric} fell from {course[since][1]:.4f} to {metric:.4f}"
         )
 
     def _raised(self, held: Sequence[Alarm | None]) -> list[Alarm]:

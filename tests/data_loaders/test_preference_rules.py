@@ -52,6 +52,8 @@ def by_watch_time(user: list[tuple[int, float, float, float]], rule: WatchTimeRu
         top, bottom = more < rule.liked_share * len(alike), less < rule.disliked_share * len(alike)
         shares = [share for share in (rule.liked_share, rule.disliked_share) if share > 0]
         enough = len(alike) * min(shares) >= 1
+        if not rule.disliked_share and less < min(rule.liked_share, 0.5) * len(alike):
+            top = False
         found.append((top - bottom) * enough)
     return found
 
@@ -112,6 +114,13 @@ def test_the_top_quarter_of_each_bucket_is_liked() -> None:
     expected = [-1, 0, 0, 1, 1, 0, 0, 0, -1, -1, -1, 1, 0, 0, 0]
     assert found.rewards.tolist() == expected
     assert found.counts() == {"liked": 3, "disliked": 4, "neither": 8}
+
+
+def test_nothing_is_liked_for_a_tie_with_the_shortest() -> None:
+    rule = WatchTimeRule(disliked_share=0)
+    unwatched = [(0, 0.0, 60.0, 1.0)] * 19
+    found = outcomes(slices_of([[*unwatched, (0, 60.0, 60.0, 1.0)], unwatched]), rule, LABELS)
+    assert found.rewards.tolist() == [0] * 19 + [1] + [0] * 19
 
 
 @pytest.mark.parametrize("size", [20, 25, 50, 100])

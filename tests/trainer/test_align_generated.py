@@ -55,10 +55,12 @@ def test_the_best_wins_over_the_worst(rows: list[list[int]], seed: int) -> None:
         legal = [(rewards[row, at].item(), item) for at, item in enumerate(own) if item]
         worths = [worth for worth, _ in legal]
         winner, loser = pairs.items[row].tolist()
-        if not legal or max(worths) == min(worths):
+        best = [item for worth, item in legal if worth == max(worths)]
+        others = [worth for worth, item in legal if item != (winner or best[0])]
+        if not others or max(worths) == min(others):
             assert (winner, loser) == (0, 0) and measures["tied"][row] == 1
             continue
-        assert (max(worths), winner) in legal and (min(worths), loser) in legal
+        assert winner in best and winner != loser and (min(others), loser) in legal
         assert measures["tied"][row] == 0
         assert measures["reward_best"][row] == max(worths)
         assert measures["reward_worst"][row] == min(worths)

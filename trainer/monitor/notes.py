@@ -1,9 +1,11 @@
 """Sentences beside the results: how far chance goes, and what guardrails said."""
 
 import math
+from itertools import groupby
 
 from configs.guardrails import Action
 from configs.measured import LEFT_OUT
+from trainer.guardrails import SEVERITY
 from trainer.monitor.results import Part, Results
 
 ALARM_FOLLOWS: dict[Action, str] = {
@@ -14,13 +16,16 @@ ALARM_FOLLOWS: dict[Action, str] = {
 
 
 def alarm_sentences(results: Results) -> tuple[str, ...]:
-    """What guardrails said of alignment, a sentence each, and whether they left nothing of it."""
-    alarms = (
-        f"Guardrail at step {alarm.step:,}: {alarm.reason}; {ALARM_FOLLOWS[alarm.action]}."
-        for alarm in results.alarms
-    )
+    """What guardrails said of alignment, a sentence for each step at which they spoke, and whether
+    they left nothing of it."""
+    told = []
+    for step, together in groupby(results.alarms, key=lambda alarm: alarm.step):
+        alarms = list(together)
+        reasons = "; ".join(alarm.reason for alarm in alarms)
+        action = max((alarm.action for alarm in alarms), key=SEVERITY.__getitem__)
+        told.append(f"Guardrail at step {step:,}: {reasons}; {ALARM_FOLLOWS[action]}.")
     nothing = nothing_kept(results)
-    return (*alarms, *([nothing] if nothing else []))
+    return (*told, *([nothing] if nothing else []))
 
 
 def nothing_kept(results: Results) -> str | None:

@@ -161,6 +161,11 @@ def test_alarms_are_sentences() -> None:
     returned = "alignment returned to the last policy that kept the limits"
     assert told == (f"Guardrail at step 1,200: hr@50 fell; {returned}.",)
     assert told[0] in render_table(results().model_copy(update={"alarms": (alarm,)}))
+    warned = AlarmRecord(step=1200, action="warn", reason="the reward may be hacked")
+    later = AlarmRecord(step=1300, action="warn", reason="hr@50 fell")
+    told = alarm_sentences(results().model_copy(update={"alarms": (alarm, warned, later)}))
+    both = f"Guardrail at step 1,200: hr@50 fell; the reward may be hacked; {returned}."
+    assert told == (both, "Guardrail at step 1,300: hr@50 fell; alignment went on.")
 
 
 def test_the_pretrained_policy_is_not_passed_off_as_an_aligned_one() -> None:
