@@ -72,7 +72,7 @@ def test_logs_do_not_hold_them() -> None:
     code = f"""
 import logging, launch.cli
 from configs.failures import FailuresConfig
-from launch.failures import Place, Restarts, diagnose
+from launch.failures import Losses, Place, Restarts, diagnose
 from configs.terminal import say
 log = logging.getLogger("botocore")
 log.warning("%s cannot be reached, try %d", "{URL}/x", 2)
@@ -81,7 +81,7 @@ try:
 except OSError:
     log.exception("lost %(url)s", {{"url": "{URL}/z"}})
 error, place = RuntimeError("no connection to {URL}/x"), Place("/none", "/none", "/none")
-failure = diagnose([error], place, 0, 1, lost_memory=lambda: False, lost_node=None)
+failure = diagnose([error], place, 0, 1, losses=Losses)
 Restarts(FailuresConfig(), place, say).decide(failure)
 """
     done = subprocess.run(
