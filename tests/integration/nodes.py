@@ -5,13 +5,14 @@ the tests, whose other clusters have none.
 """
 
 import os
+import random
 import secrets
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -104,11 +105,18 @@ def _drain(node: Any, seconds: float) -> None:
     assert accepted, why
 
 
+def quiet_port() -> int:
+    """A free port below those that connections are given, which may take it before it is used."""
+    while True:
+        port = random.randrange(20_000, 30_000)
+        with suppress(OSError), socket.create_server(("", port)):
+            return port
+
+
 def _serve() -> None:
     from ray.cluster_utils import Cluster
 
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        agent_port = probe.getsockname()[1]  # the default may belong to another Ray on this host
+    agent_port = quiet_port()  # the default may belong to another Ray on this host
     held = Cluster(
         initialize_head=True,
         head_node_args={

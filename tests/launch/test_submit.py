@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from configs.load import load_recipe
 from launch import cli, submit
 from launch.joining import check_door, cluster_lets_in
 from tests.integration.jobs import ROOT, start, wait_for, write_recipe
+from tests.integration.nodes import quiet_port
 
 
 def test_what_travels_is_our_packages_and_the_resolved_recipe(
@@ -132,8 +132,7 @@ def head() -> Iterator[tuple[str, str]]:
     from ray.cluster_utils import Cluster
 
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        agent_port = probe.getsockname()[1]  # the default may belong to another Ray on this host
+    agent_port = quiet_port()  # the default may belong to another Ray on this host
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", path)
         patch.setenv("RAY_AUTH_MODE", "disabled")  # whatever this process did before
