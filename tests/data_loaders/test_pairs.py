@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from configs.preferences import LabelRule, RatingRule, WatchTimeRule
@@ -63,6 +63,12 @@ def reference(users: Users, rule: RatingRule) -> set[tuple[int, int, int]]:
     return found
 
 
+def choices(users: Users, found: Iterable[tuple[int, int, int]]) -> set[tuple[int, int, int]]:
+    """(end of the context, item chosen, item rejected) of each: what a model sees of a pair."""
+    items = [item for user in users for item, _ in user]
+    return {(min(a, b), items[a], items[b]) for _, a, b in found}
+
+
 @given(users=users_strategy, window=st.integers(1, 13), min_context=st.integers(1, 5))
 @settings(deadline=None, max_examples=200)
 def test_every_pair_of_the_rule_is_a_candidate(users: Users, window: int, min_context: int) -> None:
@@ -73,13 +79,8 @@ def test_every_pair_of_the_rule_is_a_candidate(users: Users, window: int, min_co
     )
     expected = reference(users, rule)
     assert pairs.candidates == len(expected) and set(found) <= expected
-    items = [item for user in users for item, _ in user]
-
-    def rows(found: Iterable[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
-        return [(min(a, b), items[a], items[b]) for _, a, b in found]
-
-    assert len(found) == len(set(rows(found))), "no choice is there twice"
-    assert set(rows(found)) == set(rows(expected))
+    assert len(found) == len(choices(users, found)), "no choice is there twice"
+    assert choices(users, found) == choices(users, expected)
     assert pairs.earlier.tolist() == np.minimum(pairs.chosen, pairs.rejected[:, 0]).tolist()
 
 
@@ -108,8 +109,8 @@ def test_lists_deal_every_loser_to_its_winner(users: Users, losers: int) -> None
     assert len(candidates) == pairs.candidates and set(found) <= candidates
     lost = [(user, chosen, items[loser]) for user, chosen, loser in found]
     assert len(lost) == len(set(lost))
-    choices = [{(user, items[a], items[b]) for user, a, b in each} for each in (found, candidates)]
-    assert choices[0] == choices[1]
+    sides = [{(user, items[a], items[b]) for user, a, b in each} for each in (found, candidates)]
+    assert sides[0] == sides[1]
     for sizes in lists.values():  # as few lists as the winner's losers need
         assert sum(size < losers for size in sizes) <= 1
 
@@ -130,6 +131,7 @@ def test_labels_make_pairs_of_the_same_kind() -> None:
 
 
 @given(users=users_strategy, cap=st.integers(1, 5), seed=st.integers(0, 9))
+@example(users=[[(1, 1.0), (1, 4.0), (2, 1.0), (2, 1.0)]], cap=2, seed=0)  # one choice, twice
 @settings(deadline=None)
 def test_the_cap_keeps_the_same_pairs_however_users_are_grouped(
     users: Users, cap: int, seed: int
@@ -140,7 +142,7 @@ def test_the_cap_keeps_the_same_pairs_however_users_are_grouped(
     for number, user in enumerate(users):
         slices = slices_of([user], first_user=number + 1)
         pairs = select_pairs(slices, rule, seed)
-        assert len(pairs.user) == min(cap, pairs.candidates)
+        assert len(pairs.user) == min(cap, len(choices([user], reference([user], rule))))
         alone += pair_table(slices, pairs, 3).drop_columns(["timestamps"]).to_pylist()
     kept = together.drop_columns(["timestamps"]).to_pylist()
     for row in (*kept, *alone):

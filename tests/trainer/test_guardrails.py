@@ -107,6 +107,16 @@ def test_a_reward_that_does_not_rise_from_the_start_on_is_no_divergence() -> Non
     assert watch.judged(1, {"ndcg@10": 0.4}) == []
 
 
+def test_a_divergence_of_one_validation_is_told_in_the_singular() -> None:
+    watch = watch_of(divergence=DivergenceConfig(validations=1), window=1)
+    watch.begin({"ndcg@10": 0.4})
+    watch.logged(1, {"reward": 1.0})
+    assert watch.judged(1, {"ndcg@10": 0.5}) == []
+    watch.logged(2, {"reward": 2.0})
+    (alarm,) = watch.judged(2, {"ndcg@10": 0.3})
+    assert "in 1 validation reward rose from 1.0000 to 2.0000" in alarm.reason
+
+
 def test_a_rising_metric_is_no_divergence() -> None:
     watch = watch_of(divergence=DivergenceConfig(validations=1))
     watch.begin({"ndcg@10": 0.3})
