@@ -4,11 +4,14 @@ Shape legend: n sampled items, D width, L code levels.
 """
 
 import copy
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from data_loaders.exchange import Report
 from models.ops.hashing import mix64
 from models.tokenizers.quality import neighbour_agreement, relative_error, squared_errors
 from models.tokenizers.quantizer import Quantizer
@@ -44,6 +47,23 @@ def measure_quality(shards: Shards, quantizer: Quantizer, seed: int) -> Quality:
         reconstruction=[round(e, DIGITS) for e in _errors(quantizer.to("cpu"), rows, codes)],
         neighbours={name: round(value, DIGITS) for name, value in asdict(agreement).items()},
     )
+
+
+def new_items_error(reports: Sequence[Report]) -> dict[str, Any]:
+    """What a frozen quantizer makes of items that it was not fitted to, from `stage_new`'s reports.
+
+    Returns:
+        `items`, and `reconstruction`: their squared error over their variance, None for fewer than
+        two, which have none.
+    """
+    new = [report for report in reports if report["sums"] is not None]
+    counts = [report["rows"] - report["known"] for report in new]
+    parts = [
+        (error, square, torch.tensor(total, dtype=torch.float64), count)
+        for (error, square, total), count in zip((r["sums"] for r in new), counts, strict=True)
+    ]
+    error = round(relative_error(parts), DIGITS) if sum(counts) > 1 else None
+    return {"items": sum(counts), "reconstruction": error}
 
 
 def count_rows(shard: Shard) -> int:

@@ -75,5 +75,10 @@ def summarize_codes(manifest: SemanticIdManifest) -> str:
             f"  {cold.known_items:,} items keep their ids, {cold.new_items:,} are new, "
             f"{cold.retired_items:,} retired"
         )
+        if (error := report["new_items"]["reconstruction"]) is not None:
+            lines.append(
+                f"  reconstruction error over variance {error:.4f} of the new items; far above "
+                "that of the items which the tokenizer was fitted to, they need another fit"
+            )
     lines.append(f"  semantic ids {manifest.fingerprint[:12]}, tokenizer {manifest.tokenizer[:12]}")
     return "\n".join(lines)

@@ -17,6 +17,7 @@ from data_loaders.collisions import coded_rows, fixed_rows
 from data_loaders.exchange import Report
 from data_loaders.items import ItemPart
 from data_loaders.shards import staged, write_table
+from models.tokenizers.quality import squared_errors
 from models.tokenizers.quantizer import Quantizer
 from models.tokenizers.shards import Shard
 from trainer.item_embeddings import ItemEmbeddings
@@ -48,15 +49,20 @@ def stage_shard(
 def stage_new(
     embeddings: ItemEmbeddings, quantizer: Quantizer, ranked: bool, levels: int, part: int
 ) -> Report:
-    """Stage a part's items: known ones with their earlier ids, new ones with fresh codes."""
+    """Stage a part's items: known ones with their earlier ids, new ones with fresh codes.
+
+    Returns:
+        `rows`, `known`, and of the new ones `sums`: those of `quality.squared_errors`, but for
+        their number, which is `rows` less `known`.
+    """
     items, staging = embeddings.parts[part], embeddings.staging_url
     if not items.rows:
-        return {"rows": 0, "known": 0}
+        return {"rows": 0, "known": 0, "sums": None}
     raw = items.column("item").combine_chunks()
     known_ids, codes = known_codes(staging, part)
     is_new = np.ones(items.rows, bool)
     is_new[known_ids - items.first_id] = False
-    tables = []
+    tables, sums = [], None
     if len(known_ids):
         names = raw.take(pa.array(known_ids - items.first_id))
         tables.append(fixed_rows(known_ids, names, codes, levels))
@@ -64,9 +70,12 @@ def stage_new(
         x = embeddings.matrix(part)[torch.from_numpy(is_new)]
         ids = items.first_id + np.flatnonzero(is_new)
         names = raw.filter(pa.array(is_new))
-        tables.append(_coded(ids, names, x, quantizer.encode(x), quantizer, ranked))
+        fresh = quantizer.encode(x)
+        tables.append(_coded(ids, names, x, fresh, quantizer, ranked))
+        error, square, total, _ = squared_errors(x, quantizer.decode(fresh))
+        sums = [error, square, total.tolist()]
     write_table(staging, staged(CODED, part), pa.concat_tables(tables))
-    return {"rows": items.rows, "known": len(known_ids)}
+    return {"rows": items.rows, "known": len(known_ids), "sums": sums}
 
 
 def staged_codes(parts: Sequence[ItemPart], staging_url: str) -> list[str]:

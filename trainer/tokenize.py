@@ -36,6 +36,7 @@ from data_loaders.semantic_ids import (
 )
 from data_loaders.sources import files_signature
 from models.tokenizers.build import DESCRIPTION, TENSORS, load_quantizer
+from trainer.codes_quality import new_items_error
 from trainer.codes_report import summarize_codes, usage_report
 from trainer.item_codes import stage_new, staged_codes
 from trainer.item_embeddings import (
@@ -227,7 +228,7 @@ class _Tokenization:
         step = functools.partial(
             _code_new, embeddings, storage.join(self._root, QUANTIZER), self._ranked, self._levels
         )
-        map_parts("code new items", self._progress, len(self._parts), step)
+        coded = map_parts("code new items", self._progress, len(self._parts), step)
         taken = functools.partial(cold_start.stage_taken, self._staging, self._levels)
         reports = map_parts("retired codes", self._progress, len(self._parts), taken)
         retired = [
@@ -248,7 +249,9 @@ class _Tokenization:
             new_items=self._data.num_items - known,
             retired_items=sum(report["rows"] for report in reports),
         )
-        return self._manifest(embeddings, resolved, {}, counts)
+        fitted = {k: v for k, v in earlier.manifest.report.items() if k == "sample"}
+        measured = fitted | {"new_items": new_items_error(coded)}
+        return self._manifest(embeddings, resolved, measured, counts)
 
     def _embed(self, known: Known | None) -> ItemEmbeddings:
         return stage_embeddings(

@@ -32,6 +32,7 @@ from tests.trainer.runs import Pretrained, logged, quiet, settings_of
 from trainer import item_embeddings, shard_workers, text_encoder
 from trainer.codes_report import summarize_codes
 from trainer.evaluate import evaluate_worker
+from trainer.monitor.tokenizer_report import tokenizer_sentence
 from trainer.pretrain import train_worker
 from trainer.tokenize import tokenize, tokenizer_inputs
 
@@ -202,6 +203,17 @@ def test_cold_start_keeps_ids_and_trains_nothing(tables: Tables, tmp_path: Path)
     }  # fmt: skip
     assert later.codebook_sizes == earlier.codebook_sizes
     assert [f.sha256 for f in later.quantizer] == [f.sha256 for f in earlier.quantizer]
+    # The quality of the fit travels on; what the quantizer makes of new items stands beside it.
+    assert later.report["sample"] == earlier.report["sample"]
+    fresh = normalize(vectors_of(tables.vectors, raw[ITEMS:]))
+    quantizer = load_quantizer(str(tmp_path / "b" / "quantizer"))
+    off = float((fresh - quantizer.decode(quantizer.encode(fresh))).square().sum())
+    spread = float((fresh - fresh.mean(0)).square().sum())
+    assert later.report["new_items"] == {
+        "items": NEW, "reconstruction": pytest.approx(off / spread, rel=1e-4),
+    }  # fmt: skip
+    assert "of the new items" in summarize_codes(later)
+    assert f"{NEW} are new to this quantizer" in tokenizer_sentence(later)
     # Retired ids stay taken in what comes after, too; and old items need no vectors.
     again = write_data(tmp_path / "again", raw, [len(raw)])
     run(config(tables.vectors, frozen=str(tmp_path / "b")), again, tmp_path / "c")

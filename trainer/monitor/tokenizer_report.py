@@ -26,7 +26,13 @@ def tokenizer_sentence(manifest: SemanticIdManifest) -> str:
         sources = " and ".join(embedding.kind for embedding in settings.embeddings)
         how = f"{settings.quantizer.kind.replace('_', ' ')} of {sources} embeddings"
     sizes = " × ".join(f"{size:,}" for size in manifest.codebook_sizes)
-    return f"{manifest.num_items:,} items, codes {sizes}, {how}."
+    told = f"{manifest.num_items:,} items, codes {sizes}, {how}."
+    if (new := manifest.report.get("new_items")) is None or new["reconstruction"] is None:
+        return told
+    return (
+        f"{told} {new['items']:,} are new to this quantizer, which reconstructs them with an error "
+        f"of {new['reconstruction']:.4f} of their variance (below: the items it was fitted to)."
+    )
 
 
 def tokenizer_rows(manifest: SemanticIdManifest) -> list[dict[str, str]]:
