@@ -18,8 +18,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
-from torch.utils.tensorboard import SummaryWriter
-
 from configs.storage import (
     absolute,
     exists,
@@ -31,6 +29,7 @@ from configs.storage import (
     write_bytes,
 )
 from configs.storage_faults import explained
+from trainer.monitor.event_file import EventFile
 
 _log = logging.getLogger(__name__)
 METRICS_FILE = "metrics.jsonl"
@@ -84,11 +83,11 @@ class Tracker:
         events = join(self._url, EVENTS_DIRECTORY)
         if resumed_step is None:
             remove(events)
-        self._events = SummaryWriter(
-            join(self._local, EVENTS_DIRECTORY),
-            purge_step=None if resumed_step is None else resumed_step + 1,
-        )
-        self._rows = open(join(self._local, METRICS_FILE), "ab")  # noqa: SIM115 - closed by close()
+        purged = None if resumed_step is None else resumed_step + 1
+        rows = join(self._local, METRICS_FILE)
+        with explained(self._local, "written"):
+            self._events = EventFile(join(self._local, EVENTS_DIRECTORY), purged)
+            self._rows = open(rows, "ab")  # noqa: SIM115 - closed by close()
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Append a row and send its numbers to TensorBoard.
@@ -104,8 +103,8 @@ class Tracker:
         with explained(self._local, "written"):
             self._rows.write(_encode([row]))
             self._rows.flush()
-            for tag, value in row.values.items():
-                self._events.add_scalar(tag, value, step, walltime=row.time)
+            self._events.log(step, row.values, row.time)
+            self._events.flush()
 
     def flush(self) -> None:
         """Make everything logged so far durable where the run lies.

@@ -163,3 +163,28 @@ def test_a_full_disk_is_one_sentence_and_replaces_no_other(tmp_path: Path) -> No
     told, first = ended.stdout.splitlines()
     assert told.startswith(f"{tmp_path} cannot be written (") and "free space there" in told
     assert first == "what came first" and "metrics of the last steps may be lost" in ended.stderr
+
+
+def test_events_that_find_no_room_are_told_by_the_call_and_nothing_else(tmp_path: Path) -> None:
+    script = textwrap.dedent(
+        f"""
+        import resource
+        from trainer.monitor.event_file import EventFile
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+        events = EventFile({str(tmp_path)!r})
+        try:
+            for step in range(1000):
+                events.log(step, {{"train/loss": 1.0}}, 0.0)
+                events.flush()
+        except OSError as error:
+            print(step, error.strerror)
+        """
+    )
+    root = Path(__file__).parents[3]
+    ended = subprocess.run(
+        [sys.executable, "-c", script], cwd=root, capture_output=True, text=True, timeout=120
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
+    step, told = ended.stdout.strip().split(" ", 1)
+    assert 10 < int(step) < 200
+    assert told == "File too large"
