@@ -76,7 +76,7 @@ def redacted(value: T) -> T:
     if isinstance(value, str):
         result = _redacted_text(value)
     elif isinstance(value, dict):
-        result = {key: _redacted_entry(key, inner) for key, inner in value.items()}
+        result = {redacted(key): _redacted_entry(key, inner) for key, inner in value.items()}
     elif isinstance(value, list | tuple):
         result = type(value)(redacted(inner) for inner in value)
     return result
@@ -129,7 +129,16 @@ def variable_in(text: str) -> str | None:
 
 def _redacted_entry(key: Any, value: Any) -> Any:
     named = isinstance(key, str) and _SURE_KEY.search(key)
-    return HIDDEN if named and isinstance(value, str) and value else redacted(value)
+    return _hidden(value) if named else redacted(value)
+
+
+def _hidden(value: Any) -> Any:
+    """What a name says to be secret, of which only its shape is seen."""
+    if isinstance(value, dict):
+        return {redacted(key): _hidden(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_hidden(inner) for inner in value)
+    return value if value is None or value == "" or isinstance(value, bool) else HIDDEN
 
 
 def _redacted_text(text: str) -> str:

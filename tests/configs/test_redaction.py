@@ -91,6 +91,21 @@ def test_other_text_is_left_alone(text: str) -> None:
     assert redacted(text) == text
 
 
+def test_whatever_stands_under_a_secret_name_is_hidden_and_names_are_texts_too() -> None:
+    told = {
+        "password": 123456,
+        "tokens": 7,
+        "secret": [SECRET, {"value": "short", "since": None, "set": True}],
+        f"https://u:{SECRET}@h/": 1,
+    }
+    assert redacted(told) == {
+        "password": "***",
+        "tokens": 7,
+        "secret": ["***", {"value": "***", "since": None, "set": True}],
+        "https://***@h/": 1,
+    }
+
+
 def test_nested_values_and_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     value = {
         "url": f"s3://a:{SECRET}@b",
