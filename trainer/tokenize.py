@@ -168,7 +168,6 @@ def _clear(root: str, keep: str) -> None:
             name.startswith("staging-") and name != keep
         ):
             storage.remove(storage.join(root, name))
-    storage.make_directory(root)
 
 
 class _Tokenization:

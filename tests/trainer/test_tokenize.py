@@ -224,6 +224,7 @@ def test_cold_start_keeps_ids_and_trains_nothing(tables: Tables, tmp_path: Path)
     with pytest.raises(ValueError, match="tokenizer.embeddings differs from that of"):
         plain = [{"kind": "vectors", "url": tables.vectors, "normalize": False}]
         run(config("v", frozen=str(then_url), embeddings=plain), now_data, tmp_path / "d")
+    assert not (tmp_path / "d").exists()
 
 
 def test_frozen_where_no_new_item_has_a_vector(tables: Tables, tmp_path: Path) -> None:
