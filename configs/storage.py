@@ -9,7 +9,6 @@ import hashlib
 import io
 import json
 import os
-import stat
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +19,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
-from configs.storage_faults import explained, patiently
+from configs.storage_faults import explained, open_regular, patiently
 from configs.storage_removal import remove_tree
 
 CHUNK = 4 << 20
@@ -205,12 +204,13 @@ def open_to_read(url: str) -> IO[bytes]:
 
     Raises:
         FileNotFoundError: it is not there.
+        ValueError: it is no regular file.
         StorageError: there is no right to read it.
     """
     fs, path = filesystem(url)
     with explained(url, "read"):
         if isinstance(fs, LocalFileSystem):
-            return open(path, "rb")
+            return open_regular(path)
         return io.BufferedReader(_PatientFile(fs, path))
 
 
@@ -346,11 +346,7 @@ def _read_whole(url: str) -> bytes:
     fs, path = filesystem(url)
     if not isinstance(fs, LocalFileSystem):
         return bytes(fs.cat_file(path))
-    with open(
-        path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)
-    ) as stream:
-        if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):  # a pipe waits, a device has no end
-            raise ValueError(f"{url} is no regular file: put the file itself in its place")
+    with open_regular(path) as stream:
         return stream.read()
 
 

@@ -6,11 +6,13 @@ error number, HTTP status or name, of the error itself or of what caused it.
 
 import errno
 import logging
+import os
 import random
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import IO, TypeVar
 
 from configs.memory_faults import is_of_memory
 
@@ -127,6 +129,8 @@ def _sentence(url: str, done: str, error: BaseException) -> str | None:
                 f"{url} cannot be {done} ({reason}); raise the limit of open files (ulimit -n), "
                 "and run the same command again"
             )
+        if number == errno.ELOOP:
+            return f"{url} cannot be {done} ({reason}); put what the link stands for in its place"
         if isinstance(each, PermissionError) or number in _FORBIDDEN or status == 403:
             return (
                 f"{url} cannot be {done} ({reason}); grant rights there, or name another place, "
@@ -138,6 +142,21 @@ def _sentence(url: str, done: str, error: BaseException) -> str | None:
             f"({reason}); run the same command again when it does"
         )
     return None
+
+
+def open_regular(path: str) -> IO[bytes]:
+    """A local file to read: a pipe would wait for ever, and a device may have no end.
+
+    Raises:
+        ValueError: it is no regular file.
+    """
+    stream = open(  # noqa: SIM115 - whoever asked for it closes it
+        path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)
+    )
+    if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+        stream.close()
+        raise ValueError(f"{path} is no regular file: put the file itself in its place")
+    return stream
 
 
 def first_line(error: BaseException) -> str:

@@ -21,8 +21,7 @@ _RESOLVERS = (
     ("tag:yaml.org,2002:float", _FLOAT, "-+0123456789."),
     ("tag:yaml.org,2002:merge", re.compile(r"^<<$"), "<"),
 )
-
-
+_MAPPING = "tag:yaml.org,2002:map"
 LONGEST_TEXT = 1 << 20
 MOST_VALUES = 20_000
 """Of one text, each as often as aliases repeat it: a few lines could stand for billions."""
@@ -188,6 +187,8 @@ def _extent(
 def _convert(loader: _Loader, node: yaml.Node, origin: Any) -> Node:
     if not isinstance(node, yaml.MappingNode):
         return Node(loader.construct_object(node, deep=True), origin(node.start_mark))
+    if node.tag != _MAPPING:
+        raise YamlError(f"{origin(node.start_mark)}: tag {node.tag!r} is no plain data; remove it")
     _refuse_duplicates(node, origin)
     loader.flatten_mapping(node)
     children: dict[str, Node] = {}

@@ -133,7 +133,8 @@ def render_inspection(url: str) -> str:
         kind = str(tensors.dtype(name)).removeprefix("torch.")
         pieces = len(tensors.saved[name].chunks)
         lines.append(f"{size(tensors.num_bytes(name)):>10}  {pieces:>6}  {name}  {kind} {shape}")
-    return "\n".join(lines)
+    # A file's own words must not command the terminal.
+    return "\n".join(line if line.isprintable() else repr(line) for line in lines)
 
 
 def export(url: str, target: str, max_file_bytes: int) -> list[str]:

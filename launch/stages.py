@@ -161,6 +161,13 @@ def _tokenize(context: StageContext) -> Outputs:
     return {"url": url, "semantic_ids": manifest.fingerprint}
 
 
+def _check_table(outputs: Outputs) -> None:
+    from data_loaders.semantic_ids import read_semantic_id_manifest
+
+    if read_semantic_id_manifest(outputs["url"]).fingerprint != outputs["semantic_ids"]:
+        raise ValueError(f"{outputs['url']} holds other semantic ids now")
+
+
 # -- train ------------------------------------------------------------------------------------
 
 
@@ -321,6 +328,7 @@ GRAPH: dict[StageName, Stage] = {
         tokenize_inputs,
         _tokenize,
         lambda outputs: [storage.join(outputs["url"], "manifest.json")],
+        _check_table,
     ),
     "train": Stage(
         "train",

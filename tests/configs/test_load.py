@@ -236,6 +236,8 @@ def test_an_error_in_a_file_names_its_line_and_every_problem_is_told(folder: Pat
         ("name: a\nname: b\n", "bad.yaml:2: key 'name' stands twice (first at bad.yaml:1)"),
         ("name: [1\n", "bad.yaml:2 is not valid YAML"),
         ("name: !!python/object/apply:os.system [echo]\n", "bad.yaml:1 is not valid YAML"),
+        ("!!python/object/new:os.system {seed: 1}\n", "object/new:os.system' is no plain data"),
+        ("model: !!set {width}\n", "bad.yaml:1: tag 'tag:yaml.org,2002:set' is no plain data"),
         ("- name\n", "must be a mapping"),
         ("", "must be a mapping"),
         ("1: a\n", "key 1 must be text"),

@@ -150,6 +150,19 @@ def test_a_directory_in_the_place_of_a_file_is_one_sentence(tmp_path: Path) -> N
         storage.read_bytes(str(tmp_path))
 
 
+def test_what_is_no_file_is_neither_waited_for_nor_followed_in_circles(tmp_path: Path) -> None:
+    pipe, circle = tmp_path / "pipe", tmp_path / "circle"
+    os.mkfifo(pipe)
+    circle.symlink_to(circle)
+    for read in (storage.open_to_read, storage.read_bytes):
+        with pytest.raises(ValueError, match="pipe is no regular file: put the file itself in its"):
+            read(str(pipe))
+        with pytest.raises(StorageError, match=r"circle cannot be read \(Too many levels of symb"):
+            read(str(circle))
+    with pytest.raises(StorageError, match="put what the link stands for in its place"):
+        storage.exists(str(circle))
+
+
 def test_a_local_file_without_rights_is_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from launch import cli
 from sharding.checkpoint import CheckpointStore
+from sharding.checkpoint_tensors import CheckpointTensors
 from sharding.process_group import current_context
 from tests.harness import run_ranks
 from tests.sharding.policies import Settings, make_policy, train
@@ -84,6 +85,14 @@ def test_advice_can_be_followed_where_one_store_lies_below_another(
     for place, step in ((refused.split("such as ")[1].strip(), 1), (f"{newest}/reference", 2)):
         shown = tandem("inspect", place)
         assert shown.exit_code == 0 and f"\nstep {step}, 20" in shown.stdout, shown.stderr
+
+
+def test_what_a_file_says_commands_no_terminal(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    evil = "\x1b[2J\x1b]0;evil\x07"
+    monkeypatch.setattr(CheckpointTensors, "recipe", lambda _: {"name": evil, "seed": 1})
+    shown = tandem("inspect", str(run / "checkpoints/train-abc/best"))
+    assert shown.exit_code == 0 and "\x1b" not in shown.stdout
+    assert "'recipe \\x1b[2J\\x1b]0;evil\\x07, model None, seed 1'" in shown.stdout
 
 
 def test_damage_is_found_and_exits_2(run: Path) -> None:

@@ -4,11 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from configs.layout import RunLayout
 from configs.load import load_recipe
 from configs.recipe import StageName
 from data_loaders.manifest import build_manifest, write_manifest
+from data_loaders.semantic_ids import write_semantic_ids
 from data_loaders.synthetic import write_synthetic
 from launch.stages import GRAPH, StageContext
 
@@ -56,3 +58,17 @@ def test_rules_that_find_nothing_are_told_before_a_worker_starts(
     done = {"prepare": {"data": "d"}, "train": {"checkpoint": {"url": "x", "hash": "y"}}}
     with pytest.raises(ValueError, match=told):
         GRAPH["align"].run(Context("align", recipe, layout, "0" * 12, done))
+
+
+def test_a_table_of_semantic_ids_in_the_place_of_another_is_noticed(tmp_path: Path) -> None:
+    data, ids = str(tmp_path / "data"), str(tmp_path / "ids")
+    items = write_synthetic(data, 9, 9, 5, 0).num_items
+    codes = torch.arange(items + 1).clamp(min=1)[:, None] - 1
+    check, made = GRAPH["tokenize"].check, []
+    assert check is not None
+    for table in (codes, codes.flip(0)):
+        manifest = write_semantic_ids(ids, data, table, (items,), tokenizer="made by hand")
+        made.append({"url": ids, "semantic_ids": manifest.fingerprint})
+    check(made[1])
+    with pytest.raises(ValueError, match="ids holds other semantic ids now"):
+        check(made[0])

@@ -174,7 +174,7 @@ def test_a_broken_disk_is_damage_and_a_storage_that_refuses_is_none(
         broken = path == str(tmp_path / name)
         return Broken(path) if broken else open(path, mode, **kwargs)
 
-    monkeypatch.setattr(storage, "open", opened, raising=False)
+    monkeypatch.setattr(storage_faults, "open", opened, raising=False)
     monkeypatch.setattr(storage_faults, "WAITS_S", ())
     kind = ValueError if number == errno.EIO else StorageError
     with pytest.raises(kind, match=rf"{name} .*{said}"):
