@@ -182,9 +182,7 @@ class GBPOConfig(OnlineBase):
     def _groups_have_options(self) -> "GBPOConfig":
         if self.generates:
             return self
-        fields = type(self).model_fields
-        idle = [name for name in _OF_GROUPS if getattr(self, name) != fields[name].default]
-        if idle:
+        if idle := self.chosen(*_OF_GROUPS):
             raise ValueError(
                 f"logged.alone=true generates nothing, which {' and '.join(idle)} would be for: "
                 "leave them out, or set logged.alone to false"

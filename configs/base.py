@@ -43,6 +43,11 @@ class Config(BaseModel):
                 )
         return handler(data)
 
+    def chosen(self, *names: str) -> list[str]:
+        """Those of these settings that are not as they are by default."""
+        fields = type(self).model_fields
+        return [name for name in names if getattr(self, name) != fields[name].default]
+
 
 def _is_misplaced_truth(block: type[Config], name: Any, value: Any) -> bool:
     if not isinstance(value, bool) or name not in block.model_fields:

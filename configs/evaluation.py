@@ -1,6 +1,6 @@
 """What is measured and how."""
 
-from pydantic import Field, PositiveInt, field_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from configs.base import Config
 
@@ -46,3 +46,12 @@ class RecommendConfig(Config):
     top_k: PositiveInt = 10
     allow: AllowConfig | None = None
     """What may be recommended; null allows every item."""
+
+    @model_validator(mode="after")
+    def _users_are_named_or_counted(self) -> "RecommendConfig":
+        if self.users and self.chosen("num_users"):
+            raise ValueError(
+                f"num_users={self.num_users} is for the first ones, and users names them: leave "
+                "one of the two out"
+            )
+        return self

@@ -34,6 +34,16 @@ class SampledSoftmaxConfig(Config):
             )
         return self
 
+    @model_validator(mode="after")
+    def _negatives_have_options(self) -> "SampledSoftmaxConfig":
+        others = {"uniform": "in_batch_negatives", "in_batch": "num_negatives"}
+        if self.negatives in others and (idle := self.chosen(others[self.negatives])):
+            raise ValueError(
+                f"negatives={self.negatives!r} draws none of {idle[0]}={getattr(self, idle[0])}: "
+                "leave it out, or take negatives='mixed'"
+            )
+        return self
+
 
 class FullSoftmaxConfig(Config):
     """Cross entropy over the whole catalogue; for catalogues that fit one rank's memory."""

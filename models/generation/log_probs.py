@@ -2,7 +2,9 @@
 
 At each level the model's logits are normalised over the legal children of the prefix alone, so the
 probabilities of all ids that the catalogue (under its restrictions) has sum to one. Search,
-evaluation, rollouts and losses all use these functions; sums over levels are log π of an id.
+evaluation, rollouts and losses all share `child_log_probs` and `renormalised`, each over the states
+that it walks anyway; `sequence_log_probs` is the plain form for ids at hand, which tests hold them
+to. Sums over levels are log π of an id.
 
 Shape legend: N sequences, L code levels, K_l codes of level l, M_l most children of a state;
 ``...`` any shape.

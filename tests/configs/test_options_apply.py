@@ -38,6 +38,18 @@ TABLE = "tokenizer={embeddings: [{kind: text, table: {url: t, separator: ;}}]}"
 @pytest.mark.parametrize(
     ("overrides", "part"),
     [
+        (
+            ["objective={kind: sampled_softmax, in_batch_negatives: 64}"],
+            "negatives='uniform' draws none of in_batch_negatives=64",
+        ),
+        (
+            [
+                "objective={kind: sampled_softmax, negatives: in_batch, shared: batch, "
+                "num_negatives: 64}"
+            ],
+            "negatives='in_batch' draws none of num_negatives=64",
+        ),
+        (["recommend={users: [a], num_users: 9}"], "num_users=9 is for the first ones"),
         (["generation.beams=77"], "model.kind='hstu' scores every item"),
         ([*DECODER, "model={kind: tiger, history: 200}"], "model.history=200 events are never"),
         ([*DECODER, LIFELONG], "model.lifelong.history=2000 events are never delivered"),

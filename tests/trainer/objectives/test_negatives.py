@@ -124,9 +124,8 @@ def test_log_expected_counts() -> None:
 @pytest.mark.parametrize("negatives", ["uniform", "in_batch", "mixed"])
 def test_corrected_sums_estimate_the_catalogue_without_bias(negatives: str) -> None:
     """Mean over 400 steps of Σ_r exp(s_r) / E[count_r] is Σ_e exp(s_e) over all items."""
-    config = SampledSoftmaxConfig(
-        num_negatives=32, shared="batch", negatives=negatives, logq_correction=True
-    )
+    config = SampledSoftmaxConfig(num_negatives=32, shared="batch", logq_correction=True)
+    config = config.model_copy(update={"negatives": negatives})
     generator = torch.Generator().manual_seed(0)
     masses = torch.rand(NUM_ITEMS + 1, generator=generator) + 0.1
     counts = torch.randint(1, 50, (NUM_ITEMS + 1,), generator=generator)
