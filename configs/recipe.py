@@ -1,6 +1,6 @@
 """A recipe: every setting of a run, and the checks that concern more than one block."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -38,15 +38,7 @@ from configs.tokenize import TokenizerConfig
 from configs.training import TrainingConfig
 
 StageName = Literal["prepare", "tokenize", "train", "align", "evaluate", "recommend", "report"]
-STAGES: tuple[StageName, ...] = (
-    "prepare",
-    "tokenize",
-    "train",
-    "align",
-    "evaluate",
-    "recommend",
-    "report",
-)
+STAGES: tuple[StageName, ...] = get_args(StageName)
 
 
 class Recipe(Config):
@@ -197,8 +189,12 @@ def _histories_are_delivered(recipe: Recipe) -> None:
 
 
 def _decoding_applies(recipe: Recipe) -> None:
-    """Options of search and of windows that the model has no use for are refused."""
+    """Options of search, ranking and windows that the model has no use for are refused."""
     kind = recipe.model.kind
+    if recipe.ranks_candidates:
+        recipe.evaluation.check_for_candidates(kind)
+        if recipe.recommend != RecommendConfig():
+            raise ValueError(f"model.kind={kind!r} recommends nothing: remove recommend")
     if not recipe.writes_codes and recipe.generation != SearchConfig():
         raise ValueError(
             f"generation says how models search that write semantic ids, and model.kind={kind!r} "
@@ -238,6 +234,15 @@ def _validation_exists(recipe: Recipe) -> None:
 
 def _features_are_mapped(recipe: Recipe) -> None:
     source = recipe.data.source
+    text = None if source.kind == "public" else source.item_text
+    known_item = text.features if text is not None else ()
+    recipe.recommend.check_features(known_item)
+    for reward in rewards_of(recipe.alignment):
+        if isinstance(reward, QuotaReward) and reward.feature not in (None, *known_item):
+            raise ValueError(
+                f"alignment.rewards has a quota of feature={reward.feature!r}, which "
+                f"data.source.item_text.features {list(known_item)} does not provide"
+            )
     if source.kind == "public":
         return  # known only once it is prepared; the stage checks it then
     table = source.user_table
@@ -254,19 +259,6 @@ def _features_are_mapped(recipe: Recipe) -> None:
                 f"model.side_features names {name!r}, which data.source.columns.side_features "
                 f"{list(source.columns.side_features)} does not map"
             )
-    known_item = source.item_text.features if source.item_text is not None else ()
-    for reward in rewards_of(recipe.alignment):
-        if isinstance(reward, QuotaReward) and reward.feature not in (None, *known_item):
-            raise ValueError(
-                f"alignment.rewards has a quota of feature={reward.feature!r}, which "
-                f"data.source.item_text.features {list(known_item)} does not provide"
-            )
-    allow = recipe.recommend.allow
-    if allow is not None and allow.feature not in known_item:
-        raise ValueError(
-            f"recommend.allow.feature={allow.feature!r} is none of data.source.item_text.features "
-            f"{list(known_item)}"
-        )
     if isinstance(recipe.model, FeatureInputs):
         names = ("rating", "action", "dwell")
         recipe.model.check_events(

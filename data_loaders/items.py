@@ -4,6 +4,7 @@ what is asked for.
 Shape legend: V items of the catalogue, n ids that are asked for.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from configs import storage
+from configs.data import epoch_seconds
 from configs.schema import closest
 from data_loaders.manifest import FileEntry, read_manifest
 from data_loaders.shards import open_part, partition_of, read_table, verify_once
@@ -95,6 +97,31 @@ class ItemFeature:
                 hint = f"; did you mean {guess!r}?" if guess is not None else ""
                 raise ValueError(f"{asked}={name!r}, but no item has that category{hint}")
         return [places[name] for name in names]
+
+    def between(
+        self, since: str | float | None, before: str | float | None, asked: str
+    ) -> list[int]:
+        """Categories from `since` on and before `before`, both ISO dates or both numbers.
+
+        Raises:
+            ValueError: what a category is called is neither; `asked` says who wants it.
+        """
+        dates = isinstance(since if since is not None else before, str)
+        low = -math.inf if since is None else epoch_seconds(since)
+        high = math.inf if before is None else epoch_seconds(before)
+        found = []
+        for number, name in enumerate(self.names, 1):
+            try:
+                place = epoch_seconds(name if dates else float(name))
+            except ValueError:
+                wanted = "an ISO date such as 2026-01-31" if dates else "a number"
+                raise ValueError(
+                    f"{asked}, but an item has {name!r} there, which is not {wanted}: choose by "
+                    "values, or write the column anew"
+                ) from None
+            if low <= place < high:
+                found.append(number)
+        return found
 
 
 def item_feature(dataset_url: str, name: str) -> ItemFeature:

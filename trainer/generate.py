@@ -13,10 +13,12 @@ from torch import Tensor
 from data_loaders.evaluation import EvaluationBatch
 from models.base import CodeDecoder, TableModel
 from models.generation.kv_cache import BeamCache
+from models.generation.restrictions import AllowList
 from models.generation.search import Generated, generate, items_of
 from models.generation.session import distinct_ids, generate_sessions
 from models.ops.jagged import jagged_to_padded
 from sharding.parallelize import ParallelModel
+from trainer.allow_lists import AllowLists
 from trainer.codes import last_requests, with_codes
 from trainer.metrics import Measured, Popularity, RankingMetrics
 from trainer.policy import Worker
@@ -74,18 +76,22 @@ class ItemGenerator:
         """Of a session, S."""
 
     def offer(
-        self, users: EvaluationBatch, k: int, *, filter_seen: bool, allowed: Tensor | None = None
+        self,
+        users: EvaluationBatch,
+        k: int,
+        *,
+        filter_seen: bool,
+        lists: AllowLists | None = None,
     ) -> Offer:
-        """The k best items of each user after their last event. Collective.
-
-        `allowed` [V + 1] bool, by item id, are the items that may be offered.
+        """The k best items of each user after their last event, of those on the user's list of
+        `lists`. Collective.
 
         Of a model of sessions, unless `generation.next_item_alone`: the items of the most probable
         session in its order, then those that the next one adds, and so on.
         """
         batch = with_codes(last_requests(self._model, users.batch), self._codes)
         exclude = _seen(users) if filter_seen else None
-        allow = None if allowed is None else self.trie.allow(allowed[1:].to(self.trie.device))
+        allow = None if lists is None else self._allow(lists)
         requests, search = batch.num_sequences, self._search
 
         def use(model: TableModel, embeddings: dict[str, Tensor]) -> Generated:
@@ -104,6 +110,10 @@ class ItemGenerator:
         generated: Generated = self._policy.infer(batch, use)
         items = items_of(generated, self.trie, k, allow=allow, exclude=exclude)
         return Offer(items, self._scores(generated, items), generated)
+
+    def _allow(self, lists: AllowLists) -> AllowList:
+        device = self.trie.device
+        return self.trie.allow(lists.items[:, 1:].to(device)).for_requests(lists.of.to(device))
 
     def codes_of(self, items: Tensor) -> Tensor:
         """Semantic ids [..., L] int64 of items."""

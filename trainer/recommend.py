@@ -6,11 +6,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_loaders.evaluation import recommendation_batch
-from data_loaders.items import find_users, item_feature, raw_items, titles
+from data_loaders.evaluation import EvaluationBatch, recommendation_batch
+from data_loaders.items import find_users, raw_items, titles
 from data_loaders.loader import NOBODY, without
 from models.batch import JaggedBatch
 from sharding.retrieval import Catalogue
+from trainer.allow_lists import AllowLists, allow_lists
 from trainer.evaluate import evaluation_policy, last_tokens, load_policy
 from trainer.generate import ItemGenerator
 from trainer.left_out import left_out_samples
@@ -33,28 +34,36 @@ def recommend_worker(settings: dict[str, Any], say: Say) -> dict[str, Any]:
     users = recommendation_batch(worker.dataset, own, max_length=recipe.data.loader.max_length).to(
         worker.ctx.device
     )
-    allowed = _allowed(worker)
+    lists = allow_lists(
+        config, worker.layout.data, worker.dataset.raw_users(users.batch.sample_ids.cpu().numpy())
+    )
     if recipe.writes_codes:
-        generator = ItemGenerator(worker, policy)
-        offer = generator.offer(users, config.top_k, filter_seen=True, allowed=allowed)
+        offer = ItemGenerator(worker, policy).offer(
+            users, config.top_k, filter_seen=True, lists=lists
+        )
         ids, scores = offer.items, offer.scores
     else:
         catalogue = Catalogue(policy, worker.num_items, recipe.evaluation.catalogue_chunk)
-        queries = policy.query(users.batch)[last_tokens(users)]
-        ids, scores = catalogue.top_k(
-            queries, config.top_k, users.seen_ids, users.seen_offsets, allowed
+        ids, scores = _best(
+            catalogue, policy.query(users.batch)[last_tokens(users)], users, lists, config.top_k
         )
     return {"users": _describe(worker, users.batch, ids.cpu().numpy(), scores.cpu().numpy())}
 
 
-def _allowed(worker: Worker) -> Tensor | None:
-    """[V + 1] bool, by item id: what the recipe allows; None for everything."""
-    config = worker.recipe.recommend.allow
-    if config is None:
-        return None
-    feature = item_feature(worker.layout.data, config.feature)
-    asked = f"recommend.allow asks for {config.feature}"
-    return torch.isin(feature.ids, torch.tensor(feature.numbers(config.values, asked)))
+def _best(
+    catalogue: Catalogue, queries: Tensor, users: EvaluationBatch, lists: AllowLists | None, k: int
+) -> tuple[Tensor, Tensor]:
+    """Ids and scores [b, k] of the best items for each query [b, D]. Collective: a scan a list."""
+    if lists is None:
+        return catalogue.top_k(queries, k, users.seen_ids, users.seen_offsets)
+    ids = users.seen_ids.new_zeros(len(queries), k)
+    scores = queries.new_full((len(queries), k), -torch.inf, dtype=torch.float32)
+    of = lists.of.to(queries.device)
+    for number, allowed in enumerate(lists.items):
+        found = catalogue.top_k(queries, k, users.seen_ids, users.seen_offsets, allowed)
+        mine = of == number
+        ids[mine], scores[mine] = found[0][mine], found[1][mine]
+    return ids, scores
 
 
 def _users(worker: Worker) -> np.ndarray:

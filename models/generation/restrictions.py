@@ -11,6 +11,7 @@ Shape legend: N requests, E excluded items a request, A allow-lists, V items, L 
 states of level l; ``...`` any shape.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -93,7 +94,7 @@ class Restriction:
         The states must exist; level 0 needs no question, since a root with nothing below has no
         legal child.
         """
-        flat = states.reshape(states.shape[0], -1)
+        flat = states.reshape(states.shape[0], math.prod(states.shape[1:]))
         permitted = torch.ones_like(flat, dtype=torch.bool)
         if self.allow is not None and self.lists is not None:
             permitted &= self.allow.states[level - 1][self.lists[:, None], flat]
@@ -103,7 +104,7 @@ class Restriction:
 
     def permits_slots(self, slots: Tensor) -> Tensor:
         """Whether the item in each of `slots` [N, ...] (0 … V-1) is left: bool [N, ...]."""
-        flat = slots.reshape(slots.shape[0], -1)
+        flat = slots.reshape(slots.shape[0], math.prod(slots.shape[1:]))
         permitted = torch.ones_like(flat, dtype=torch.bool)
         if self.allow is not None and self.lists is not None:
             rows, ranks = self.lists[:, None], self.allow.ranks

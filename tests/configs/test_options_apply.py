@@ -31,6 +31,9 @@ RANKING = (
     "model={kind: hstu_ranking}",
     "objective={kind: multi_task, tasks: [{kind: label, label: like}]}",
 )
+LABELLED = f"{PLAIN_LOG[:-2]}, labels: {{like: l}}}}}}"
+ITEM_LOG = f"{PLAIN_LOG[:-1]}, item_text: {{url: x, features: [kind, day]}}}}"
+BY_AUC = "training.validation.metric=auc"
 RATED = "data.source.columns.rating=r"
 TABLE = "tokenizer={embeddings: [{kind: text, table: {url: t, separator: ;}}]}"
 
@@ -97,6 +100,44 @@ TABLE = "tokenizer={embeddings: [{kind: text, table: {url: t, separator: ;}}]}"
             None,
         ),
         ([*DECODER, "model={kind: tiger}", "objective.windows_per_user=2"], None),
+        ([*RANKING, LABELLED, "evaluation.ks=[1, 5]"], "evaluation.ks is of rankings of the"),
+        ([*RANKING, LABELLED, "evaluation.filter_seen=false"], "evaluation.filter_seen is of"),
+        ([*RANKING, LABELLED, "evaluation.head_share=0.5"], "evaluation.head_share is of"),
+        ([*RANKING, LABELLED, "evaluation.catalogue_chunk=9"], "evaluation.catalogue_chunk is"),
+        ([*RANKING, LABELLED, "recommend.top_k=3"], "recommends nothing: remove recommend"),
+        ([*RANKING, LABELLED, BY_AUC, "evaluation.users_per_batch=9"], None),
+        (["recommend.allow={feature: kind, values: [a]}"], "allow.0.feature='kind' is none of"),
+        ([ITEM_LOG, "recommend.allow={feature: dya, since: 3}"], "features ['kind', 'day']: name"),
+        ([ITEM_LOG, "recommend.allow={feature: day}"], "needs either values, or since and before"),
+        (
+            [ITEM_LOG, "recommend.allow={feature: day, values: [a], since: 3}"],
+            "needs either values, or since and before",
+        ),
+        (
+            [ITEM_LOG, "recommend.allow={feature: day, since: 2020-01-01, before: 3}"],
+            "must both be numbers, or both ISO dates",
+        ),
+        ([ITEM_LOG, "recommend.allow={feature: day, since: soon}"], "'soon' is not an ISO date"),
+        (
+            [ITEM_LOG, "recommend.allow={feature: day, since: 3, before: 3}"],
+            "before=3.0 must lie after since=3.0",
+        ),
+        (
+            [ITEM_LOG, "recommend={users: [ann], allow_for: {anne: []}}"],
+            "allow_for.anne is of a user that `users` does not name; did you mean 'ann'?",
+        ),
+        (
+            [ITEM_LOG, "recommend={users: [a], allow_for: {a: {feature: k, values: [x]}}}"],
+            "recommend.allow_for.a.0.feature='k' is none of",
+        ),
+        (
+            [
+                ITEM_LOG,
+                "recommend={users: [a, b], allow: {feature: kind, values: [x]}, allow_for: "
+                "{a: [{feature: day, since: 2020-01-01, before: 2021-01-01}], b: []}}",
+            ],
+            None,
+        ),
         ([*DECODER, LIFELONG, "data.loader.max_length=2000"], None),
     ],
 )

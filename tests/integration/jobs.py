@@ -32,9 +32,18 @@ def write_log(path: Path, seed: int = 0) -> None:
     path.write_text("user,item,time,stars\n" + "\n".join(lines) + "\n")
 
 
+def write_items(path: Path) -> None:
+    """A CSV of what the log's items are: odd or even, and since which day there are any."""
+    rows = [
+        f"i{n},Item {n},{('even', 'odd')[n % 2]},2020-01-{1 + n // 2:02d}" for n in range(ITEMS)
+    ]
+    path.write_text("\n".join(["item,title,kind,released", *rows, ""]))
+
+
 def write_recipe(directory: Path, **overrides: Any) -> Path:
     """A recipe that runs every stage on the log in seconds."""
     write_log(directory / "events.csv")
+    write_items(directory / "items.csv")
     recipe: dict[str, Any] = {
         "name": "tiny",
         "output": str(directory / "run"),
@@ -44,6 +53,11 @@ def write_recipe(directory: Path, **overrides: Any) -> Path:
                 "kind": "csv",
                 "url": str(directory / "events.csv"),
                 "columns": {"user": "user", "item": "item", "timestamp": "time", "rating": "stars"},
+                "item_text": {
+                    "url": str(directory / "items.csv"),
+                    "format": "csv",
+                    "features": ["kind", "released"],
+                },
             },
             "shards": {"num_shards": 2, "rows_per_group": 16},
             "loader": {"global_batch": 16, "max_length": 12},

@@ -1,9 +1,11 @@
 """The main job as a user runs it: two workers, every stage, killed and resumed."""
 
+import json
 from pathlib import Path
 
 import pytest
 
+from configs import storage
 from configs.load import load_recipe
 from configs.recipe import STAGES, StageName
 from launch.run import run
@@ -63,6 +65,26 @@ def test_a_changed_setting_reruns_only_what_depends_on_it(calm: tuple[Path, str]
     directory, _ = calm
     output = finish(start("run", str(directory / "tiny.yaml"), "recommend.top_k=3"))
     assert output.count("unchanged, skipped") == 4  # recommend and report ran again
+
+
+def test_users_get_what_their_own_lists_allow(calm: tuple[Path, str]) -> None:
+    directory, _ = calm
+    fresh = {"feature": "released", "since": "2020-01-11"}
+    asked = {
+        "users": ["u3", "u1", "u2", "u0"],
+        "num_users": 3,  # as by default, in place of the recipe's
+        "top_k": 9,
+        "allow": [{"feature": "kind", "values": ["even"]}, fresh],
+        "allow_for": {"u1": fresh, "u2": []},
+    }
+    finish(start("run", str(directory / "tiny.yaml"), f"recommend={json.dumps(asked)}"))
+    users = storage.read_sealed(str(directory / "run" / "recommendations.json"))["users"]
+    found = {user["user"]: [int(item[1:]) for item in user["items"]] for user in users}
+    assert list(found) == ["u3", "u1", "u2", "u0"]
+    assert all(item % 2 == 0 and item >= 20 for user in ("u0", "u3") for item in found[user])
+    assert all(item >= 20 for item in found["u1"]) and {item % 2 for item in found["u1"]} == {0, 1}
+    assert min(found["u2"]) < 20 and len(found["u2"]) == 9
+    assert all(len(set(items)) == len(items) > 2 for items in found.values())
 
 
 def test_kill_9_of_the_whole_job_then_the_same_command(

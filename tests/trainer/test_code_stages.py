@@ -2,18 +2,20 @@
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 from data_loaders.evaluation import evaluation_batches
-from data_loaders.items import train_counts
+from data_loaders.items import ItemFeature, train_counts
 from data_loaders.semantic_ids import write_semantic_ids
 from data_loaders.synthetic import write_synthetic
 from models.base import CodeDecoder, TableModel
 from models.generation.log_probs import sequence_log_probs
 from tests.harness import run_ranks
 from tests.trainer.runs import ITEMS, STEPS_PER_EPOCH, USERS, logged, quiet, settings_of
+from trainer.allow_lists import AllowLists
 from trainer.codes import last_requests, with_codes
 from trainer.evaluate import evaluate_worker, evaluation_policy, load_policy
 from trainer.generate import ItemGenerator
@@ -86,7 +88,9 @@ def exhaustive(settings: dict[str, Any], reference: dict[str, Any]) -> dict[str,
     )
     offer = generator.offer(users, 10, filter_seen=True)
     even = torch.arange(ITEMS + 1) % 2 == 0
-    allowed = generator.offer(users, 10, filter_seen=True, allowed=even)
+    listed = torch.arange(len(users.target_ids)) % 3 == 0  # the others may get everything
+    lists = AllowLists(torch.stack([torch.ones_like(even), even]), listed.long())
+    allowed = generator.offer(users, 10, filter_seen=True, lists=lists)
     seen = [part.tolist() for part in users.seen_ids.split(users.seen_offsets.diff().tolist())]
     batch = with_codes(last_requests(policy.model, users.batch), codes)  # type: ignore[arg-type]
 
@@ -131,6 +135,9 @@ def test_offers_are_the_best_of_all_items(run: tuple[Path, dict[str, Any]]) -> N
         assert offered == pytest.approx([scores[i - 1] for i in rivals[:10]], abs=2e-3)
         assert not hidden & set(items) and len(set(items)) == 10
         hits += target in items
+        if row % 3:
+            assert found["even"][row] == items
+            continue
         even = set(found["even"][row]) - {0}
         left = [item for item in rivals if item % 2 == 0]
         assert even <= set(left) and len(even) == min(10, len(left))
@@ -164,6 +171,45 @@ def test_recommendations_name_unseen_items(run: tuple[Path, dict[str, Any]]) -> 
     assert len(answer["users"]) == 3
     for user in answer["users"]:
         assert len(set(user["items"])) == 10 and user["scores"] == sorted(user["scores"])[::-1]
+
+
+LISTED: dict[str, Any] = {
+    "kind": "csv",
+    "url": "log.csv",
+    "item_text": {"url": "items.csv", "features": ["kind"]},
+}
+KINDS = ItemFeature(
+    torch.tensor([0, *(1 + item % 2 for item in range(1, ITEMS + 1))], dtype=torch.int32),
+    ("even", "odd"),
+)
+
+
+def recommended(settings: dict[str, Any]) -> dict[str, Any]:
+    """Of a data set whose items are even or odd."""
+    with mock.patch("trainer.allow_lists.item_feature", return_value=KINDS):
+        return recommend_worker(settings, quiet)
+
+
+def test_users_get_what_their_own_lists_allow(run: tuple[Path, dict[str, Any]]) -> None:
+    root, outputs = run
+    settings = settings_for(root, "one", workers=2, policy=outputs["checkpoint"])
+    names = [user["user"] for user in recommended_by(2, settings, {})]
+    asked = {
+        "users": names[::-1],
+        "allow": [{"feature": "kind", "values": ["even"]}],
+        "allow_for": {names[0]: [{"feature": "kind", "values": ["odd"]}], names[1]: []},
+    }
+    answer = recommended_by(2, settings, asked)
+    assert [user["user"] for user in answer] == names[::-1]
+    kinds = [{int(item.removeprefix("item-")) % 2 for item in user["items"]} for user in answer]
+    assert kinds == [{0}, {0, 1}, {1}]
+
+
+def recommended_by(workers: int, settings: dict[str, Any], asked: dict[str, Any]) -> list[Any]:
+    recipe = settings["recipe"] | {"recommend": settings["recipe"]["recommend"] | asked}
+    recipe["data"] = recipe["data"] | {"source": LISTED}
+    users: list[Any] = run_ranks(workers, recommended, settings | {"recipe": recipe})[0]["users"]
+    return users
 
 
 def refuse(settings: dict[str, Any], reference: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from configs import storage
+from configs.evaluation import EvaluationConfig
 from configs.layout import RunLayout
 from data_loaders.histories import held_out_batches
 from data_loaders.synthetic import LABELS, write_synthetic
@@ -41,6 +42,7 @@ BLOCKS: dict[str, Any] = {
         "optimizer": {"lr": 5e-3},
         "validation": {"metric": "auc"},
     },
+    "evaluation": {"ks": EvaluationConfig().ks},  # it ranks no catalogue
     "alignment": None,
 }
 

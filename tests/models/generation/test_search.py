@@ -191,6 +191,21 @@ def test_items_come_in_order_with_collisions_resolved() -> None:
     assert item_of_each(found, trie, exclude=exclude)[0].tolist() == [4, 1, 5]
 
 
+@pytest.mark.parametrize("config", STRATEGIES)
+def test_no_requests_are_an_answer_under_restrictions(config: GenerationConfig) -> None:
+    """Of a rank without users, which takes part in the lookups of the others."""
+    catalogue = Catalogue(torch.tensor([[0, 0], [0, 1], [1, 1]]), (2, 2))
+    lists = catalogue.trie.allow(torch.tensor([[True, False, True], [True, True, True]]))
+    more = {
+        "allow": lists.for_requests(torch.zeros(0, dtype=torch.int64)),
+        "exclude": torch.zeros(0, 2, dtype=torch.int64),
+    }
+    found = search(catalogue, config, 0, 1, **more)
+    assert found.codes.shape == (0, 7, 2)
+    assert items_of(found, catalogue.trie, 3, **more).shape == (0, 3)
+    assert item_of_each(found, catalogue.trie, **more).shape == (0, 7)
+
+
 def test_an_interior_state_whose_items_are_all_seen_is_no_dead_end() -> None:
     """Greedy would enter the better branch and find nothing there."""
     codes = torch.tensor([[0, 0], [0, 1], [1, 0]])
