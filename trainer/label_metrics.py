@@ -66,11 +66,20 @@ class LabelMetrics:
         over that of the base rate; `rate/`, the share of events with the label; `auc`, the mean.
         Labels that all events have, or none, have no AUC. A curve is a list of (mean probability,
         share with the label, events) over bins of about equal size.
+
+        Raises:
+            ValueError: a score is not a number; no order of such events says anything.
         """
         metrics: dict[str, float] = {"events": float(counts[0, :, 0].sum()) if self.names else 0.0}
         curves: dict[str, Any] = {}
         aucs = []
         for at, name in enumerate(self.names):
+            if sums[at].isnan().any():
+                raise ValueError(
+                    f"the model's scores of {name!r} are not numbers for some events: its weights "
+                    "are broken; go back to an earlier checkpoint, or train with a lower "
+                    "training.optimizer.lr"
+                )
             absent, there = counts[at]
             values = _auc(absent, there)
             total, positives = float(counts[at, :, 0].sum()), float(there[0].sum())

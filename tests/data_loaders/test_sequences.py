@@ -11,6 +11,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from configs.data import (
     CleaningConfig,
@@ -27,7 +28,14 @@ from configs.data import (
 )
 from data_loaders import exchange as exchange_module
 from data_loaders.exchange import PARTITION, Progress, exchange, quiet
-from data_loaders.items import find_users, item_feature, raw_items, titles, train_counts
+from data_loaders.items import (
+    ItemFeature,
+    find_users,
+    item_feature,
+    raw_items,
+    titles,
+    train_counts,
+)
 from data_loaders.manifest import DatasetManifest, read_manifest, verify_shard
 from data_loaders.sequences import prepare
 
@@ -305,6 +313,19 @@ def test_bad_rows_are_quarantined_with_titles_and_users_joined(
     assert train_counts(str(data)).tolist() == [r["train_count"] for r in _table(data, "items")]
     dense = {row["user"]: row["user_id"] for row in _table(data, "sequences")}
     assert find_users(str(data), ["4", "0", "4"]).tolist() == [dense["4"], dense["0"], dense["4"]]
+
+
+def test_categories_between_bounds() -> None:
+    days = ItemFeature(torch.zeros(1), ("2020-01-02", "2020-01-03T12:00:00", "2020-02-01"))
+    assert days.between("2020-01-03", None, "asked") == [2, 3]
+    assert days.between(None, "2020-01-03", "asked") == [1]
+    assert days.between("2020-01-02", "2020-02-01", "asked") == [1, 2]
+    years = ItemFeature(torch.zeros(1), ("10", "9", "9.5"))
+    assert years.between(9.5, None, "asked") == [1, 3] and years.between(9.5, 10, "asked") == [3]
+    with pytest.raises(ValueError, match="^asked, but an item has '10' there.* not an ISO date"):
+        years.between("2020-01-01", None, "asked")
+    with pytest.raises(ValueError, match="^asked, but an item has '2020-01-02' .* not a number"):
+        days.between(None, 3.0, "asked")
 
 
 def test_global_time_split(tmp_path: Path) -> None:

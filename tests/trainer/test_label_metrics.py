@@ -112,3 +112,9 @@ def test_nothing_measured_is_no_division() -> None:
     metrics.update(torch.zeros(0, 1), torch.zeros(0, 1, dtype=torch.int64), torch.zeros(0).long())
     found, curves = metrics.result(*metrics.sums())
     assert found == {"events": 0.0, "rate/a": 0.0, "ece/a": 0.0} and curves == {"a": []}
+
+
+def test_what_is_not_a_number_is_no_score() -> None:
+    logits, truth = torch.tensor([0.5, math.nan, -1.0]), torch.tensor([1, 0, 0])
+    with pytest.raises(ValueError, match="scores of 'a' are not numbers for some events"):
+        measured(logits, truth, torch.arange(3), parts=2)
