@@ -343,6 +343,7 @@ def _placed_tables_exist(recipe: Recipe) -> None:
         )
     if sentences:
         raise ValueError("\n".join(sentences))
+    recipe.sharding.check_for_tables(tables, recipe.model.kind)
 
 
 def _batches(recipe: Recipe) -> dict[str, int]:

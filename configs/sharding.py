@@ -34,3 +34,16 @@ class ShardingConfig(Config):
     max_replicated_rows: PositiveInt = 5_000_000
     hbm_gb: PositiveFloat | None = None
     """Device memory a rank may use for tables, for the planner; default: what the machine has."""
+
+    def check_for_tables(self, tables: tuple[str, ...], kind: str) -> None:
+        """Refuse what is said of tables to a model (of this kind) that has none to apply it to.
+
+        Raises:
+            ValueError: names what to remove.
+        """
+        # What says where tables would go, and how sharded ones learn, may stand beside tables that
+        # are all replicated: a base recipe's, while one tries another placement.
+        for name in () if tables else self.chosen("optimizer", "max_replicated_rows", "hbm_gb"):
+            raise ValueError(
+                f"sharding.{name} is of embedding tables; model.kind={kind!r} has none: remove it"
+            )
