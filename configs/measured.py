@@ -50,10 +50,10 @@ def validation_metrics(
     """All that validation of a policy measures, those of groups of users among them."""
     ranking = selectable_metrics(objective, ks, judged=False)
     groups = GROUPS if judged else GROUPS[:-1]
-    names = [f"{name}{group}" for group in groups for name in ranking]
-    names += [f"coverage@{k}" for k in ks]
+    ranked = [f"{name}{group}" for group in groups for name in ranking]
+    names = [*ranked, *(f"coverage@{k}" for k in ks)]
     if writes_codes:
-        names += [f"{name}/id" for name in ranking if name != "mrr"] + ["legality"]
+        names += [f"{name}/id" for name in ranked] + ["legality"]
     return [*names, "preference_accuracy"] if judged else names
 
 

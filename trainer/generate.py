@@ -160,21 +160,24 @@ class GenerationMetrics:
         wanted = leaves.unsqueeze(1) == generated.states
         who, found = users.batch.sample_ids, _rank(offer.items == targets.unsqueeze(1))
         self.items.update(who, found, targets, offer.items, liked)
-        self.ids.update(who, _rank(wanted & generated.valid), targets, offer.items[:, :0])
+        at = _rank(wanted & generated.valid)
+        self.ids.update(who, at, targets, offer.items[:, :0], liked)
         written = generated.codes[generated.valid]
         _, legal = generator.trie.probe(written)
         self.legal += torch.stack([legal.sum(), torch.tensor(len(written), device=legal.device)])
 
     def result(self, worker: Worker) -> Measured:
-        """Metrics over all ranks; those of ids end with `/id`, and have no shares. Collective."""
+        """Metrics over all ranks; those of ids end with `/id`, have no shares, and cover nothing.
+
+        Collective."""
         ctx = worker.ctx
         covered = ctx.all_reduce_max(self.items.covered())
         sums = ctx.all_reduce_sum(self.items.sums())
         result = self.items.result(sums, covered)
         by_id = self.ids.result(ctx.all_reduce_sum(self.ids.sums()), covered)
-        plain = [name for name in by_id if "/" not in name and name.startswith(("hr", "ndcg"))]
+        kept = [name for name in by_id if not name.startswith(("users", "coverage"))]
         legal, written = ctx.all_reduce_sum(self.legal).tolist()
-        result |= {f"{name}/id": by_id[name] for name in plain}
+        result |= {f"{name}/id": by_id[name] for name in kept}
         result |= {"legality": legal / max(written, 1.0)}
         return Measured(result, self.items.shares(sums))
 

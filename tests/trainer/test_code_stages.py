@@ -150,7 +150,12 @@ def test_offers_are_the_best_of_all_items(run: tuple[Path, dict[str, Any]]) -> N
     metrics = answer["models"]["pretrained"]["test"]
     assert metrics["hr@10"] == pytest.approx(hits / len(found["items"]))
     assert metrics["legality"] == 1.0
-    assert metrics["hr@10/id"] >= metrics["hr@10"]
+    for name in ("hr@10", "ndcg@10", "mrr", "hr@10/head", "hr@10/tail", "mrr/tail"):
+        assert metrics[f"{name}/id"] >= metrics[name], name  # an id names every item that has it
+    heads = metrics["users/head"] / metrics["users"]
+    both = heads * metrics["hr@10/head/id"] + (1 - heads) * metrics["hr@10/tail/id"]
+    assert both == pytest.approx(metrics["hr@10/id"]) and 0 < heads < 1
+    assert not {"users/id", "coverage@10/id"} & set(metrics)
 
 
 def test_every_rank_counts_once(run: tuple[Path, dict[str, Any]]) -> None:

@@ -355,6 +355,8 @@ def table_rows(results: Results, part: Part) -> tuple[TableRow, ...]:
     ]
     liked = [(f"{m.upper()}@{k} of liked", f"{m}@{k}/liked") for m in ("hr", "ndcg") for k in ks]
     by_id = [(f"{m.upper()}@{k} of ids", f"{m}@{k}/id") for m in ("hr", "ndcg") for k in ks]
+    by_id += [("MRR of ids", "mrr/id")]
+    by_id += [(f"{label} of ids", f"{metric}/id") for label, metric in split]
     layout = [
         ("Hit rate", [(f"HR@{k}", f"hr@{k}") for k in ks]),
         ("Ranking", [*((f"NDCG@{k}", f"ndcg@{k}") for k in ks), ("MRR", "mrr")]),
