@@ -70,17 +70,30 @@ def is_passing(error: BaseException) -> bool:
 def patiently(call: Callable[[], T]) -> T:
     """What `call` gives, which is tried again with growing pauses while its failure may pass.
 
-    It must be safe to repeat. The last failure is raised as it is.
+    It must be safe to repeat. The last failure is raised as it is; but a file is missing only where
+    the storage said so, not where it gave no answer, or no right.
     """
-    for wait in WAITS_S:
+    for wait in (*WAITS_S, None):
         try:
             return call()
         except Exception as error:
-            if not is_passing(error):
-                raise
-            _log.warning("storage: %s; it is tried again", first_line(error))
+            told = _told(error)
+            if wait is None or not is_passing(told):
+                if told is error:
+                    raise
+                raise told from None
+            _log.warning("storage: %s; it is tried again", first_line(told))
             time.sleep(wait * random.Random().uniform(0.5, 1.0))
-    return call()
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _told(error: Exception) -> Exception:
+    """What went wrong behind a driver (that of http) which calls every failure a missing file."""
+    if isinstance(error, FileNotFoundError):
+        for cause in (each for each in _causes(error) if each is not error):
+            if isinstance(cause, Exception) and (is_passing(cause) or _status(cause) in (401, 403)):
+                return cause
+    return error
 
 
 @contextmanager

@@ -63,9 +63,11 @@ def summarize_codes(manifest: SemanticIdManifest) -> str:
     if "sample" in report:
         sample = report["sample"]
         errors = ", ".join(f"{error:.4f}" for error in sample["reconstruction"])
+        as_quantized = " as quantized" if collisions["moved"] else ""
         near, chance = (sample["neighbours"][k] for k in ("first_code", "random_first_code"))
         lines.append(
-            f"  reconstruction error over variance {errors}, of {sample['items']:,} items; "
+            f"  reconstruction error over variance {errors}{as_quantized}, of "
+            f"{sample['items']:,} items; "
             f"{near:.1%} of the nearest neighbours of {min(sample['items'], QUERIES):,} share the "
             f"first code ({chance:.1%} by chance)"
         )

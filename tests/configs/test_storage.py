@@ -87,6 +87,31 @@ def test_what_passes_is_tried_again_and_nothing_else(error: Exception, passing: 
         assert len(calls) == 1
 
 
+@pytest.mark.parametrize(
+    ("cause", "raised", "attempts"),
+    [
+        (HttpError(503), HttpError, len(storage_faults.WAITS_S) + 1),
+        (ConnectionRefusedError(), ConnectionRefusedError, len(storage_faults.WAITS_S) + 1),
+        (HttpError(403), HttpError, 1),
+        (HttpError(404), FileNotFoundError, 1),
+        (None, FileNotFoundError, 1),
+    ],
+)
+def test_no_answer_is_no_missing_file(
+    cause: Exception | None, raised: type[Exception], attempts: int
+) -> None:
+    """The driver of http says of every failure that there is no file."""
+    calls = []
+
+    def fails() -> None:
+        calls.append(1)
+        raise FileNotFoundError("there") from cause
+
+    with pytest.raises(raised):
+        patiently(fails)
+    assert len(calls) == attempts
+
+
 def test_patience_ends() -> None:
     calls = []
 

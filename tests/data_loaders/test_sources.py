@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import socket
 from datetime import time, timedelta
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -15,7 +16,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from configs import storage_faults
 from configs.data import CsvSource, PublicSource, UserTable
+from configs.storage_faults import StorageError
 from data_loaders import delimited, jsonl, sources
 from data_loaders.sources import FILE_SHIFT, TableFiles, places, plan, read_chunk, source_signature
 
@@ -188,6 +191,15 @@ def test_a_signed_link_names_its_file(tmp_path: Path) -> None:
         rows = _read(_files(url, "csv"))[0]
         server.shutdown()
     assert [row[:2] for row in rows] == [("u", "1")]
+
+
+def test_a_server_that_is_down_has_not_lost_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage_faults, "WAITS_S", ())
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # nobody listens
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}/log.csv"
+        with pytest.raises(StorageError, match="storage did not answer, however often"):
+            plan(_files(url, "csv"))
 
 
 def test_empty_files_are_no_rows(tmp_path: Path) -> None:

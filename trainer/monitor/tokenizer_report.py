@@ -133,7 +133,8 @@ def _reconstruction(sample: Mapping[str, Any]) -> ReportFigure:
         axes.margins(y=0.15)
 
     caption = (
-        f"Squared error over the variance of the embeddings: {errors[-1]:.4f} with all levels, on "
+        f"Squared error over the variance of the embeddings, of codes as quantized: "
+        f"{errors[-1]:.4f} with all levels, on "
         f"{sample['items']:,} items."
     )
     svg = svg_figure(draw, "reconstruction", f"Reconstruction error. {caption}")
