@@ -246,7 +246,11 @@ def measured_policies(done: dict[str, Outputs]) -> dict[str, Any]:
     policies, aligned = policies_of(done), done.get("align")
     if aligned is None or aligned["checkpoint"]["step"] or not aligned["last_checkpoint"]["step"]:
         return policies
-    return policies | {"not handed on": aligned["last_checkpoint"]}
+    last = aligned["last_checkpoint"]
+    ends = [alarm["action"] for alarm in aligned.get("alarms", ()) if alarm["step"] == last["step"]]
+    if "roll_back" in ends:  # then it is the policy that was gone back to
+        return policies
+    return policies | {"not handed on": last}
 
 
 def evaluate_inputs(recipe: Recipe, done: dict[str, Outputs]) -> dict[str, Any]:

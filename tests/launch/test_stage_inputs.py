@@ -104,11 +104,15 @@ def test_alignment_goes_on_from_any_whole_copy_of_the_weights() -> None:
 
 
 def test_what_guardrails_kept_back_is_measured_beside_what_is_handed_on() -> None:
-    def measured(selected: int, last: int) -> list[str]:
+    def measured(selected: int, last: int, *alarms: dict[str, Any]) -> list[str]:
         ends = {"checkpoint": {"step": selected}, "last_checkpoint": {"step": last}}
+        ends["alarms"] = list(alarms)  # type: ignore[assignment]
         return list(measured_policies({"train": {"checkpoint": {}}, "align": ends}))
 
     assert measured(0, 7) == ["pretrained", "aligned", "not handed on"]
+    back = {"action": "roll_back", "step": 4}
+    assert measured(0, 7, back) == ["pretrained", "aligned", "not handed on"]
+    assert measured(0, 4, back) == ["pretrained", "aligned"]
     assert measured(3, 7) == measured(7, 7) == measured(0, 0) == ["pretrained", "aligned"]
     assert list(measured_policies({"train": {"checkpoint": {}}})) == ["pretrained"]
 
