@@ -184,7 +184,9 @@ def _require(path: str, metric: str, allowed: Sequence[str], validation: Sequenc
 def _refusal(path: str, metric: str, allowed: Sequence[str]) -> str:
     """A sentence with the nearest spelling and what there is, the groups left out."""
     guess = closest(metric, allowed)
-    plain = [name for name in dict.fromkeys(allowed) if not name.endswith(GROUPS[1:])]
+    plain = [
+        name for name in dict.fromkeys(allowed) if not name.removesuffix("/id").endswith(GROUPS[1:])
+    ]
     told = "" if guess is None else f" (did you mean {guess}?)"
     told += ", which needs alignment.rule" if metric == "preference_accuracy" else ""
     return f"{path}={metric!r} is not measured{told}; allowed: {plain}"
