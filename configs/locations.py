@@ -23,12 +23,17 @@ def absolute_locations(config: _C) -> _C:
     fields = type(config).model_fields
     return config.model_copy(
         update={
-            name: storage.absolute(value)
+            name: _absolute(value)
             if isinstance(value, str) and _is_location(fields[name])
             else _with_absolute(value)
             for name, value in config
         }
     )
+
+
+def _absolute(url: str) -> str:
+    remote = "://" in url and not url.startswith(("file://", "local://"))
+    return url if remote else storage.absolute(url)  # of a store this machine may have no driver
 
 
 def _with_absolute(value: Any) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 
 from configs import storage
 from configs.layout import RunLayout
+from configs.locations import absolute_locations
 from configs.recipe import Recipe, StageName
 from configs.redaction import redacted
 
@@ -79,9 +80,12 @@ def _difference(url: str, recipe: Recipe, stage: StageName) -> tuple[int, str]:
         return sys.maxsize, "settings that cannot be read"
     elsewhere = {*_ELSEWHERE, "alignment"} if stage == "train" else {*_ELSEWHERE}
     blocks = redacted(recipe.model_dump(mode="json", exclude=elsewhere))
+    there = redacted(absolute_locations(recipe).model_dump(mode="json", exclude=elsewhere))
     theirs = {k: v for k, v in other.items() if k in blocks} if isinstance(other, dict) else {}
-    before, now = dict(_flat(theirs)), dict(_flat(blocks))
-    changed = [key for key in {**now, **before} if before.get(key) != now.get(key)]
+    before, now, placed = dict(_flat(theirs)), dict(_flat(blocks)), dict(_flat(there))
+    changed = [  # workers write down absolute locations, and of before, relative ones
+        key for key in {**now, **before} if before.get(key) not in (now.get(key), placed.get(key))
+    ]
     if not changed:
         return 0, "other data or another start"
     named = ", ".join(f"{key}={before.get(key)} (now {now.get(key)})" for key in changed[:_NAMED])

@@ -8,6 +8,7 @@ from configs import storage
 from configs.alignment import AlignmentBase, GBPOConfig, OfflineBase
 from configs.decoders import FeatureInputs
 from configs.layout import RunLayout, weights_hash
+from configs.locations import absolute_locations
 from configs.recipe import Recipe, StageName
 from configs.terminal import say
 from launch.stage_inputs import (
@@ -44,9 +45,9 @@ class StageContext:
     """Outputs of the stages before it."""
 
     def settings(self, **more: Any) -> dict[str, Any]:
-        """What a worker group is told."""
+        """What a worker group is told; its processes run in directories of their own."""
         return {
-            "recipe": self.recipe.model_dump(mode="json"),
+            "recipe": absolute_locations(self.recipe).model_dump(mode="json"),
             "output": self.layout.root,
             "fingerprint": self.fingerprint,
             "semantic_ids": self.done["tokenize"]["url"] if "tokenize" in self.done else None,

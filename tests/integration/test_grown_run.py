@@ -1,9 +1,10 @@
 """A log that has grown: its run begins with what the run before it learned."""
 
+import os
 import re
 from pathlib import Path
 
-from tests.integration.jobs import finish, losses, start, write_recipe
+from tests.integration.jobs import ROOT, finish, losses, start, write_recipe
 
 
 def test_a_run_over_a_grown_log_begins_with_the_run_before(
@@ -17,7 +18,11 @@ def test_a_run_over_a_grown_log_begins_with_the_run_before(
     new = [line.replace("u", "v", 1) for line in old[1:200]]
     new += [line.replace("u", "w", 1).replace(",i", ",new", 1) for line in old[1:200]]
     log.write_text("\n".join([*old, *new]) + "\n")
-    overrides = ["training.epochs=1", f"training.start.run={earlier}", "training.precision=bf16"]
+    overrides = [
+        "training.epochs=1",
+        f"training.start.run={os.path.relpath(earlier, ROOT)}",
+        "training.precision=bf16",
+    ]
     overrides += ["training.zero_stage=3", "alignment=null"]
     output = finish(start("run", str(recipe), *overrides, "--until", "train"))
     assert f"beginning with the training of {earlier}" in output
